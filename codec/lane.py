@@ -1,0 +1,24 @@
+"""What a lane is. The lanes themselves are in sidelane.pipeline.lanes, where kernels and codecs meet."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from sidelane.codec.packet import Packet
+
+
+class Lane(Protocol):
+    """Encodes a tensor into a packet and back. Stateless between calls; runs on the device of its input.
+
+    `encode` takes any strided tensor and never modifies it. `decode` raises PacketError for a packet that another
+    lane wrote or whose parts do not fit each other.
+    """
+
+    name: str
+    exact: bool  # every round trip restores every bit
+
+    def encode(self, tensor: Tensor) -> Packet: ...
+
+    def decode(self, packet: Packet) -> Tensor: ...

@@ -1,0 +1,425 @@
+"""Every kernel in plain torch: the specification, the CPU path and the oracle of the tests.
+
+Works on any device. All arithmetic is float32, one rounding at a time, in the order written, so that a kernel built
+without fused multiply-add gives the same integers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sidelane.layout import CHANNEL_ROWS, TOKEN_ROWS, SurfaceLayout
+
+GROUP_BITS = (2, 4, 8)
+GROUP_SIZES = (32, 64, 128, 256)
+MAX_CODE_BITS = 12
+EXACT_BLOCK = 1024  # elements between two entries of the escape index
+EXACT_ESCAPE = 15  # the 4-bit code that stands for "exponent in the side list"
+
+
+def round_half_up(x: Tensor) -> Tensor:
+    return torch.floor(x + 0.5)
+
+
+# Projection and surfaces
+
+
+def project_quantize_ref(
+    x: Tensor, components: Tensor | None, offset: Tensor, inv_scale: Tensor, levels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """code = clamp(floor((x @ components - offset) * inv_scale + 0.5), 0, levels).
+
+    Args:
+        x: [T, D] finite floats.
+        components: [D, K] or None for the identity (K = D).
+        offset, inv_scale, levels: [K] float32. The mean of the data is folded into `offset`.
+
+    Returns:
+        codes [T, K] int16 and the number of codes that the clamp changed, int32 [1] on the device of `x`.
+    """
+    z = x.float() if components is None else x.float() @ components.float()
+    q = round_half_up((z - offset) * inv_scale)
+    codes = torch.minimum(q.clamp_min(0.0), levels)
+    clamped = (codes != q).sum(dtype=torch.int32).reshape(1)
+    return codes.to(torch.int16), clamped
+
+
+def dequantize_project_ref(
+    codes: Tensor, components: Tensor | None, scale: Tensor, bias: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """x = (codes * scale) @ components^T + bias: [T, K] codes to [T, D] of `dtype`.
+
+    `bias` is [D] (or [K] when `components` is None) and holds the mean and the projected offset.
+    """
+    z = codes.float() * scale
+    if components is not None:
+        z = z @ components.float().t()
+    return (z + bias).to(dtype)
+
+
+def pack_surface_ref(codes: Tensor, surface: Tensor, layout: SurfaceLayout) -> None:
+    """Write codes [T, K] into `surface` uint8 [layout.rows, layout.pitch]; unused positions get `layout.fill`.
+
+    Bytes between the row's samples and the pitch are not touched.
+    """
+    grid = torch.full((layout.capacity,), layout.fill, dtype=torch.int32, device=codes.device)
+    _mapping_view(grid, layout).copy_(_pad_codes(codes, layout))
+    fmt = layout.format
+    rows = grid.view(layout.frames, fmt.code_rows(layout.height), layout.width)
+    out = surface.view(layout.frames, fmt.rows(layout.height), layout.pitch)
+    if fmt.split:
+        pairs = (rows & 15).view(layout.frames, layout.height // 2, layout.width, 2)
+        out[:, : layout.height, : layout.width] = (rows >> 4).to(torch.uint8)
+        out[:, layout.height :, : layout.width] = (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8)
+    elif fmt.itemsize == 1:
+        out[:, :, : layout.width] = rows.to(torch.uint8)
+    else:
+        out.view(torch.int16)[:, :, : layout.width] = (rows << fmt.shift).to(torch.int16)
+
+
+def unpack_surface_ref(surface: Tensor, layout: SurfaceLayout) -> Tensor:
+    """The codes [T, K] int16 that `pack_surface_ref` wrote, or that a decoder put into the same layout."""
+    fmt = layout.format
+    planes = surface.view(layout.frames, fmt.rows(layout.height), layout.pitch)
+    if fmt.split:
+        high = planes[:, : layout.height, : layout.width].to(torch.int32) << 4
+        low = planes[:, layout.height :, : layout.width].to(torch.int32)
+        grid = high | torch.stack((low & 15, low >> 4), dim=-1).view(high.shape)
+    elif fmt.itemsize == 1:
+        grid = planes[:, :, : layout.width].to(torch.int32)
+    else:
+        grid = (planes.view(torch.int16)[:, :, : layout.width].to(torch.int32) & 0xFFFF) >> fmt.shift
+    padded = _mapping_view(grid.reshape(-1), layout)
+    codes = _unpad_codes(padded, layout)
+    return codes.to(torch.int16).contiguous()
+
+
+def project_quantize_pack_ref(
+    x: Tensor,
+    components: Tensor | None,
+    offset: Tensor,
+    inv_scale: Tensor,
+    levels: Tensor,
+    surface: Tensor,
+    layout: SurfaceLayout,
+) -> Tensor:
+    """`project_quantize_ref` followed by `pack_surface_ref`; returns the clamp counter, int32 [1]."""
+    codes, clamped = project_quantize_ref(x, components, offset, inv_scale, levels)
+    pack_surface_ref(codes, surface, layout)
+    return clamped
+
+
+def unpack_dequantize_project_ref(
+    surface: Tensor,
+    layout: SurfaceLayout,
+    components: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`unpack_surface_ref` followed by `dequantize_project_ref`: surface to [T, D] of `dtype`."""
+    return dequantize_project_ref(unpack_surface_ref(surface, layout), components, scale, bias, dtype)
+
+
+def _mapping_view(grid: Tensor, layout: SurfaceLayout) -> Tensor:
+    """View of the used positions of the linear `grid` with one index per padded code (see _pad_codes)."""
+    used = grid[: layout.positions]
+    if layout.mapping == TOKEN_ROWS:
+        return used.view(layout.tokens, layout.stride)
+    if layout.mapping == CHANNEL_ROWS:
+        return used.view(layout.channels, layout.stride)
+    bands = -(-layout.channels // layout.across)
+    tiles = used.view(bands, layout.tile_h, layout.width)[:, :, : layout.across * layout.tile_w]
+    return tiles.unflatten(2, (layout.across, layout.tile_w))
+
+
+def _pad_codes(codes: Tensor, layout: SurfaceLayout) -> Tensor:
+    """[T, K] -> the shape of `_mapping_view`, padded with `layout.fill`."""
+    wide = codes.to(torch.int32)
+    if layout.mapping == TOKEN_ROWS:
+        return _pad_last(wide, layout.stride, layout.fill)
+    wide = wide.t()
+    if layout.mapping == CHANNEL_ROWS:
+        return _pad_last(wide, layout.stride, layout.fill)
+    wide = _pad_last(wide, layout.tile_h * layout.tile_w, layout.fill)
+    bands = -(-layout.channels // layout.across)
+    wide = _pad_last(wide.t(), bands * layout.across, layout.fill).t()
+    return wide.reshape(bands, layout.across, layout.tile_h, layout.tile_w).transpose(1, 2)
+
+
+def _unpad_codes(padded: Tensor, layout: SurfaceLayout) -> Tensor:
+    """Inverse of `_pad_codes`."""
+    if layout.mapping == TOKEN_ROWS:
+        return padded[:, : layout.channels]
+    if layout.mapping == CHANNEL_ROWS:
+        return padded[:, : layout.tokens].t()
+    tiles = padded.transpose(1, 2).reshape(-1, layout.tile_h * layout.tile_w)
+    return tiles[: layout.channels, : layout.tokens].t()
+
+
+def _pad_last(x: Tensor, length: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, length - x.shape[-1]), value=value)
+
+
+# Group quantization
+
+
+@dataclass(frozen=True)
+class GroupCodes:
+    """A flat tensor of `numel` elements quantized in groups.
+
+    `packed` uint8 [groups, group * bits / 8]: with n = 8 / bits codes per byte, byte c of a group holds its elements
+    c, c + group / n, ..., lowest bits first. `scale`, `offset` float16 [groups] (`offset` None when symmetric). The
+    last group is filled up with copies of the last element. A group whose scale is NaN is escaped: it holds NaN or
+    Inf, or values float16 scales cannot describe; its raw elements are the next row of `escapes` [*, group].
+    """
+
+    packed: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    escapes: Tensor
+    bits: int
+    group: int
+    numel: int
+
+
+def group_quantize_pack_ref(
+    x: Tensor, bits: int, group: int, *, symmetric: bool = False, seed: int | None = None
+) -> GroupCodes:
+    """Quantize flat floats [n], n >= 1, in groups of `group` consecutive elements.
+
+    Asymmetric: offset = the largest float16 <= min, scale = (max - offset) / (2^bits - 1), code = (x - offset) /
+    scale. Symmetric: scale = absmax / q, code = x / scale + q with q = 2^(bits-1) - 1. Scales are rounded up to
+    float16, so nothing clamps and the error of every element is at most scale / 2 (scale when rounding is
+    stochastic) before the rounding to the output dtype.
+
+    Args:
+        seed: None rounds to nearest (half up); a number rounds stochastically, the same way for the same seed.
+    """
+    numel = x.numel()
+    groups = -(-numel // group)
+    padded = torch.cat((x, x[-1:].expand(groups * group - numel))).view(groups, group)
+    v = padded.float()
+    top = 2**bits - 1
+    absmax = v.abs().amax(1)
+    if symmetric:
+        q = 2 ** (bits - 1) - 1
+        span, offset, zero = absmax / q, None, v.new_zeros(groups)
+    else:
+        low = v.amin(1)
+        offset = low.half()
+        below = (low - torch.clamp_min(low.abs() * 2.0**-10, 2.0**-24)).half()
+        offset = torch.where(offset.float() > low, below, offset)
+        zero = offset.float()
+        span = (v.amax(1) - zero) / top
+    scale = torch.where(span > 0, span * (1 + 2.0**-10) + 2.0**-25, span).half()
+    step = scale.float()
+    escaped = ~(absmax + step + zero.abs()).isfinite() | (step * top > 4 * absmax)
+    inv = torch.where((step > 0) & ~escaped, 1 / step, step * 0)
+    t = torch.where(escaped[:, None], 0.0, (v - zero[:, None])) * inv[:, None]
+    if symmetric:
+        t = t + q
+    noise = 0.5 if seed is None else uniform_hash(seed, numel=groups * group, device=x.device).view(groups, group)
+    codes = torch.floor(t + noise).clamp(0, top).to(torch.uint8)
+    codes = torch.where(escaped[:, None], 0, codes)
+    per_byte = 8 // bits
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=x.device).view(1, per_byte, 1)
+    packed = (codes.view(groups, per_byte, group // per_byte) << shifts).sum(1, dtype=torch.uint8)
+    nan = torch.full_like(scale, torch.nan)
+    return GroupCodes(
+        packed,
+        torch.where(escaped, nan, scale),
+        None if offset is None else torch.where(escaped, torch.zeros_like(scale), offset),
+        padded[escaped],
+        bits,
+        group,
+        numel,
+    )
+
+
+def group_unpack_dequantize_ref(codes: GroupCodes, dtype: torch.dtype) -> Tensor:
+    """The flat tensor [numel] of `dtype`: code * scale + offset, clamped to the finite range of `dtype`."""
+    groups, per_byte = codes.scale.numel(), 8 // codes.bits
+    shifts = torch.arange(0, 8, codes.bits, dtype=torch.uint8, device=codes.packed.device).view(1, per_byte, 1)
+    q = (codes.packed.view(groups, 1, -1) >> shifts) & (2**codes.bits - 1)
+    t = q.view(groups, codes.group).float()
+    scale = codes.scale.float()[:, None]
+    if codes.offset is None:
+        v = (t - (2 ** (codes.bits - 1) - 1)) * scale
+    else:
+        v = t * scale + codes.offset.float()[:, None]
+    finfo = torch.finfo(dtype)
+    out = v.clamp(finfo.min, finfo.max).to(dtype)
+    out[codes.scale.isnan()] = codes.escapes
+    return out.view(-1)[: codes.numel]
+
+
+def uniform_hash(seed: int, numel: int, device: torch.device | None = None) -> Tensor:
+    """float32 [numel] in [0, 1), a function of (seed, index) alone: the lowbias32 integer hash, top 24 bits."""
+    mask = 0xFFFFFFFF
+    index = torch.arange(numel, dtype=torch.int64, device=device)
+    h = (index & mask) ^ (((index >> 32) * 0x85EBCA6B) & mask)
+    h = (h * 0x9E3779B1 + (seed & mask)) & mask
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & mask
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & mask
+    return ((h ^ (h >> 16)) >> 8).float() * 2.0**-24
+
+
+# Bit planes
+
+
+def packed_bits_size(tokens: int, widths: list[int]) -> int:
+    """Bytes of `pack_bits` for `tokens` rows of channels with `widths` bits."""
+    return -(-tokens // 8) * sum(widths)
+
+
+def pack_bits_ref(codes: Tensor, widths: list[int]) -> Tensor:
+    """Codes [T, K] of `widths[k]` (0..12) bits to bit planes, uint8 [ceil(T / 8) * sum(widths)].
+
+    The planes of channel 0 come first, least significant bit first; in the plane of bit j of channel k, bit i of byte
+    b is bit j of code (8 b + i, k). Rows past T count as zero.
+    """
+    tokens = codes.shape[0]
+    channel, bit = _bit_planes(widths, codes.device)
+    padded = torch.nn.functional.pad(codes, (0, 0, 0, -tokens % 8))
+    planes = (padded[:, channel] >> bit) & 1  # [8 * ceil(T / 8), planes]
+    weights = (1 << torch.arange(8, dtype=codes.dtype, device=codes.device)).view(1, 8, 1)
+    octets = (planes.view(-1, 8, channel.numel()) * weights).sum(1, dtype=torch.int32)
+    return octets.to(torch.uint8).t().reshape(-1)
+
+
+def unpack_bits_ref(packed: Tensor, widths: list[int], tokens: int) -> Tensor:
+    """Inverse of `pack_bits_ref`: codes [tokens, K] int16."""
+    channel, bit = _bit_planes(widths, packed.device)
+    octets = packed.view(channel.numel(), -1).to(torch.int16)
+    shifts = torch.arange(8, dtype=torch.int16, device=packed.device)
+    planes = ((octets[:, :, None] >> shifts) & 1).reshape(channel.numel(), -1)[:, :tokens]
+    codes = torch.zeros((len(widths), tokens), dtype=torch.int16, device=packed.device)
+    codes.index_add_(0, channel, planes << bit[:, None])
+    return codes.t().contiguous()
+
+
+def _bit_planes(widths: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Channel index (int64) and bit number (int16) of every plane, in stored order."""
+    width = torch.tensor(widths, dtype=torch.int64)
+    channel = torch.repeat_interleave(torch.arange(len(widths)), width)
+    first = torch.cumsum(width, 0) - width
+    bit = torch.arange(channel.numel()) - first[channel]
+    return channel.to(device), bit.to(torch.int16).to(device)
+
+
+# Lossless floats
+
+
+@dataclass(frozen=True)
+class FloatFields:
+    """Bits of one float: `exponent` of them are coded, the `rest` = sign and mantissa is stored raw."""
+
+    word: torch.dtype
+    mantissa: int
+    exponent: int
+
+    @property
+    def rest(self) -> int:
+        return self.mantissa + 1
+
+    @property
+    def planes(self) -> int:
+        """Byte planes of the rest."""
+        return self.rest // 8
+
+    @property
+    def odd_bits(self) -> int:
+        """Bits of the rest beyond its byte planes."""
+        return self.rest % 8
+
+
+EXACT_FIELDS = {
+    torch.bfloat16: FloatFields(torch.int16, 7, 8),
+    torch.float16: FloatFields(torch.int16, 10, 5),
+    torch.float32: FloatFields(torch.int32, 23, 8),
+}
+
+
+@dataclass(frozen=True)
+class ExactCodes:
+    """A flat float tensor of `numel` elements, losslessly.
+
+    `book` uint8 [15]: the most frequent exponents (ties: the smaller first; unused entries 0). `codes` uint8
+    [ceil(n / 2)]: 4-bit index into `book`, element 2i in the low half; 15 escapes. `escapes` uint8 [*]: exponents of
+    the escaped elements in order; `counts` int16 [ceil(n / 1024)]: escapes in each block of 1024 elements, so that
+    blocks decode independently. `planes` uint8 [stored, n]: the byte planes of sign << mantissa_bits | mantissa,
+    lowest first, without those in `zero_planes` (bit p set: plane p is zero everywhere and not stored). `odd` uint8:
+    the bits of the rest above its byte planes (float16 has 3), as bit planes of ceil(n / 8) bytes, lowest first.
+    """
+
+    book: Tensor
+    codes: Tensor
+    counts: Tensor
+    escapes: Tensor
+    planes: Tensor
+    odd: Tensor
+    zero_planes: int
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.book, self.codes, self.counts, self.escapes, self.planes, self.odd)
+        return sum(p.numel() * p.element_size() for p in parts)
+
+
+def exact_encode_ref(x: Tensor) -> ExactCodes | None:
+    """Code the exponents of flat bf16, fp16 or fp32 [n], n >= 1; None when the result would not be smaller than x."""
+    f = EXACT_FIELDS[x.dtype]
+    n = x.numel()
+    word = x.view(f.word).to(torch.int64)
+    exponent = (word >> f.mantissa) & (2**f.exponent - 1)
+    histogram = torch.bincount(exponent, minlength=256)
+    order = torch.argsort(histogram, descending=True, stable=True)[:EXACT_ESCAPE]
+    book = torch.where(histogram[order] > 0, order, 0)
+    index = torch.full((256,), EXACT_ESCAPE, dtype=torch.int64, device=x.device)
+    index[order] = torch.arange(EXACT_ESCAPE, device=x.device)
+    code = index[exponent]
+    escaped = code == EXACT_ESCAPE
+    counts = _pad_last(escaped, -(-n // EXACT_BLOCK) * EXACT_BLOCK, 0).view(-1, EXACT_BLOCK).sum(1)
+    pairs = _pad_last(code, n + n % 2, 0).view(-1, 2)
+    rest = ((word >> (f.exponent + f.mantissa)) & 1) << f.mantissa | word & (2**f.mantissa - 1)
+    planes = torch.stack([(rest >> (8 * p)) & 255 for p in range(f.planes)])
+    used = planes.any(1).tolist()
+    odd = (
+        pack_bits_ref((rest >> (8 * f.planes)).to(torch.int16)[:, None], [f.odd_bits])
+        if f.odd_bits
+        else torch.empty(0, dtype=torch.uint8, device=x.device)
+    )
+    encoded = ExactCodes(
+        book.to(torch.uint8),
+        (pairs[:, 0] | pairs[:, 1] << 4).to(torch.uint8),
+        counts.to(torch.int16),
+        exponent[escaped].to(torch.uint8),
+        planes[used].to(torch.uint8),
+        odd,
+        sum(1 << p for p, u in enumerate(used) if not u),
+        n,
+    )
+    return encoded if encoded.nbytes < n * x.element_size() else None
+
+
+def exact_decode_ref(codes: ExactCodes, dtype: torch.dtype) -> Tensor:
+    """The flat tensor [numel] that was encoded, bit for bit."""
+    f = EXACT_FIELDS[dtype]
+    n, device = codes.numel, codes.codes.device
+    code = torch.stack((codes.codes & 15, codes.codes >> 4), dim=1).view(-1)[:n].long()
+    exponent = _pad_last(codes.book, EXACT_ESCAPE + 1, 0).long()[code]
+    exponent[code == EXACT_ESCAPE] = codes.escapes.long()
+    rest = torch.zeros(n, dtype=torch.int64, device=device)
+    stored = iter(codes.planes)
+    for p in range(f.planes):
+        if not codes.zero_planes >> p & 1:
+            rest |= next(stored).long() << (8 * p)
+    if f.odd_bits:
+        rest |= unpack_bits_ref(codes.odd, [f.odd_bits], n)[:, 0].long() << (8 * f.planes)
+    word = (rest >> f.mantissa) << (f.exponent + f.mantissa) | exponent << f.mantissa | rest & (2**f.mantissa - 1)
+    return word.to(f.word).view(dtype)

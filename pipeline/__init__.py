@@ -1,0 +1,1 @@
+"""Lanes, calibration and activation offload: what turns kernels and codecs into something a program calls."""

@@ -1,0 +1,1 @@
+"""sidelane: move tensors over narrow wires by making them smaller on the way."""

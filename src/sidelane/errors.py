@@ -1,0 +1,35 @@
+"""Every error sidelane raises on purpose. Each is one line that names what to do."""
+
+from __future__ import annotations
+
+
+class SidelaneError(Exception):
+    """Base of all errors raised by sidelane."""
+
+
+class PacketError(SidelaneError, ValueError):
+    """Bytes or a header that cannot be a packet. `field` names the part that is wrong."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"packet field '{field}': {problem}")
+        self.field = field
+
+
+class LaneError(SidelaneError, ValueError):
+    """A lane was asked for something it cannot do: unknown name, option or tensor kind."""
+
+
+class LaneUnavailable(LaneError):
+    """The lane exists but not on this machine; the text gives the reason and the remedy."""
+
+
+class BasisError(SidelaneError, ValueError):
+    """A basis that does not fit its tensor, its file or its packet."""
+
+
+class BudgetError(SidelaneError, MemoryError):
+    """A byte budget is reached and the policy forbids every way around it."""
+
+
+class OffloadError(SidelaneError, RuntimeError):
+    """A saved tensor cannot be given back as it was packed."""
