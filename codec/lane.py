@@ -12,8 +12,9 @@ from sidelane.codec.packet import Packet
 class Lane(Protocol):
     """Encodes a tensor into a packet and back. Stateless between calls; runs on the device of its input.
 
-    `encode` takes any strided tensor and never modifies it. `decode` raises PacketError for a packet that another
-    lane wrote or whose parts do not fit each other.
+    `encode` takes any strided tensor and never modifies it. `decode` raises PacketError for a packet that
+    another lane wrote or whose parts do not fit each other. `finer` is the lane to try when the error is too
+    large; every chain of them ends with an exact lane, and that one has None.
     """
 
     name: str
@@ -22,3 +23,5 @@ class Lane(Protocol):
     def encode(self, tensor: Tensor) -> Packet: ...
 
     def decode(self, packet: Packet) -> Tensor: ...
+
+    def finer(self) -> Lane | None: ...

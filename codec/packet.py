@@ -1,11 +1,17 @@
-"""The packet: one encoded tensor, in memory and as bytes. The byte layout is in DESIGN.md, section "Packet"."""
+"""The packet: one encoded tensor, in memory and as bytes.
+
+Bytes are little-endian and have one form per packet: prefix, fields, shape, strides, section table, header
+checksum, then the sections, each at the next multiple of 64 with zeros before it. The table is in DESIGN.md,
+section "Packet".
+"""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from math import isnan, prod
+from math import copysign, inf, isnan, prod
+from typing import TypeVar
 
 import torch
 from crc32c import crc32c
@@ -42,26 +48,39 @@ DTYPES: dict[torch.dtype, int] = {
     torch.uint32: 17,
     torch.uint64: 18,
     torch.complex32: 19,
+    torch.float8_e8m0fnu: 20,
+    torch.float4_e2m1fn_x2: 21,
 }
 CONTIGUOUS, PERMUTED, BROADCAST = 0, 1, 2  # stride classes
 
+SECTION_NAME = 12  # bytes
+_SURFACE_NUMBERS = {f.name: f.code for f in FORMATS.values()} | {"": 0}
+_MAPPING_NUMBERS = MAPPINGS | {"": 0}
+
 _PREFIX = struct.Struct("<8sHHIQ")  # magic, version, reserved, header bytes, packet bytes
 _FIELDS = struct.Struct(f"<8Bd{PARAMS}I32s")
-_SECTION = struct.Struct("<12sIQQ")  # name, CRC-32C, offset, length
+_SECTION = struct.Struct(f"<{SECTION_NAME}sIQQ")  # name, CRC-32C, offset, length
 _HEADER_CRC = struct.Struct("<II")  # CRC-32C of all header bytes before it, zero
 MAX_NDIM = 64
 MAX_SECTIONS = 16
 
+Key = TypeVar("Key")
+
 
 def compact_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides of `tensor` without gaps: the memory order of its dimensions is kept, expanded ones stay at stride 0."""
-    out, step = [0] * tensor.ndim, 1
-    order = sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d), -d))
-    for d in order:
-        if tensor.stride(d) == 0 and tensor.shape[d] > 1:
+    """Strides of `tensor` without gaps: the memory order of dimensions is kept, expanded ones stay at 0."""
+    return _compact(tuple(tensor.shape), tensor.stride())
+
+
+def _compact(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """`compact_strides` of numbers. Compact strides are its fixed points."""
+    out, step = [0] * len(shape), 1
+    # Of equal strides the dimensions of size 1 come first, so that contiguous strides are left as they are.
+    for d in sorted(range(len(shape)), key=lambda d: (strides[d], shape[d] > 1, -d)):
+        if strides[d] == 0 and shape[d] > 1:
             continue
         out[d] = step
-        step *= max(tensor.shape[d], 1)
+        step *= max(shape[d], 1)
     return tuple(out)
 
 
@@ -73,21 +92,19 @@ def _compact_numel(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
 
 
 def flatten(tensor: Tensor) -> Tensor:
-    """The distinct elements of `tensor` in memory order, 1-D and contiguous; a view where the tensor is compact."""
+    """The distinct elements of `tensor` in memory order, 1-D and contiguous; a view of a compact tensor."""
     strides = compact_strides(tensor)
-    if tensor.numel() == 0:
-        return tensor.reshape(-1)
-    if strides == tensor.stride():
-        return tensor.as_strided((_compact_numel(tuple(tensor.shape), strides),), (1,))
-    narrow = tensor
-    for d in range(tensor.ndim):
-        if strides[d] == 0:
-            narrow = narrow.narrow(d, 0, 1)
-    order = sorted(range(tensor.ndim), key=lambda d: (-strides[d], d))
-    return narrow.permute(order).reshape(-1)
+    dense = tensor
+    if tensor.numel() and strides != tensor.stride():
+        for d in range(tensor.ndim):
+            if strides[d] == 0:
+                dense = dense.narrow(d, 0, 1)
+        order = sorted(range(tensor.ndim), key=lambda d: (-strides[d], d))
+        dense = dense.permute(order).contiguous()
+    return dense.as_strided((_compact_numel(tuple(tensor.shape), strides),), (1,))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packet:
     """One encoded tensor.
 
@@ -95,8 +112,8 @@ class Packet:
         lane: name of the lane that decodes it ("raw", "exact", "packed", "video").
         dtype, shape, strides: of the decoded tensor; strides in elements, compact (see `compact_strides`).
         sections: named payload parts, each a contiguous uint8 [bytes] tensor; all on one device.
-        params: up to 8 numbers whose meaning the lane defines.
-        bits, surface, mapping: code width, surface format and pixel mapping names ("" where they do not apply).
+        params: up to 8 numbers below 2^32 whose meaning the lane defines; the missing ones are 0.
+        bits, surface, mapping: code width, names of surface format and pixel mapping; 0 and "" when not used.
         digest: SHA-256 of the basis needed to decode, zeros when none is.
         rel_error: relative Frobenius error measured while encoding; 0 for exact, NaN when not measured.
     """
@@ -105,7 +122,7 @@ class Packet:
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    sections: dict[str, Tensor] = field(default_factory=dict)
+    sections: dict[str, Tensor] = field(default_factory=dict, repr=False)
     params: tuple[int, ...] = ()
     bits: int = 0
     surface: str = ""
@@ -153,35 +170,48 @@ class Packet:
         )
 
     def section(self, name: str, dtype: torch.dtype = torch.uint8, numel: int | None = None) -> Tensor:
-        """Payload part `name` viewed as `dtype` [numel]. Raises PacketError if it is missing or of another size."""
+        """Payload part `name` as `dtype` [numel]. Raises PacketError if it is missing or of another size."""
         data = self.sections.get(name)
         if data is None:
             raise PacketError(name, "section is missing")
         if data.numel() % dtype.itemsize or (numel is not None and data.numel() != numel * dtype.itemsize):
-            want = "" if numel is None else f", expected {numel * dtype.itemsize}"
-            raise PacketError(name, f"section has {data.numel()} bytes{want}")
+            want = f"whole {dtype}" if numel is None else f"{numel * dtype.itemsize}"
+            raise PacketError(name, f"section has {data.numel()} bytes, expected {want}")
+        if data.storage_offset() % dtype.itemsize:
+            data = data.clone()
         return data if dtype == torch.uint8 else data.view(dtype)
 
+    def check_sections(self, *names: str) -> None:
+        """Raise PacketError unless the sections are exactly `names`."""
+        if set(self.sections) != set(names):
+            raise PacketError("sections", f"found {sorted(self.sections)}, expected {sorted(names)}")
+
+    def numbers(self, count: int) -> tuple[int, ...]:
+        """The first `count` params. Raises PacketError when another one is set."""
+        if any(self.params[count:]):
+            raise PacketError("params", f"the {self.lane} code has {count}, found {list(self.params)}")
+        return (self.params + (0,) * count)[:count]
+
     def unflatten(self, flat: Tensor) -> Tensor:
-        """The tensor of this packet's shape and strides over decoded elements [flat_numel]."""
+        """A view of decoded elements [flat_numel] with this packet's shape and strides."""
         if flat.numel() != self.flat_numel:
             raise PacketError("shape", f"{self.flat_numel} elements expected, {flat.numel()} decoded")
         return flat.as_strided(self.shape, self.strides)
 
     def to_bytes(self) -> bytes:
-        """The packet as it travels. Raises ValueError when a field does not fit the format."""
-        packet = self.to("cpu")
-        out = bytearray(self.nbytes)
-        ndim = len(self.shape)
+        """The packet as it travels. Raises PacketError naming the field that does not fit the format."""
+        self._check()
+        ndim, header_size = len(self.shape), self._header_size()
+        header = bytearray(header_size)
         _FIELDS.pack_into(
-            out,
+            header,
             _PREFIX.size,
-            LANES[self.lane],
-            DTYPES[self.dtype],
-            self._stride_class(),
-            MAPPINGS[self.mapping] if self.mapping else 0,
+            _number("lane", LANES, self.lane),
+            _number("dtype", DTYPES, self.dtype),
+            _stride_class(self.shape, self.strides),
+            _number("mapping", _MAPPING_NUMBERS, self.mapping),
             self.bits,
-            FORMATS[self.surface].code if self.surface else 0,
+            _number("surface", _SURFACE_NUMBERS, self.surface),
             ndim,
             len(self.sections),
             self.rel_error,
@@ -190,37 +220,36 @@ class Packet:
             self.digest,
         )
         at = _PREFIX.size + _FIELDS.size
-        struct.pack_into(f"<{2 * ndim}q", out, at, *self.shape, *self.strides)
+        struct.pack_into(f"<{2 * ndim}q", header, at, *self.shape, *self.strides)
         at += 16 * ndim
-        end = self._header_size()
-        for name, section in packet.sections.items():
-            data = memoryview(section.numpy())
+        parts: list[bytearray | bytes | memoryview] = [header]
+        end = header_size
+        for name, section in self.sections.items():
+            data = section.cpu().numpy().data
             start = _align(end)
+            parts += [bytes(start - end), data]
             end = start + len(data)
-            out[start:end] = data
-            _SECTION.pack_into(out, at, name.encode("ascii"), crc32c(data), start, len(data))
+            _SECTION.pack_into(header, at, name.encode("ascii"), crc32c(data), start, len(data))
             at += _SECTION.size
-        _PREFIX.pack_into(out, 0, MAGIC, VERSION, 0, self._header_size(), len(out))
-        _HEADER_CRC.pack_into(out, at, crc32c(memoryview(out)[:at]), 0)
-        return bytes(out)
+        _PREFIX.pack_into(header, 0, MAGIC, VERSION, 0, header_size, end)
+        _HEADER_CRC.pack_into(header, at, crc32c(memoryview(header)[:at]), 0)
+        return b"".join(parts)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> Packet:
-        """Parse a packet and check every byte of it: sizes, enumerations, checksums. Sections are copies on the CPU.
+        """Parse a packet and check every byte of it: sizes, enumerations, checksums. Sections are CPU copies.
 
-        Raises PacketError naming the field that is wrong; nothing is allocated before all lengths are checked.
+        Raises PacketError naming the field that is wrong. Lengths are checked before anything is allocated.
         """
         view = memoryview(data).cast("B")
         header = _parse_prefix(view)
         values = _FIELDS.unpack_from(header, _PREFIX.size)
         lane, dtype, stride_class, mapping, bits, surface, ndim, count = values[:8]
-        if ndim > MAX_NDIM:
-            raise PacketError("ndim", f"{ndim} is above {MAX_NDIM}")
-        if count > MAX_SECTIONS:
-            raise PacketError("sections", f"{count} is above {MAX_SECTIONS}")
         at = _PREFIX.size + _FIELDS.size
         if len(header) != at + 16 * ndim + count * _SECTION.size + _HEADER_CRC.size:
-            raise PacketError("header length", f"{len(header)} does not fit {ndim} dimensions, {count} sections")
+            raise PacketError(
+                "header length", f"{len(header)} does not fit {ndim} dimensions, {count} sections"
+            )
         dims = struct.unpack_from(f"<{2 * ndim}q", header, at)
         packet = cls(
             lane=_name("lane", LANES, lane),
@@ -229,12 +258,16 @@ class Packet:
             strides=dims[ndim:],
             params=values[9 : 9 + PARAMS],
             bits=bits,
-            surface=_name("surface", {n: f.code for n, f in FORMATS.items()} | {"": 0}, surface),
-            mapping=_name("mapping", MAPPINGS | {"": 0}, mapping),
+            surface=_name("surface", _SURFACE_NUMBERS, surface),
+            mapping=_name("mapping", _MAPPING_NUMBERS, mapping),
             digest=values[9 + PARAMS],
             rel_error=values[8],
         )
-        packet._check_dims(stride_class)
+        packet._check()
+        if stride_class != _stride_class(packet.shape, packet.strides):
+            raise PacketError("stride class", f"{stride_class} does not match the strides")
+        if count > MAX_SECTIONS:
+            raise PacketError("sections", f"{count} are more than {MAX_SECTIONS}")
         table = list(_parse_sections(header, at + 16 * ndim, count, view))
         return packet.with_(sections={name: _copy(view[start:stop]) for name, start, stop in table})
 
@@ -242,43 +275,64 @@ class Packet:
         fixed = _PREFIX.size + _FIELDS.size + _HEADER_CRC.size
         return fixed + 16 * len(self.shape) + _SECTION.size * len(self.sections)
 
-    def _stride_class(self) -> int:
-        if any(s == 0 and n > 1 for n, s in zip(self.shape, self.strides, strict=True)):
-            return BROADCAST
-        step = 1
-        for n, s in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if n != 1 and s != step:
-                return PERMUTED
-            step *= max(n, 1)
-        return CONTIGUOUS
+    def _check(self) -> None:
+        """Raise PacketError for a field that the format cannot hold or that is not in its one form."""
+        shape, strides = self.shape, self.strides
+        if len(shape) > MAX_NDIM or len(strides) != len(shape):
+            raise PacketError(
+                "ndim", f"{len(shape)} sizes and {len(strides)} strides; at most {MAX_NDIM} and equal"
+            )
+        if any(n < 0 for n in shape) or prod(max(n, 1) for n in shape) * self.dtype.itemsize >= 2**63:
+            raise PacketError("shape", f"{list(shape)[:8]} is not a shape")
+        if any(s < 0 for s in strides) or strides != _compact(shape, strides):
+            raise PacketError("strides", f"{list(strides)[:8]} are not compact for {list(shape)[:8]}")
+        if not (isnan(self.rel_error) or (copysign(1, self.rel_error) > 0 and self.rel_error < inf)):
+            raise PacketError("rel_error", f"{self.rel_error} is neither NaN nor finite and positive")
+        if not 0 <= self.bits <= 255:
+            raise PacketError("bits", f"{self.bits} is outside 0..255")
+        if len(self.params) > PARAMS or not all(0 <= p < 2**32 for p in self.params):
+            raise PacketError("params", f"{list(self.params)[:9]}: at most {PARAMS} numbers below 2^32")
+        if len(self.digest) != len(NO_DIGEST):
+            raise PacketError("digest", f"{len(self.digest)} bytes, expected {len(NO_DIGEST)}")
+        if len(self.sections) > MAX_SECTIONS:
+            raise PacketError("sections", f"{len(self.sections)} are more than {MAX_SECTIONS}")
+        for name, section in self.sections.items():
+            _check_section_name(name)
+            if section.dtype != torch.uint8 or section.ndim != 1 or not section.is_contiguous():
+                raise PacketError(name, "section is not a contiguous uint8 vector")
 
-    def _check_dims(self, stride_class: int) -> None:
-        if any(n < 0 for n in self.shape) or prod(max(n, 1) for n in self.shape) >= 2**62:
-            raise PacketError("shape", f"{list(self.shape)[:8]} is not a shape")
-        if not self.rel_error >= 0 and not isnan(self.rel_error):
-            raise PacketError("rel_error", f"{self.rel_error} is negative")
-        step = 1
-        for s, n in sorted(zip(self.strides, self.shape, strict=True), key=lambda p: (p[0], p[1])):
-            if s == 0 and n != 1 and n != 0:
-                continue
-            if n != 1 and n != 0 and s != step:
-                raise PacketError("strides", f"{list(self.strides)[:8]} are not compact for {list(self.shape)[:8]}")
-            if s < 0:
-                raise PacketError("strides", f"{s} is negative")
-            step *= max(n, 1)
-        if stride_class != self._stride_class():
-            raise PacketError("stride class", f"{stride_class} does not match the strides")
+
+def _stride_class(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    if any(s == 0 and n > 1 for n, s in zip(shape, strides, strict=True)):
+        return BROADCAST
+    step = 1
+    for n, s in zip(reversed(shape), reversed(strides), strict=True):
+        if n != 1 and s != step:
+            return PERMUTED
+        step *= max(n, 1)
+    return CONTIGUOUS
 
 
 def _align(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
-def _name(field: str, table: dict, number: int):  # type: ignore[type-arg,no-untyped-def]
+def _number(field: str, table: Mapping[Key, int], name: Key) -> int:
+    if name not in table:
+        raise PacketError(field, f"{name!r} has no number in version {VERSION}")
+    return table[name]
+
+
+def _name(field: str, table: Mapping[Key, int], number: int) -> Key:
     for name, code in table.items():
         if code == number:
             return name
     raise PacketError(field, f"{number} is unknown to version {VERSION}")
+
+
+def _check_section_name(name: str) -> None:
+    if not (name.isascii() and name.isidentifier() and len(name) <= SECTION_NAME):
+        raise PacketError("section name", f"{name!r} is not an ASCII identifier of 1..{SECTION_NAME} letters")
 
 
 def _parse_prefix(view: memoryview) -> memoryview:
@@ -305,12 +359,13 @@ def _parse_sections(
     header: memoryview, at: int, count: int, view: memoryview
 ) -> Iterator[tuple[str, int, int]]:
     """(name, start, stop) of every section, checked: in order, aligned, dense, intact."""
-    end, seen = len(header), set()
+    end, seen = len(header), set[str]()
     for i in range(count):
         raw, crc, start, length = _SECTION.unpack_from(header, at + i * _SECTION.size)
         name = raw.rstrip(b"\0").decode("ascii", "replace")
-        if not name.isidentifier() or name in seen:
-            raise PacketError("section name", f"{name!r} is empty, not a name or repeated")
+        _check_section_name(name)
+        if name in seen:
+            raise PacketError("section name", f"{name!r} is repeated")
         seen.add(name)
         if start != _align(end) or start + length > len(view):
             raise PacketError(name, f"section at {start}..{start + length} is out of place")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sidelane.errors import LaneError
 from sidelane.layout import CHANNEL_ROWS, TOKEN_ROWS, SurfaceLayout
 
 GROUP_BITS = (2, 4, 8)
@@ -18,6 +19,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 MAX_CODE_BITS = 12
 EXACT_BLOCK = 1024  # elements between two entries of the escape index
 EXACT_ESCAPE = 15  # the 4-bit code that stands for "exponent in the side list"
+EXACT_CHUNK = 256 * EXACT_BLOCK  # elements the reference holds temporaries for
 
 
 def round_half_up(x: Tensor) -> Tensor:
@@ -205,24 +207,27 @@ def group_quantize_pack_ref(
     v = padded.float()
     top = 2**bits - 1
     absmax = v.abs().amax(1)
+    # Divisors are tensors: CUDA multiplies by the rounded reciprocal of a number.
     if symmetric:
         q = 2 ** (bits - 1) - 1
-        span, offset, zero = absmax / q, None, v.new_zeros(groups)
+        span, offset, zero = absmax / v.new_tensor(q), None, v.new_zeros(groups)
     else:
-        low = v.amin(1)
+        low = v.amin(1) + 0.0  # -0 becomes +0
         offset = low.half()
         below = (low - torch.clamp_min(low.abs() * 2.0**-10, 2.0**-24)).half()
         offset = torch.where(offset.float() > low, below, offset)
         zero = offset.float()
-        span = (v.amax(1) - zero) / top
-    scale = torch.where(span > 0, span * (1 + 2.0**-10) + 2.0**-25, span).half()
+        span = (v.amax(1) - zero) / v.new_tensor(top)
+    scale = torch.where(span > 0, span * (1 + 2.0**-10) + 2.0**-25, 0.0).half()
     step = scale.float()
     escaped = ~(absmax + step + zero.abs()).isfinite() | (step * top > 4 * absmax)
     inv = torch.where((step > 0) & ~escaped, 1 / step, step * 0)
     t = torch.where(escaped[:, None], 0.0, (v - zero[:, None])) * inv[:, None]
     if symmetric:
         t = t + q
-    noise = 0.5 if seed is None else uniform_hash(seed, numel=groups * group, device=x.device).view(groups, group)
+    noise = (
+        0.5 if seed is None else uniform_hash(seed, numel=groups * group, device=x.device).view(groups, group)
+    )
     codes = torch.floor(t + noise).clamp(0, top).to(torch.uint8)
     codes = torch.where(escaped[:, None], 0, codes)
     per_byte = 8 // bits
@@ -243,7 +248,9 @@ def group_quantize_pack_ref(
 def group_unpack_dequantize_ref(codes: GroupCodes, dtype: torch.dtype) -> Tensor:
     """The flat tensor [numel] of `dtype`: code * scale + offset, clamped to the finite range of `dtype`."""
     groups, per_byte = codes.scale.numel(), 8 // codes.bits
-    shifts = torch.arange(0, 8, codes.bits, dtype=torch.uint8, device=codes.packed.device).view(1, per_byte, 1)
+    shifts = torch.arange(0, 8, codes.bits, dtype=torch.uint8, device=codes.packed.device).view(
+        1, per_byte, 1
+    )
     q = (codes.packed.view(groups, 1, -1) >> shifts) & (2**codes.bits - 1)
     t = q.view(groups, codes.group).float()
     scale = codes.scale.float()[:, None]
@@ -282,33 +289,34 @@ def pack_bits_ref(codes: Tensor, widths: list[int]) -> Tensor:
     The planes of channel 0 come first, least significant bit first; in the plane of bit j of channel k, bit i of byte
     b is bit j of code (8 b + i, k). Rows past T count as zero.
     """
-    tokens = codes.shape[0]
-    channel, bit = _bit_planes(widths, codes.device)
-    padded = torch.nn.functional.pad(codes, (0, 0, 0, -tokens % 8))
-    planes = (padded[:, channel] >> bit) & 1  # [8 * ceil(T / 8), planes]
-    weights = (1 << torch.arange(8, dtype=codes.dtype, device=codes.device)).view(1, 8, 1)
-    octets = (planes.view(-1, 8, channel.numel()) * weights).sum(1, dtype=torch.int32)
-    return octets.to(torch.uint8).t().reshape(-1)
+    octets = -(-codes.shape[0] // 8)
+    padded = _pad_last(codes.t(), 8 * octets, 0).view(len(widths), octets, 8)
+    weights = 2.0 ** torch.arange(8, device=codes.device)
+    planes = torch.empty((sum(widths), octets), dtype=torch.uint8, device=codes.device)
+    for j, (channel, plane) in enumerate(_bit_planes(widths, codes.device)):
+        bits = (padded[channel] >> j) & 1
+        planes[plane] = (bits.float() @ weights).to(torch.uint8)
+    return planes.view(-1)
 
 
 def unpack_bits_ref(packed: Tensor, widths: list[int], tokens: int) -> Tensor:
     """Inverse of `pack_bits_ref`: codes [tokens, K] int16."""
-    channel, bit = _bit_planes(widths, packed.device)
-    octets = packed.view(channel.numel(), -1).to(torch.int16)
-    shifts = torch.arange(8, dtype=torch.int16, device=packed.device)
-    planes = ((octets[:, :, None] >> shifts) & 1).reshape(channel.numel(), -1)[:, :tokens]
-    codes = torch.zeros((len(widths), tokens), dtype=torch.int16, device=packed.device)
-    codes.index_add_(0, channel, planes << bit[:, None])
-    return codes.t().contiguous()
+    octets = -(-tokens // 8)
+    planes = packed.view(sum(widths), octets, 1)
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    codes = torch.zeros((len(widths), octets, 8), dtype=torch.int16, device=packed.device)
+    for j, (channel, plane) in enumerate(_bit_planes(widths, packed.device)):
+        bits = (planes[plane] >> shifts) & 1
+        codes[channel] |= bits.to(torch.int16) << j
+    return codes.flatten(1)[:, :tokens].t().contiguous()
 
 
-def _bit_planes(widths: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Channel index (int64) and bit number (int16) of every plane, in stored order."""
+def _bit_planes(widths: list[int], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """For every bit j: the channels wider than j and the numbers of their planes of bit j, int64 both."""
     width = torch.tensor(widths, dtype=torch.int64)
-    channel = torch.repeat_interleave(torch.arange(len(widths)), width)
     first = torch.cumsum(width, 0) - width
-    bit = torch.arange(channel.numel()) - first[channel]
-    return channel.to(device), bit.to(torch.int16).to(device)
+    channels = [torch.nonzero(width > j).view(-1) for j in range(max(widths, default=0))]
+    return [(k.to(device), (first[k] + j).to(device)) for j, k in enumerate(channels)]
 
 
 # Lossless floats
@@ -335,6 +343,9 @@ class FloatFields:
     def odd_bits(self) -> int:
         """Bits of the rest beyond its byte planes."""
         return self.rest % 8
+
+    def exponents(self, word: Tensor) -> Tensor:
+        return (word >> self.mantissa) & (2**self.exponent - 1)
 
 
 EXACT_FIELDS = {
@@ -371,55 +382,83 @@ class ExactCodes:
         return sum(p.numel() * p.element_size() for p in parts)
 
 
+def exact_book(histogram: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the counts [256] of exponents: `ExactCodes.book` and its inverse, uint8 [256], exponent -> 4-bit code."""
+    order = torch.argsort(histogram, descending=True, stable=True)[:EXACT_ESCAPE]
+    book = torch.where(histogram[order] > 0, order, 0)
+    index = torch.full((256,), EXACT_ESCAPE, dtype=torch.uint8, device=histogram.device)
+    index[order] = torch.arange(EXACT_ESCAPE, dtype=torch.uint8, device=histogram.device)
+    return book.to(torch.uint8), index
+
+
 def exact_encode_ref(x: Tensor) -> ExactCodes | None:
     """Code the exponents of flat bf16, fp16 or fp32 [n], n >= 1; None when the result would not be smaller than x."""
     f = EXACT_FIELDS[x.dtype]
-    n = x.numel()
-    word = x.view(f.word).to(torch.int64)
-    exponent = (word >> f.mantissa) & (2**f.exponent - 1)
-    histogram = torch.bincount(exponent, minlength=256)
-    order = torch.argsort(histogram, descending=True, stable=True)[:EXACT_ESCAPE]
-    book = torch.where(histogram[order] > 0, order, 0)
-    index = torch.full((256,), EXACT_ESCAPE, dtype=torch.int64, device=x.device)
-    index[order] = torch.arange(EXACT_ESCAPE, device=x.device)
-    code = index[exponent]
+    chunks = x.view(f.word).split(EXACT_CHUNK)
+    histogram = torch.stack([torch.bincount(f.exponents(word), minlength=256) for word in chunks]).sum(0)
+    book, index = exact_book(histogram)
+    parts = zip(*(_encode_chunk(word, f, index) for word in chunks), strict=True)
+    codes, counts, escapes, planes, odd = (torch.cat(part, dim=-1) for part in parts)
+    used = planes.any(1).bool().tolist()  # `any` of uint8 is uint8
+    encoded = ExactCodes(
+        book=book,
+        codes=codes,
+        counts=counts,
+        escapes=escapes,
+        planes=planes if all(used) else planes[used],
+        odd=odd.view(-1),
+        zero_planes=sum(1 << p for p, u in enumerate(used) if not u),
+        numel=x.numel(),
+    )
+    return encoded if encoded.nbytes < x.numel() * x.element_size() else None
+
+
+def _encode_chunk(
+    word: Tensor, f: FloatFields, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """codes, counts, escapes, planes [f.planes, n] and odd bits [f.odd_bits, ceil(n / 8)] of words [n]."""
+    n = word.numel()
+    exponent = f.exponents(word)
+    code = index.index_select(0, exponent.to(torch.int32))
     escaped = code == EXACT_ESCAPE
-    counts = _pad_last(escaped, -(-n // EXACT_BLOCK) * EXACT_BLOCK, 0).view(-1, EXACT_BLOCK).sum(1)
+    blocks = _pad_last(escaped, -(-n // EXACT_BLOCK) * EXACT_BLOCK, 0).view(-1, EXACT_BLOCK)
     pairs = _pad_last(code, n + n % 2, 0).view(-1, 2)
     rest = ((word >> (f.exponent + f.mantissa)) & 1) << f.mantissa | word & (2**f.mantissa - 1)
-    planes = torch.stack([(rest >> (8 * p)) & 255 for p in range(f.planes)])
-    used = planes.any(1).tolist()
-    odd = (
-        pack_bits_ref((rest >> (8 * f.planes)).to(torch.int16)[:, None], [f.odd_bits])
-        if f.odd_bits
-        else torch.empty(0, dtype=torch.uint8, device=x.device)
-    )
-    encoded = ExactCodes(
-        book.to(torch.uint8),
-        (pairs[:, 0] | pairs[:, 1] << 4).to(torch.uint8),
-        counts.to(torch.int16),
+    top = (rest >> (8 * f.planes)).to(torch.int16)
+    return (
+        pairs[:, 0] | pairs[:, 1] << 4,
+        blocks.sum(1, dtype=torch.int16),
         exponent[escaped].to(torch.uint8),
-        planes[used].to(torch.uint8),
-        odd,
-        sum(1 << p for p, u in enumerate(used) if not u),
-        n,
+        torch.stack([((rest >> (8 * p)) & 255).to(torch.uint8) for p in range(f.planes)]),
+        pack_bits_ref(top[:, None], [f.odd_bits]).view(f.odd_bits, -(-n // 8)),
     )
-    return encoded if encoded.nbytes < n * x.element_size() else None
 
 
 def exact_decode_ref(codes: ExactCodes, dtype: torch.dtype) -> Tensor:
-    """The flat tensor [numel] that was encoded, bit for bit."""
+    """The flat tensor [numel] that was encoded, bit for bit. Raises LaneError where escapes are missing or left over."""
     f = EXACT_FIELDS[dtype]
-    n, device = codes.numel, codes.codes.device
-    code = torch.stack((codes.codes & 15, codes.codes >> 4), dim=1).view(-1)[:n].long()
-    exponent = _pad_last(codes.book, EXACT_ESCAPE + 1, 0).long()[code]
-    exponent[code == EXACT_ESCAPE] = codes.escapes.long()
-    rest = torch.zeros(n, dtype=torch.int64, device=device)
-    stored = iter(codes.planes)
-    for p in range(f.planes):
-        if not codes.zero_planes >> p & 1:
-            rest |= next(stored).long() << (8 * p)
-    if f.odd_bits:
-        rest |= unpack_bits_ref(codes.odd, [f.odd_bits], n)[:, 0].long() << (8 * f.planes)
-    word = (rest >> f.mantissa) << (f.exponent + f.mantissa) | exponent << f.mantissa | rest & (2**f.mantissa - 1)
-    return word.to(f.word).view(dtype)
+    out = torch.empty(codes.numel, dtype=f.word, device=codes.codes.device)
+    stored = [p for p in range(f.planes) if not codes.zero_planes >> p & 1]
+    odd = codes.odd.view(f.odd_bits, -(-codes.numel // 8))
+    book = _pad_last(codes.book, EXACT_ESCAPE + 1, 0)
+    used = 0
+    for start in range(0, codes.numel, EXACT_CHUNK):
+        stop = min(start + EXACT_CHUNK, codes.numel)
+        pairs = codes.codes[start // 2 : -(-stop // 2)]
+        code = torch.stack((pairs & 15, pairs >> 4), dim=1).view(-1)[: stop - start]
+        exponent = book.index_select(0, code.to(torch.int32)).to(f.word)
+        escaped = code == EXACT_ESCAPE
+        escapes = codes.escapes[used : used + int(escaped.sum())]
+        used += int(escaped.sum())
+        if used > codes.escapes.numel():
+            break
+        exponent[escaped] = escapes.to(f.word)
+        octets = odd[:, start // 8 : -(-stop // 8)].reshape(-1)
+        rest = unpack_bits_ref(octets, [f.odd_bits], stop - start)[:, 0].to(f.word) << (8 * f.planes)
+        for p, plane in zip(stored, codes.planes, strict=True):
+            rest |= plane[start:stop].to(f.word) << (8 * p)
+        sign = (rest >> f.mantissa) << (f.exponent + f.mantissa)
+        out[start:stop] = sign | exponent << f.mantissa | rest & (2**f.mantissa - 1)
+    if used != codes.escapes.numel():
+        raise LaneError(f"exact codes mark {used} escapes or more, {codes.escapes.numel()} are listed")
+    return out.view(dtype)

@@ -1,1 +1,68 @@
-"""sidelane: move tensors over narrow wires by making them smaller on the way."""
+"""sidelane: move tensors over narrow wires by making them smaller on the way.
+
+Names are loaded on first use: `import sidelane` alone touches neither torch, Triton nor CUDA.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from sidelane.errors import (
+    BasisError,
+    BudgetError,
+    LaneError,
+    LaneUnavailable,
+    OffloadError,
+    PacketError,
+    SidelaneError,
+)
+
+if TYPE_CHECKING:
+    from sidelane.codec.packet import Packet
+    from sidelane.pipeline.basis import Basis
+    from sidelane.pipeline.calibrate import calibrate
+    from sidelane.pipeline.checkpoint import OffloadedCheckpoint, checkpoint
+    from sidelane.pipeline.compress import compress, decompress
+    from sidelane.pipeline.offload import offload
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Basis",
+    "BasisError",
+    "BudgetError",
+    "LaneError",
+    "LaneUnavailable",
+    "OffloadError",
+    "OffloadedCheckpoint",
+    "Packet",
+    "PacketError",
+    "SidelaneError",
+    "__version__",
+    "calibrate",
+    "checkpoint",
+    "compress",
+    "decompress",
+    "offload",
+]
+
+_LAZY = {
+    "Basis": "sidelane.pipeline.basis",
+    "OffloadedCheckpoint": "sidelane.pipeline.checkpoint",
+    "Packet": "sidelane.codec.packet",
+    "calibrate": "sidelane.pipeline.calibrate",
+    "checkpoint": "sidelane.pipeline.checkpoint",
+    "compress": "sidelane.pipeline.compress",
+    "decompress": "sidelane.pipeline.compress",
+    "offload": "sidelane.pipeline.offload",
+}
+
+
+def __getattr__(name: str) -> object:
+    """PEP 562: import the module that defines `name`."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'sidelane' has no attribute '{name}'")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

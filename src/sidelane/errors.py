@@ -33,3 +33,15 @@ class BudgetError(SidelaneError, MemoryError):
 
 class OffloadError(SidelaneError, RuntimeError):
     """A saved tensor cannot be given back as it was packed."""
+
+
+class AbiError(SidelaneError, RuntimeError):
+    """A driver table lacks a name or contradicts itself: the installation is damaged."""
+
+
+class DriverError(SidelaneError, RuntimeError):
+    """A driver call failed. `call`, `status` and `name` say which one and how; `hint` what to do about it."""
+
+    def __init__(self, call: str, status: int, name: str, hint: str = "") -> None:
+        super().__init__(f"{call} -> {status} ({name})" + (f": {hint}" if hint else ""))
+        self.call, self.status, self.name, self.hint = call, status, name, hint

@@ -1,8 +1,9 @@
 """Where every code sits in a video surface: formats, pixel mappings, frame sizes. Standard library only.
 
-A *surface* is `frames` consecutive frames, each a matrix of `rows` by `width` samples with a common pitch. Every
-supported format stores its planes below each other with the same pitch (Y then interleaved UV for 4:2:0; Y, U, V for
-4:4:4), so the whole surface is one tall matrix and a pixel mapping is a rule (token, channel) -> position in it.
+A *surface* is `frames` consecutive frames, each a matrix of `rows` by `width` samples with a common pitch.
+Every supported format stores its planes below each other with the same pitch (Y then interleaved UV for
+4:2:0; Y, U, V for 4:4:4), so the whole surface is one tall matrix and a pixel mapping is a rule (token,
+channel) -> position in it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ MAX_SIDE = 8192
 
 @dataclass(frozen=True)
 class SurfaceFormat:
-    """A sample layout. `bits` per code; `itemsize` bytes per sample; a code is stored shifted left by `shift`."""
+    """A sample layout: `bits` per code, `itemsize` bytes per sample, codes stored shifted left by `shift`."""
 
     name: str
     code: int  # number in packet headers
@@ -59,16 +60,17 @@ MAPPINGS = {TOKEN_ROWS: 1, CHANNEL_ROWS: 2, CHANNEL_TILES: 3}  # name -> number 
 class SurfaceLayout:
     """Position of codes [T, K] in a surface.
 
-    The code (t, k) has the linear position i in the matrix of code rows (`frames * format.code_rows(height)` rows of
-    `width` samples):
+    The code (t, k) has the linear position i in the matrix of code rows (`frames *
+    format.code_rows(height)` rows of `width` samples):
 
     - token_rows:    i = t * stride + k
     - channel_rows:  i = k * stride + t
     - channel_tiles: i = ((k // across) * tile_h + t // tile_w) * width + (k % across) * tile_w + t % tile_w
 
-    Row g = i // width, column x = i % width. In the split format the low nibble of position i sits in the UV plane of
-    the same frame at byte j = p // 2 of its `width`-byte rows, p = i modulo the luma samples of a frame; even p in
-    the low half of the byte. Codes at odd and even neighbours of one byte always belong to one token or channel row.
+    Row g = i // width, column x = i % width. In the split format the low nibble of position i sits in the
+    UV plane of the same frame at byte j = p // 2 of its `width`-byte rows, p = i modulo the luma samples of
+    a frame; even p in the low half of the byte. Both codes of such a byte belong to one token (token_rows)
+    or one channel.
     """
 
     format: SurfaceFormat
@@ -87,13 +89,19 @@ class SurfaceLayout:
         if self.width % 2 or self.height % 2 or self.width < 2 or self.height < 2:
             raise ValueError(f"surface {self.width}x{self.height}: both sides must be even and at least 2")
         if self.pitch < self.width * self.format.itemsize or self.pitch % self.format.itemsize:
-            raise ValueError(f"pitch {self.pitch} does not hold {self.width} samples of {self.format.itemsize} bytes")
+            raise ValueError(
+                f"pitch {self.pitch} does not hold {self.width} samples of {self.format.itemsize} bytes"
+            )
         if self.mapping == CHANNEL_TILES and not (0 < self.tile_w <= self.width and self.tile_w % 2 == 0):
             raise ValueError(f"tile width {self.tile_w} must be even and within {self.width}")
         if min(self.tokens, self.channels, self.frames) < 1:
-            raise ValueError(f"tokens {self.tokens}, channels {self.channels}, frames {self.frames}: at least 1 each")
+            raise ValueError(
+                f"tokens {self.tokens}, channels {self.channels}, frames {self.frames}: at least 1 each"
+            )
         if self.positions > self.capacity:
-            raise ValueError(f"{self.positions} positions do not fit the {self.capacity} samples of the surface")
+            raise ValueError(
+                f"{self.positions} positions do not fit the {self.capacity} samples of the surface"
+            )
 
     @property
     def stride(self) -> int:
@@ -148,8 +156,8 @@ def plan_surface(
     pitch_alignment: int = 256,
     max_side: int = 4096,
 ) -> SurfaceLayout:
-    """Frame size for codes [tokens, channels]: rows of the mapping aligned with rows of the picture where they fit,
-    frames near square, at least MIN_SIDE, at most `max_side` per side, as few as possible.
+    """Frame size for codes [tokens, channels]: rows of the mapping aligned with rows of the picture where
+    they fit, frames near square, at least MIN_SIDE, at most `max_side` per side, as few as possible.
 
     Raises ValueError if an argument is out of range.
     """
@@ -157,6 +165,11 @@ def plan_surface(
         raise ValueError(f"max_side {max_side} is outside {MIN_SIDE}..{MAX_SIDE}")
     if mapping not in MAPPINGS:
         raise ValueError(f"unknown mapping '{mapping}': use one of {', '.join(MAPPINGS)}")
+    if min(tokens, channels) < 1:
+        raise ValueError(f"tokens {tokens}, channels {channels}: at least 1 each")
+    if pitch_alignment < 1 or pitch_alignment % format.itemsize:
+        raise ValueError(f"pitch_alignment {pitch_alignment} is not a positive multiple of {format.itemsize}")
+    max_side -= max_side % 2
     tile_w = 0
     if mapping == CHANNEL_TILES:
         tile_w = min(-(-max(isqrt(tokens), 2) // 8) * 8, max_side)
@@ -164,15 +177,17 @@ def plan_surface(
     else:
         length, count = (channels, tokens) if mapping == TOKEN_ROWS else (tokens, channels)
         unit = length + length % 2
-    if unit > max_side:
-        width = max_side
+    # Near square in luma: width^2 ~ samples / code rows per luma row.
+    luma = unit * count * 2 // (2 if format.split else 3 if format.subsampled else 6)
+    width = min(max(isqrt(luma), MIN_SIDE), max_side)
+    fitting = max_side // unit  # rows of the mapping side by side
+    if fitting * unit < MIN_SIDE:
+        width -= width % 2
     else:
-        # Near square in luma: width^2 ~ samples / rows-per-luma-row.
-        luma = max(1, unit * count * 2 // (2 if format.split else 3 if format.subsampled else 6))
-        width = min(max(1, isqrt(luma) // unit), max_side // unit) * unit
-        while width < MIN_SIDE:
-            width += unit
-    probe = SurfaceLayout(format, mapping, tokens, channels, width, MAX_SIDE, 1 << 40, width * format.itemsize, tile_w)
+        width = min(max(width // unit, -(-MIN_SIDE // unit)), fitting) * unit
+    probe = SurfaceLayout(
+        format, mapping, tokens, channels, width, MAX_SIDE, 1 << 40, width * format.itemsize, tile_w
+    )
     code_rows = -(-probe.positions // width)
     frames = -(-code_rows // format.code_rows(max_side))
     per_frame = -(-code_rows // frames)

@@ -1,0 +1,87 @@
+"""What every benchmark shares: the environment of a row, CSV files that only grow, figures."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def environment() -> dict[str, str]:
+    """Machine, versions, commit and date, the same columns everywhere; "" for what this machine lacks."""
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit + ("+changes" if changed else ""),
+        "cpu": _cpu(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "driver": _first_line(Path("/sys/module/nvidia/version")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "av": _version("av"),
+    }
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows that share their keys to a CSV file.
+
+    Raises ValueError when the file has another header: then its rows mean something else.
+    """
+    header = list(rows[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and _first_line(path) != ",".join(header):
+        raise ValueError(f"{path} has other columns: move it away to start a new one")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, header, lineterminator="\n")
+        if not file.tell():
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+@contextmanager
+def figure(path: Path, columns: int) -> Iterator[Sequence[Any]]:
+    """Axes side by side; the PNG is written at the end."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(6.4 * columns, 4.8), layout="constrained")
+    yield drawing.subplots(1, columns, squeeze=False)[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, dpi=130)
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _first_line(path: Path) -> str:
+    return path.read_text().partition("\n")[0] if path.exists() else ""
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

@@ -1,0 +1,96 @@
+"""One call each way: a tensor into a packet under a bound on the error, and back."""
+
+from __future__ import annotations
+
+from math import inf, isfinite, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidelane.codec.lane import Lane
+from sidelane.codec.packet import Packet, flatten
+from sidelane.errors import LaneError
+from sidelane.kernels.reference import GROUP_BITS
+from sidelane.pipeline.basis import Basis
+from sidelane.pipeline.lanes import PackedLane, decode_packet, open_lane, plain
+
+CHUNK = 1 << 20  # elements measured at a time, in float64
+
+
+def compress(
+    tensor: Tensor,
+    *,
+    lane: str | Lane | None = None,
+    max_rel_error: float | None = None,
+    basis: Basis | None = None,
+    **options: Any,
+) -> Packet:
+    """Encode a strided tensor of any dtype and layout.
+
+    Args:
+        lane: name for `open_lane`, or a lane. Default: "exact", or "packed" when `max_rel_error` is given.
+        max_rel_error: bound on ||decoded - tensor|| / ||tensor|| over the finite elements; NaN and Inf are
+            restored bit for bit. Every attempt is decoded and measured, and finer lanes are tried until the
+            bound holds, so it holds for every input. Without `bits` the packed lane starts at 2 bits.
+        basis, options: for `open_lane`.
+
+    Raises LaneError for an unknown lane or option, a bound below 0, and tensors without dense elements.
+    """
+    if max_rel_error is not None and not 0 <= max_rel_error < inf:
+        raise LaneError(f"max_rel_error={max_rel_error!r} is not a number from 0 up")
+    if basis is not None:
+        options["basis"] = basis
+    if lane is None:
+        lane = "exact" if max_rel_error is None else "packed"
+    if isinstance(lane, str):
+        if lane == "packed" and max_rel_error is not None:
+            options.setdefault("bits", min(GROUP_BITS))
+        lane = open_lane(lane, **options)
+    elif options:
+        raise LaneError(f"{', '.join(options)} cannot be set on a lane that is open: set them in open_lane")
+    if max_rel_error is None:
+        return lane.encode(tensor)
+    tensor = plain(tensor)
+    flat = flatten(tensor)
+    tensor = Packet.like("raw", tensor).unflatten(flat)
+    attempt: Lane | None = lane.for_tensor(tensor) if isinstance(lane, PackedLane) else lane
+    while attempt is not None:
+        packet = attempt.encode(tensor)
+        if packet.lane in ("raw", "exact"):
+            return packet
+        error = relative_error(flat, flatten(attempt.decode(packet)))
+        if error <= max_rel_error:
+            return packet.with_(rel_error=error)
+        attempt = attempt.finer()
+    raise LaneError(f"{lane.name} has no exact lane behind it: no code keeps {max_rel_error}")
+
+
+def decompress(
+    packet: Packet, *, basis: Basis | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """The tensor of a packet with its shape and dtype, strides compact, on `device` or that of the packet.
+
+    Raises PacketError for a packet whose parts do not fit together, BasisError when it needs another basis.
+    """
+    return decode_packet(packet if device is None else packet.to(device), basis)
+
+
+def relative_error(reference: Tensor, decoded: Tensor) -> float:
+    """||decoded - reference|| / ||reference|| of flat floats, in float64 over finite elements of `reference`.
+
+    Infinite when another element differs in any bit, when `decoded` is not finite where `reference` is, or
+    when only `reference` is all zero.
+    """
+    word = {2: torch.int16, 4: torch.int32}[reference.element_size()]
+    noise, signal = (torch.zeros((), dtype=torch.float64, device=reference.device) for _ in range(2))
+    for x, y in zip(torch.split(reference, CHUNK), torch.split(decoded, CHUNK), strict=True):
+        finite = x.isfinite()
+        wide = torch.where(finite, x, 0).double()
+        signal += wide.square().sum()
+        noise += (torch.where(finite, y, 0).double() - wide).square().sum()
+        noise += torch.where(~finite & (x.view(word) != y.view(word)), inf, 0.0).sum()
+    total, lost = float(signal), float(noise)
+    if lost == 0:
+        return 0.0
+    return sqrt(lost / total) if total > 0 and isfinite(lost) else inf

@@ -1,0 +1,120 @@
+"""Which elements of a storage a saved tensor covers, and how it is laid over the decoded ones again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sidelane.codec.packet import compact_strides
+
+# A view that covers this share of its storage stands for all of it: the q, k and v of one fused projection
+# are a third each, are all saved, and so share one packet. A smaller view is stored alone, as its own
+# elements.
+WHOLE_SHARE = 3
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+def element_set(size: tuple[int, ...], stride: tuple[int, ...]) -> Pairs | None:
+    """The distinct elements of a view as merged (stride, size) pairs, innermost first: equal for a view, its
+    transposes, its reshapes and its expansions. None when two indices share an element otherwise than by
+    stride 0.
+    """
+    merged: list[tuple[int, int]] = []
+    reach = 0  # furthest element of the inner dimensions
+    for step, n in sorted((step, n) for n, step in zip(size, stride, strict=True) if n > 1 and step > 0):
+        if step <= reach:
+            return None
+        if merged and merged[-1][0] * merged[-1][1] == step:
+            merged[-1] = (merged[-1][0], merged[-1][1] * n)
+        else:
+            merged.append((step, n))
+        reach += step * (n - 1)
+    return tuple(merged)
+
+
+@dataclass(frozen=True)
+class View:
+    """A strided tensor without its memory. `offset` and `stride` are in elements of `dtype`."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    compact: tuple[int, ...]  # `stride` with the gaps closed
+    offset: int
+    conj: bool
+    neg: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> View:
+        return cls(
+            tensor.dtype,
+            tuple(tensor.shape),
+            tensor.stride(),
+            compact_strides(tensor),
+            int(tensor.storage_offset()),
+            tensor.is_conj(),
+            tensor.is_neg(),
+        )
+
+    @property
+    def pairs(self) -> Pairs | None:
+        return element_set(self.size, self.stride)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the distinct elements."""
+        if 0 in self.size:
+            return 0
+        return (
+            prod(n for n, step in zip(self.size, self.stride, strict=True) if step or n == 1)
+            * self.dtype.itemsize
+        )
+
+    def over(self, storage: torch.UntypedStorage) -> Tensor:
+        """The saved tensor over a copy of its whole storage: same size, stride, offset and bits."""
+        return self._flags(self._lay(storage, self.offset, self.stride))
+
+    def over_elements(self, storage: torch.UntypedStorage) -> Tensor:
+        """The saved tensor from a storage of its elements alone, in memory order. Same size and stride; the
+        offset is 0. Gaps between the elements are allocated again, and their content is undefined."""
+        dense = self._lay(storage, 0, self.compact)
+        if self.compact == self.stride:
+            return self._flags(dense)
+        span = 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+        out = torch.empty(span, dtype=self.dtype, device=storage.device).as_strided(self.size, self.stride)
+        target, source = out, dense
+        for d, step in enumerate(self.stride):
+            if step == 0:  # one element stands for all
+                target, source = target.narrow(d, 0, 1), source.narrow(d, 0, 1)
+        target.copy_(source)
+        return self._flags(out)
+
+    def _lay(self, storage: torch.UntypedStorage, offset: int, stride: tuple[int, ...]) -> Tensor:
+        return torch.empty(0, dtype=self.dtype, device=storage.device).set_(
+            storage, offset, self.size, stride
+        )
+
+    def _flags(self, tensor: Tensor) -> Tensor:
+        if self.conj:
+            tensor = tensor.conj()
+        return torch._neg_view(tensor) if self.neg else tensor
+
+
+def without_flags(tensor: Tensor) -> Tensor:
+    """`tensor`, detached, as its memory holds it: conjugate and negative bits taken off."""
+    tensor = tensor.detach()
+    if tensor.is_conj():
+        tensor = tensor.conj()
+    return torch._neg_view(tensor) if tensor.is_neg() else tensor
+
+
+def whole_storage(tensor: Tensor) -> Tensor:
+    """The storage of `tensor` as a flat tensor, of its dtype where that divides the bytes."""
+    storage = tensor.untyped_storage()
+    dtype = tensor.dtype if storage.nbytes() % tensor.dtype.itemsize == 0 else torch.uint8
+    numel = storage.nbytes() // dtype.itemsize
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, 0, (numel,), (1,))

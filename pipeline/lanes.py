@@ -1,0 +1,291 @@
+"""The lanes that need no codec: raw, exact and packed; the table that opens a lane and decodes any packet."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidelane.codec.lane import Lane
+from sidelane.codec.packet import DTYPES, NO_DIGEST, Packet, flatten
+from sidelane.errors import BasisError, LaneError, PacketError
+from sidelane.kernels._launch import cdiv
+from sidelane.kernels.exact import exact_decode, exact_encode
+from sidelane.kernels.reference import (
+    EXACT_BLOCK,
+    EXACT_ESCAPE,
+    EXACT_FIELDS,
+    GROUP_BITS,
+    GROUP_SIZES,
+    MAX_CODE_BITS,
+    ExactCodes,
+)
+from sidelane.pipeline.basis import Basis
+from sidelane.pipeline.packed import (
+    LOSSY_DTYPES,
+    as_bytes,
+    decode_basis,
+    decode_groups,
+    encode_basis,
+    encode_groups,
+    fits,
+)
+
+_REAL = {torch.complex64: torch.float32, torch.complex32: torch.float16}  # coded as pairs of floats
+
+
+@dataclass(frozen=True)
+class RawLane:
+    """Stores the distinct elements as they are: any dtype, every bit."""
+
+    name = "raw"
+    exact = True
+
+    def encode(self, tensor: Tensor) -> Packet:
+        tensor = plain(tensor)
+        return _encode_raw(Packet.like("raw", tensor), flatten(tensor))
+
+    def decode(self, packet: Packet) -> Tensor:
+        return _decode_own(packet, "raw")
+
+    def finer(self) -> Lane | None:
+        return None
+
+
+@dataclass(frozen=True)
+class ExactLane:
+    """Codes the exponents of bf16, fp16, fp32, complex32 and complex64 without loss (see `ExactCodes`).
+
+    Other dtypes, and tensors that this does not make smaller, are stored raw.
+    """
+
+    name = "exact"
+    exact = True
+
+    def encode(self, tensor: Tensor) -> Packet:
+        tensor = plain(tensor)
+        return _encode_exact(Packet.like("exact", tensor), flatten(tensor))
+
+    def decode(self, packet: Packet) -> Tensor:
+        return _decode_own(packet, "raw", "exact")
+
+    def finer(self) -> Lane | None:
+        return None
+
+
+@dataclass(frozen=True)
+class PackedLane:
+    """Codes bf16, fp16 and fp32 with loss; NaN and Inf, and every other dtype, are restored bit for bit.
+
+    Without a basis, groups of `group` neighbours in memory share a scale (see `GroupCodes`). With one, rows
+    [T, D] in memory order are projected and each coefficient takes `width` bits, or what the basis allocates;
+    tensors that are not rows of the basis take the group code. What does not become smaller is stored raw.
+
+    Args:
+        bits: 2, 4 or 8 per element of the group code.
+        group: elements that share a scale, 32, 64, 128 or 256.
+        symmetric: no offset; for data centred on zero.
+        seed: None rounds groups to nearest; a number rounds them stochastically.
+        basis: principal components of the rows, or None.
+        width: 1..12 bits for every coefficient of the basis.
+
+    Raises LaneError for an option outside these.
+    """
+
+    bits: int = 8
+    group: int = 64
+    symmetric: bool = False
+    seed: int | None = None
+    basis: Basis | None = None
+    width: int | None = None
+
+    name = "packed"
+    exact = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in GROUP_BITS:
+            raise LaneError(f"bits={self.bits!r} is not one of {GROUP_BITS}")
+        if self.group not in GROUP_SIZES:
+            raise LaneError(f"group={self.group!r} is not one of {GROUP_SIZES}")
+        if self.seed is not None and not isinstance(self.seed, int):
+            raise LaneError(f"seed={self.seed!r} is neither None nor an integer")
+        if self.basis is not None and not isinstance(self.basis, Basis):
+            raise LaneError(f"basis is a {type(self.basis).__name__}: pass a Basis")
+        if self.basis is None and self.width is not None:
+            raise LaneError(f"width={self.width!r} needs a basis; for groups use bits")
+        if self.width is not None and self.width not in range(1, MAX_CODE_BITS + 1):
+            raise LaneError(f"width={self.width!r} is outside 1..{MAX_CODE_BITS}")
+
+    def encode(self, tensor: Tensor) -> Packet:
+        tensor = plain(tensor)
+        packet, flat = Packet.like("packed", tensor), flatten(tensor)
+        if packet.dtype not in LOSSY_DTYPES or not packet.flat_numel:
+            return _encode_exact(packet, flat)
+        if self.basis is not None and fits(self.basis, packet):
+            packet = encode_basis(packet, flat, self.basis, self.width)
+        else:
+            packet = encode_groups(packet, flat, self.bits, self.group, self.symmetric, self.seed)
+        return _or_raw(packet, flat)
+
+    def decode(self, packet: Packet) -> Tensor:
+        return _decode_own(packet, "raw", "exact", "packed", basis=self.basis)
+
+    def finer(self) -> Lane | None:
+        """Wider coefficients up to 12 bits, then groups of more bits per element, then `ExactLane`."""
+        rate = self.bits
+        if self.basis is not None:
+            width = self.width or max(self.basis.widths)
+            wider = min(width + 2, MAX_CODE_BITS)
+            if width < wider and self.basis.rank * wider < max(GROUP_BITS) * self.basis.dim:
+                return replace(self, width=wider)
+            rate = self.basis.rank * width // self.basis.dim
+        for bits in GROUP_BITS:
+            if bits > rate:
+                return replace(self, bits=bits, basis=None, width=None)
+        return ExactLane()
+
+    def for_tensor(self, tensor: Tensor) -> PackedLane:
+        """This lane without its basis when `tensor` is not made of its rows: what `encode` does with it."""
+        if self.basis is None or fits(self.basis, Packet.like("packed", tensor)):
+            return self
+        return replace(self, basis=None, width=None)
+
+
+def _video_lane() -> type[Lane]:
+    from sidelane.pipeline.video import VideoLane  # PyAV is loaded by those who use it
+
+    return VideoLane
+
+
+LANES: dict[str, Callable[[], type[Lane]]] = {
+    "raw": lambda: RawLane,
+    "exact": lambda: ExactLane,
+    "packed": lambda: PackedLane,
+    "video-cpu": _video_lane,
+}
+
+
+def open_lane(name: str, **options: Any) -> Lane:
+    """The lane `name` ("raw", "exact", "packed" or "video-cpu") with the options of its class.
+
+    Raises LaneError for an unknown name or option, LaneUnavailable when this machine cannot run the lane.
+    """
+    if name not in LANES:
+        raise LaneError(f"unknown lane {name!r}: use one of {', '.join(LANES)}")
+    factory = LANES[name]()
+    known = list(inspect.signature(factory).parameters)
+    for option in options:
+        if option not in known:
+            raise LaneError(f"lane '{name}' has no option '{option}': it has {', '.join(known) or 'none'}")
+    return factory(**options)
+
+
+def decode_packet(packet: Packet, basis: Basis | None = None) -> Tensor:
+    """The tensor of a packet of any lane, on the packet's device.
+
+    Raises PacketError when the parts of the packet do not fit together, BasisError when it needs a basis.
+    """
+    if packet.digest == NO_DIGEST:
+        basis = None
+    elif basis is None or basis.digest != packet.digest:
+        got = "none was given" if basis is None else f"got {basis.digest.hex()[:16]}"
+        raise BasisError(f"packet needs the basis with digest {packet.digest.hex()}, {got}: pass basis=")
+    if packet.lane == "raw":
+        flat = _decode_raw(packet)
+    elif packet.lane == "exact":
+        flat = _decode_exact(packet)
+    elif packet.lane == "packed":
+        flat = decode_groups(packet) if basis is None else decode_basis(packet, basis)
+    elif packet.lane == "video":
+        return open_lane("video-cpu", basis=basis).decode(packet)
+    else:
+        raise PacketError("lane", f"{packet.lane!r} is unknown")
+    return packet.unflatten(flat)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """`tensor` detached, conjugate and negative bits resolved. Raises LaneError for a kind no lane stores."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_nested:
+        raise LaneError(f"{type(tensor).__name__} is not a plain tensor: pass the dense tensors inside it")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise LaneError(
+            f"a tensor of {tensor.layout} on {tensor.device} has no dense elements: use to_dense()"
+        )
+    if tensor.dtype not in DTYPES:
+        raise LaneError(f"dtype {tensor.dtype} has no place in a packet: convert it first")
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def _decode_own(packet: Packet, *lanes: str, basis: Basis | None = None) -> Tensor:
+    if packet.lane not in lanes:
+        raise PacketError("lane", f"'{packet.lane}' is not of this lane: use decode_packet")
+    return decode_packet(packet, basis)
+
+
+def _encode_raw(packet: Packet, flat: Tensor) -> Packet:
+    """`packet` with a copy of `flat`: the caller may change its tensor afterwards."""
+    return packet.with_(lane="raw", sections={"data": as_bytes(flat.clone())})
+
+
+def _decode_raw(packet: Packet) -> Tensor:
+    packet.numbers(0)
+    packet.check_sections("data")
+    data = packet.section("data", packet.dtype, packet.flat_numel)
+    # A byte of a bool that is neither 0 nor 1 would be undefined.
+    return data.view(torch.uint8).ne(0) if packet.dtype == torch.bool else data.clone()
+
+
+def _or_raw(packet: Packet, flat: Tensor) -> Packet:
+    """`packet` where it is smaller than a raw one."""
+    stored = packet.with_(lane="raw", sections={"data": as_bytes(flat)}, params=(), bits=0, digest=NO_DIGEST)
+    return packet if packet.nbytes < stored.nbytes else _encode_raw(stored.with_(rel_error=0.0), flat)
+
+
+def _encode_exact(packet: Packet, flat: Tensor) -> Packet:
+    real = flat.view(_REAL.get(packet.dtype, packet.dtype))
+    codes = exact_encode(real) if real.dtype in EXACT_FIELDS and real.numel() else None
+    if codes is None:
+        return _encode_raw(packet, flat)
+    parts = ("book", "codes", "counts", "escapes", "planes", "odd")
+    return _or_raw(
+        packet.with_(
+            lane="exact",
+            sections={name: as_bytes(getattr(codes, name)) for name in parts},
+            params=(codes.zero_planes,),
+        ),
+        flat,
+    )
+
+
+def _decode_exact(packet: Packet) -> Tensor:
+    """The flat elements of `_encode_exact`; params: zero_planes."""
+    dtype = _REAL.get(packet.dtype, packet.dtype)
+    if dtype not in EXACT_FIELDS:
+        raise PacketError("dtype", f"{packet.dtype} has no exact code")
+    f = EXACT_FIELDS[dtype]
+    n = packet.raw_nbytes // dtype.itemsize
+    if not n:
+        raise PacketError("shape", "empty tensors have no exact code")
+    (zero_planes,) = packet.numbers(1)
+    if zero_planes >> f.planes:
+        raise PacketError("params", f"zero planes {zero_planes:#x}, but {dtype} has {f.planes}")
+    stored = f.planes - zero_planes.bit_count()
+    packet.check_sections("book", "codes", "counts", "escapes", "planes", "odd")
+    codes = ExactCodes(
+        packet.section("book", numel=EXACT_ESCAPE),
+        packet.section("codes", numel=cdiv(n, 2)),
+        packet.section("counts", torch.int16, cdiv(n, EXACT_BLOCK)),
+        packet.section("escapes"),
+        packet.section("planes", numel=stored * n).view(stored, n),
+        packet.section("odd", numel=cdiv(n, 8) * f.odd_bits),
+        zero_planes,
+        n,
+    )
+    try:
+        return exact_decode(codes, dtype).view(packet.dtype)
+    except LaneError as error:
+        raise PacketError("escapes", str(error)) from error

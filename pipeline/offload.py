@@ -1,0 +1,357 @@
+"""Saved activations leave the GPU through a lane: a context of saved-tensor hooks."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from math import inf
+from types import TracebackType
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
+
+from sidelane.codec.lane import Lane
+from sidelane.codec.packet import Packet, flatten
+from sidelane.errors import BudgetError, LaneError, OffloadError
+from sidelane.kernels.reference import GROUP_BITS
+from sidelane.pipeline.basis import Basis
+from sidelane.pipeline.compress import compress, relative_error
+from sidelane.pipeline.extent import WHOLE_SHARE, View, whole_storage, without_flags
+from sidelane.pipeline.lanes import decode_packet, open_lane
+from sidelane.pipeline.policy import may_lose_bits, view_of, why_kept
+from sidelane.pipeline.report import Report, Tally
+from sidelane.pipeline.stash import (
+    Budget,
+    Home,
+    Index,
+    Kept,
+    Resident,
+    Spilled,
+    Stash,
+    Ticket,
+    Truth,
+    data_key,
+    describe,
+)
+from sidelane.pipeline.wire import DeviceCopy, HostCopy, Wire
+
+MIN_BYTES = 256 << 10
+POLICIES = ("keep", "spill", "error")
+
+_active = threading.local()  # .stack: contexts entered by this thread, innermost last
+
+
+class offload:
+    """Context manager: what autograd saves inside it is encoded and moved to host memory until backward asks
+    for it.
+
+    Encoding runs on the current stream when a tensor is saved, so a later change of the tensor does not reach
+    the gradients. CUDA packets then cross to pinned memory on a side stream and are fetched back ahead of
+    their use; CPU packets stay where they are. Backward may run inside or outside the context, several times,
+    on any thread. A context can be entered again, nested (the innermost applies) and shared by threads.
+
+    Left alone: parameters, their views and autocast casts, other leaves, tensors below `min_bytes`, what
+    backward itself saves, tensor subclasses, other devices than CPU and CUDA. Data is stored once however
+    many views of it are saved. Tensors that are unpacked while another view of the same data is still in use
+    share its memory, as they did when they were saved; an operator that overwrites a saved tensor in its
+    backward changes all of them, with this context as without it.
+
+    Args:
+        lane: name for `open_lane`, or a lane. Default: "exact", or "packed" when `max_rel_error` is given.
+            Lossy lanes apply to activations alone (see `policy.may_lose_bits`); everything else takes the
+            exact lane.
+        max_rel_error: bound on the relative Frobenius error of every saved tensor, kept by finer lanes
+            (`compress`).
+        min_bytes: smaller tensors are kept.
+        host_budget: bytes of packets in host memory, as allocated; None for no limit.
+        gpu_budget: bytes this context holds on the device of the tensors: packets on their way, fetched
+            ahead, or kept because the host budget is full; None for no limit. One packet in the middle of
+            being encoded or decoded is not counted.
+        on_full: when the host budget is full: "keep" the packet on its device, "spill" it to a file, which
+            waits for the device and falls back to "keep" when the disk is full, or raise an "error".
+        keep_last: newest packets whose device copy stays after it was copied out, because backward starts
+            with them.
+        checker: keep a copy of all that is packed, verify every unpack, and find changes that the version
+            counters of tensors do not show. Costs the memory that offloading saves, and waits for the device.
+        spill_dir: where "spill" makes its temporary folder; default: the system's.
+        basis, lane_options: for `open_lane`.
+
+    Raises LaneError for a bad argument. Inside, packing raises BudgetError when the budgets are full and the
+    policy knows no way around; unpacking raises OffloadError when a tensor cannot be given back as it was
+    packed.
+    """
+
+    def __init__(
+        self,
+        lane: str | Lane | None = None,
+        *,
+        max_rel_error: float | None = None,
+        min_bytes: int = MIN_BYTES,
+        gpu_budget: int | None = None,
+        host_budget: int | None = None,
+        on_full: str = "keep",
+        keep_last: int = 2,
+        checker: bool = False,
+        spill_dir: str | None = None,
+        basis: Basis | None = None,
+        **lane_options: Any,
+    ) -> None:
+        for name, value in (("gpu_budget", gpu_budget), ("host_budget", host_budget)):
+            _check_size(name, value, optional=True)
+        _check_size("min_bytes", min_bytes)
+        _check_size("keep_last", keep_last)
+        if on_full not in POLICIES:
+            raise LaneError(f"on_full={on_full!r} is not one of {', '.join(POLICIES)}")
+        if max_rel_error is not None and not 0 <= max_rel_error < inf:
+            raise LaneError(f"max_rel_error={max_rel_error!r} is not a number from 0 up")
+        self._lane = _open(lane, max_rel_error, basis, lane_options)
+        self._exact = self._lane if self._lane.exact else open_lane("exact")
+        self._basis: Basis | None = getattr(self._lane, "basis", None)
+        self._max_rel_error = max_rel_error
+        self._min_bytes = min_bytes
+        self._on_full = on_full
+        self._checker = checker
+        self._spill_dir = spill_dir
+        self._spill_folder: str | None = None
+        self._host = Budget(host_budget)
+        self._device = Budget(gpu_budget)
+        self._tickets = Budget()
+        self._index = Index()
+        self._tally = Tally()
+        self._wire = Wire(self._device, keep_last)
+        self._entered = threading.local()
+
+    def __enter__(self) -> offload:
+        hooks = saved_tensors_hooks(self._pack, self._unpack)
+        hooks.__enter__()
+        _stack(self._entered).append(hooks)
+        _stack(_active).append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _stack(_active).pop()
+        _stack(self._entered).pop().__exit__()
+
+    @staticmethod
+    def current() -> offload | None:
+        """The innermost context that this thread is inside of."""
+        stack = _stack(_active)
+        return stack[-1] if stack else None
+
+    def report(self) -> Report:
+        """What was packed, kept and moved so far. On CUDA it waits for the transfers."""
+        tally = self._tally
+        return Report(
+            classes=tally.classes(),
+            kept=tally.reasons(),
+            deduplicated=tally.count("deduplicated"),
+            over_budget=tally.count("over_budget"),
+            spilled=tally.count("spilled"),
+            unpacks=tally.count("unpacks").count,
+            decodes=tally.count("decodes").count,
+            fetched=self._wire.fetched,
+            prefetched=self._wire.prefetched,
+            seconds_waited=self._wire.seconds_waited(),
+            host_bytes=self._host.held,
+            host_peak=self._host.peak,
+            device_bytes=self._device.held,
+            device_peak=self._device.peak,
+            tickets=self._tickets.held,
+        )
+
+    def _pack(self, tensor: Tensor) -> Ticket | Kept:
+        view = view_of(tensor)
+        reason = why_kept(tensor, view, self._min_bytes)
+        if view is None or reason is not None:
+            self._tally.kept(reason or "", 0 if view is None else view.nbytes)
+            return Kept(tensor)
+        with _quiet(tensor.device):
+            stash = self._find(tensor, view) or self._encode(tensor, view)
+        return Ticket(stash, view, self._tickets.claim(1))
+
+    def _unpack(self, packed: Ticket | Kept) -> Tensor:
+        if isinstance(packed, Kept):
+            return packed.open()
+        stash, view = packed.stash, packed.view
+        self._tally.add("unpacks")
+        device = stash.device
+        with _quiet(device):
+            storage = stash.alive()
+            if storage is None:
+                storage = self._decode(stash).untyped_storage()
+                stash.remember(storage)
+            if stash.truth is not None:
+                _verify(storage, stash.truth, view)
+            return view.over(storage) if stash.whole else view.over_elements(storage)
+
+    def _keys(self, tensor: Tensor, view: View) -> tuple[Hashable, ...]:
+        """Keys of the stashes that can give `tensor` back, the one that is made when there is none first."""
+        data = data_key(tensor)
+        whole = (data, "whole")
+        if self._lossy(tensor, view):
+            # The error bound is of this tensor, so only views of the same elements may share its packet.
+            return (data, "lossy", view.dtype, view.offset, view.pairs), whole
+        nbytes = tensor.untyped_storage().nbytes()
+        if view.pairs is None or view.nbytes * WHOLE_SHARE >= nbytes:
+            return (whole,)
+        return (data, "elements", view.dtype, view.offset, view.pairs), whole
+
+    def _lossy(self, tensor: Tensor, view: View) -> bool:
+        return not self._lane.exact and may_lose_bits(tensor, view)
+
+    def _find(self, tensor: Tensor, view: View) -> Stash | None:
+        stash = self._index.find(*self._keys(tensor, view))
+        if stash is None:
+            return None
+        if stash.truth is not None:
+            now = _elements(tensor, stash.whole)
+            if not _same_bits(now, stash.truth.packed):
+                raise OffloadError(
+                    f"{describe(tensor)} changed since it was first saved, and its version counter did not: "
+                    "clone it before the change"
+                )
+        self._tally.add("deduplicated", view.nbytes)
+        return stash
+
+    def _encode(self, tensor: Tensor, view: View) -> Stash:
+        key = self._keys(tensor, view)[0]
+        lossy = self._lossy(tensor, view)
+        whole = key[1] == "whole"  # type: ignore[index]
+        if lossy:
+            packet = compress(without_flags(tensor), lane=self._lane, max_rel_error=self._max_rel_error)
+        else:
+            packet = self._exact.encode(_elements(tensor, whole))
+        truth = self._truth(tensor, packet, whole) if self._checker else None
+        stash = Stash(tensor, self._place(packet, view), whole, truth)
+        self._index.add(key, stash)
+        self._tally.encoded(view, packet)
+        return stash
+
+    def _decode(self, stash: Stash) -> Tensor:
+        """The elements of a stash, flat, at the start of a storage of their own."""
+        self._tally.add("decodes")
+        with stash.home.use() as packet:
+            flat = flatten(decode_packet(packet, self._basis))
+        return flat.clone() if flat.storage_offset() else flat
+
+    def _place(self, packet: Packet, view: View) -> Home:
+        """A home for `packet` within the budgets. Raises BudgetError when there is none."""
+        on_gpu = packet.device.type == "cuda"
+        host = HostCopy(packet) if on_gpu else None
+        needed = packet.nbytes if host is None else host.pinned
+        claim = self._host.claim(needed)
+        if claim is not None:
+            return Resident(packet, claim) if host is None else self._wire.send(packet, host, claim)
+        if self._on_full == "error":
+            raise BudgetError(
+                f"host budget: {describe(view)} needs {needed} bytes, {self._host.held} of "
+                f"{self._host.limit} are held; raise host_budget, or set on_full='keep' or 'spill'"
+            )
+        if self._on_full == "spill":
+            try:
+                home = Spilled(packet, self._folder())
+                self._tally.add("spilled", packet.nbytes)
+                return home
+            except OSError:
+                pass  # the disk is full or gone: keep the packet
+        claim = self._device.claim(packet.nbytes)
+        if claim is None:
+            raise BudgetError(
+                f"host and device budgets: {describe(view)} needs {packet.nbytes} bytes, {self._device.held} "
+                f"of {self._device.limit} are held on the device; raise gpu_budget or host_budget"
+            )
+        self._tally.add("over_budget", packet.nbytes)
+        if on_gpu:
+            return DeviceCopy(packet, torch.cuda.current_stream(packet.device), claim)
+        return Resident(packet, claim)
+
+    def _folder(self) -> str:
+        if self._spill_folder is None:
+            self._spill_folder = tempfile.mkdtemp(prefix="sidelane-", dir=self._spill_dir)
+            finalize(self, shutil.rmtree, self._spill_folder, ignore_errors=True)
+        return self._spill_folder
+
+    def _truth(self, tensor: Tensor, packet: Packet, whole: bool) -> Truth:
+        packed = _elements(tensor, whole).clone()
+        decoded = flatten(decode_packet(packet, self._basis))
+        if packet.lane in ("raw", "exact"):
+            bound: float | None = 0.0
+            error = 0.0 if _same_bits(packed, decoded) else inf
+        else:
+            bound = self._max_rel_error
+            error = relative_error(packed, decoded)
+        if bound is not None and error > bound:
+            raise OffloadError(
+                f"{describe(tensor)} has error {error:.3g} in lane '{packet.lane}', above {bound:.3g}"
+            )
+        return Truth(packed, decoded)
+
+
+@contextmanager
+def _quiet(device: torch.device) -> Iterator[None]:
+    """Work of our own: not recorded by autograd, not cast by autocast, not seen by dispatch modes."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        _disable_current_modes(),
+    ):
+        yield
+
+
+def _elements(tensor: Tensor, whole: bool) -> Tensor:
+    """Flat: the storage of `tensor`, or its own distinct elements in memory order."""
+    plain = without_flags(tensor)
+    return whole_storage(plain) if whole else flatten(plain)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def _verify(storage: torch.UntypedStorage, truth: Truth, view: View) -> None:
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    if not _same_bits(flat, truth.decoded):
+        raise OffloadError(
+            f"{describe(view)} differs from what was packed: a transfer failed, or an operator overwrote "
+            "a saved tensor"
+        )
+
+
+def _open(
+    lane: str | Lane | None, max_rel_error: float | None, basis: Basis | None, options: dict[str, Any]
+) -> Lane:
+    if basis is not None:
+        options["basis"] = basis
+    if lane is None:
+        lane = "exact" if max_rel_error is None else "packed"
+    if isinstance(lane, str):
+        if lane == "packed" and max_rel_error is not None:
+            options.setdefault("bits", min(GROUP_BITS))
+        return open_lane(lane, **options)
+    if options:
+        raise LaneError(f"{', '.join(options)} cannot be set on a lane that is open: set them in open_lane")
+    return lane
+
+
+def _check_size(name: str, value: object, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise LaneError(f"{name}={value!r} is not a whole number from 0 up{' or None' if optional else ''}")
+
+
+def _stack(local: threading.local) -> list[Any]:
+    if not hasattr(local, "items"):
+        local.items = []
+    stack: list[Any] = local.items
+    return stack

@@ -1,0 +1,140 @@
+"""The two codes of the packed lane as packets: groups with a scale each, and coefficients of a basis."""
+
+from __future__ import annotations
+
+from math import nan
+
+import torch
+from torch import Tensor
+
+from sidelane.codec.packet import Packet
+from sidelane.errors import LaneError, PacketError
+from sidelane.kernels._launch import cdiv
+from sidelane.kernels.bits import pack_bits, unpack_bits
+from sidelane.kernels.groups import group_quantize_pack, group_unpack_dequantize
+from sidelane.kernels.reference import GROUP_BITS, GROUP_SIZES, MAX_CODE_BITS, GroupCodes, packed_bits_size
+from sidelane.kernels.surface import MAX_SIZE, dequantize_project, project_quantize
+from sidelane.pipeline.basis import Basis
+
+LOSSY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor as a uint8 vector."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def encode_groups(
+    packet: Packet, flat: Tensor, bits: int, group: int, symmetric: bool, seed: int | None
+) -> Packet:
+    """`packet` with the group code of flat floats [n], n >= 1.
+
+    Sections: codes uint8, scale fp16 [groups], offset fp16 [groups] (not when symmetric), escapes [*, group]
+    of the dtype of the tensor; params: group, symmetric.
+    """
+    codes = group_quantize_pack(flat, bits, group, symmetric=symmetric, seed=seed)
+    offset = {} if codes.offset is None else {"offset": codes.offset}
+    sections = {"codes": codes.packed, "scale": codes.scale, **offset, "escapes": codes.escapes}
+    return packet.with_(
+        sections={name: as_bytes(part) for name, part in sections.items()},
+        params=(group, int(symmetric)),
+        bits=bits,
+        rel_error=nan,
+    )
+
+
+def decode_groups(packet: Packet) -> Tensor:
+    """The flat floats of `encode_groups`. Raises PacketError when the fields do not fit each other."""
+    group, symmetric = packet.numbers(2)
+    if packet.bits not in GROUP_BITS:
+        raise PacketError("bits", f"{packet.bits} is not one of {GROUP_BITS}")
+    if group not in GROUP_SIZES or symmetric not in (0, 1):
+        raise PacketError("params", f"group {group}, symmetric {symmetric}: not a group code")
+    check_lossy_dtype(packet)
+    if not packet.flat_numel:
+        raise PacketError("shape", "empty tensors have no group code")
+    packet.check_sections("codes", "scale", "escapes", *(() if symmetric else ("offset",)))
+    groups = cdiv(packet.flat_numel, group)
+    codes = GroupCodes(
+        packet.section("codes", numel=groups * group * packet.bits // 8).view(groups, -1),
+        packet.section("scale", torch.float16, groups),
+        None if symmetric else packet.section("offset", torch.float16, groups),
+        escaped_rows(packet, group),
+        packet.bits,
+        group,
+        packet.flat_numel,
+    )
+    try:
+        return group_unpack_dequantize(codes, packet.dtype)
+    except LaneError as error:
+        raise PacketError("escapes", str(error)) from error
+
+
+def fits(basis: Basis, packet: Packet) -> bool:
+    """Whether the elements of `packet`, in memory order, are rows of the length of `basis`."""
+    return (
+        len(packet.shape) > 0
+        and packet.shape[-1] == basis.dim
+        and packet.strides[-1] == 1
+        and packet.dtype in LOSSY_DTYPES
+        and 0 < packet.flat_numel // basis.dim < MAX_SIZE
+    )
+
+
+def encode_basis(packet: Packet, flat: Tensor, basis: Basis, width: int | None) -> Packet:
+    """`packet` with the coefficients of rows [T, D] in `basis`, `width` bits each or as the basis allocates.
+
+    Sections: codes (bit planes), rows int32 [E] in rising order and escapes [E, D] of the dtype of the tensor
+    for rows that hold NaN or Inf; bits: `width`, 0 for those of the basis.
+    """
+    q = basis.to(flat.device).quantizer(width)
+    x = flat.view(-1, basis.dim)
+    finite = x.isfinite().all(1)
+    rows = (~finite).nonzero()[:, 0]
+    escapes = x[rows]
+    if len(rows):
+        x = torch.where(finite[:, None], x, 0)
+    codes, _ = project_quantize(x, q.components, q.offset, q.inv_scale, q.levels)
+    sections = {"codes": pack_bits(codes, q.widths), "rows": rows.to(torch.int32), "escapes": escapes}
+    return packet.with_(
+        sections={name: as_bytes(part) for name, part in sections.items()},
+        bits=width or 0,
+        digest=basis.digest,
+        rel_error=nan,
+    )
+
+
+def decode_basis(packet: Packet, basis: Basis) -> Tensor:
+    """The flat floats of `encode_basis`. Raises PacketError when the fields do not fit together."""
+    packet.numbers(0)
+    packet.check_sections("codes", "rows", "escapes")
+    check_lossy_dtype(packet)
+    if not fits(basis, packet):
+        raise PacketError("shape", f"{list(packet.shape)[:8]} is not made of rows [{basis.dim}] of the basis")
+    if packet.bits > MAX_CODE_BITS:
+        raise PacketError("bits", f"{packet.bits} is above {MAX_CODE_BITS}")
+    q = basis.to(packet.device).quantizer(packet.bits or None)
+    tokens = packet.flat_numel // basis.dim
+    packed = packet.section("codes", numel=packed_bits_size(tokens, q.widths))
+    escapes = escaped_rows(packet, basis.dim)
+    rows = packet.section("rows", torch.int32, len(escapes)).long()
+    if len(rows) and not (rows[0] >= 0 and rows[-1] < tokens and (rows.diff() > 0).all()):
+        raise PacketError("rows", f"the indices do not rise within 0..{tokens - 1}")
+    codes = unpack_bits(packed, q.widths, tokens)
+    x = dequantize_project(codes, q.components, q.scale, q.bias, packet.dtype)
+    if len(rows):
+        x[rows] = escapes
+    return x.view(-1)
+
+
+def check_lossy_dtype(packet: Packet) -> None:
+    if packet.dtype not in LOSSY_DTYPES:
+        raise PacketError("dtype", f"{packet.dtype} is never coded with loss")
+
+
+def escaped_rows(packet: Packet, length: int) -> Tensor:
+    """Section `escapes` as rows [*, length], no more of them than the tensor has."""
+    escapes = packet.section("escapes", packet.dtype)
+    if escapes.numel() % length or escapes.numel() > cdiv(packet.flat_numel, length) * length:
+        raise PacketError("escapes", f"{escapes.numel()} elements are not rows of {length}")
+    return escapes.view(-1, length)

@@ -1,0 +1,108 @@
+"""Which saved tensors an offload context touches, and which of those may lose bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.nn import Parameter
+
+from sidelane.pipeline.extent import View
+from sidelane.pipeline.packed import LOSSY_DTYPES
+
+DEVICES = ("cuda", "cpu")
+
+# Nodes whose output is the same elements as their input, or a cast of them.
+_VIEWS = {
+    "AliasBackward0",
+    "AsStridedBackward0",
+    "ChunkBackward0",
+    "ExpandBackward0",
+    "NarrowBackward0",
+    "PermuteBackward0",
+    "ReshapeAliasBackward0",
+    "SelectBackward0",
+    "SliceBackward0",
+    "SplitBackward0",
+    "SplitWithSizesBackward0",
+    "SqueezeBackward0",
+    "SqueezeBackward1",
+    "SqueezeBackward2",
+    "TBackward0",
+    "ToCopyBackward0",
+    "TransposeBackward0",
+    "TransposeBackward1",
+    "UnbindBackward0",
+    "UnsafeViewBackward0",
+    "UnsqueezeBackward0",
+    "ViewBackward0",
+}
+_DEPTH = 8  # nodes from a cast weight to its parameter
+
+
+def why_kept(tensor: Tensor, view: View | None, min_bytes: int) -> str | None:
+    """The reason to leave a saved tensor alone, or None. `view` is None for what has no plain strides."""
+    if view is None:
+        return "not a plain tensor"
+    if tensor.device.type not in DEVICES:
+        return "other device"
+    # What a backward pass saves (the recompute of a checkpoint, a graph for double backward) is used before
+    # the pass ends: moving it out would only bring it straight back.
+    if torch._C._current_graph_task_id() != -1:
+        return "saved in backward"
+    if is_weight(tensor):
+        return "weight"
+    if view.nbytes < min_bytes or 0 in view.size:
+        return "small"
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "graph capture"
+    return None
+
+
+def view_of(tensor: Tensor) -> View | None:
+    """The strides of a plain tensor; None for subclasses (DTensor, fake, quantized), nested, sparse and
+    functorch tensors, which have none or must not be taken apart."""
+    if (
+        type(tensor) not in (Tensor, Parameter)
+        or tensor.layout != torch.strided
+        or tensor.is_meta
+        or tensor.is_nested
+        or tensor.is_quantized
+        or tensor.is_inference()
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or torch._is_functional_tensor(tensor)
+    ):
+        return None
+    return View.of(tensor)
+
+
+def is_weight(tensor: Tensor) -> bool:
+    """True for parameters and other leaves of the graph, their views, and casts of parameters.
+
+    Copying them frees nothing: the graph holds every leaf that requires grad, autocast its casts. The cast of
+    a frozen parameter looks like any other tensor and is not recognised.
+    """
+    base = tensor if tensor._base is None else tensor._base
+    if isinstance(base, Parameter) or (base.is_leaf and base.requires_grad):
+        return True
+    node: Node | None = tensor.grad_fn
+    for _ in range(_DEPTH):
+        if node is None or node.name() not in _VIEWS:
+            break
+        node = node.next_functions[0][0]
+    return isinstance(getattr(node, "variable", None), Parameter)
+
+
+def may_lose_bits(tensor: Tensor, view: View) -> bool:
+    """True for activations: floats of two dimensions or more that gradients flow through.
+
+    What requires no grad is data that other values are derived from (logsumexp, random states, masks,
+    tables), and a last dimension of 1 marks the statistics of a norm: both stay exact.
+    """
+    return (
+        view.dtype in LOSSY_DTYPES
+        and tensor.requires_grad
+        and len(view.size) >= 2
+        and view.size[-1] > 1
+        and view.pairs is not None
+    )

@@ -1,0 +1,230 @@
+"""Bookkeeping of an offload context: byte budgets, stashes, and the tickets that own them. Needs no GPU.
+
+Note: [Ownership]
+Autograd holds tickets, a ticket holds its stash, a stash holds memory and the claims on it. Nothing else
+holds any of them, so bytes return when the last ticket dies: after backward, or when a graph is dropped, or
+when a step fails. Every other reference (the index, the prefetch order) is weak.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import RLock
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from sidelane.codec.packet import Packet
+from sidelane.errors import OffloadError, PacketError
+from sidelane.pipeline.extent import View
+
+
+class Claim:
+    """Bytes taken from a budget; they go back when it is collected."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.nbytes = 0
+        self._budget = budget
+
+    def __del__(self) -> None:
+        self._budget._give(self.nbytes)
+
+
+class Budget:
+    """Bytes in use, never above `limit` (None: no limit). Thread-safe."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.held = 0
+        self.peak = 0
+        self._lock = RLock()  # a collected claim may give back on a thread that is inside `claim`
+
+    def claim(self, nbytes: int) -> Claim | None:
+        """A claim on `nbytes`, or None when they do not fit."""
+        claim = Claim(self)
+        with self._lock:
+            if self.limit is not None and self.held + nbytes > self.limit:
+                return None
+            self.held += nbytes
+            claim.nbytes = nbytes
+            self.peak = max(self.peak, self.held)
+        return claim
+
+    def _give(self, nbytes: int) -> None:
+        with self._lock:
+            self.held -= nbytes
+
+
+class Home(Protocol):
+    """Where the packet of a stash lives."""
+
+    def use(self) -> AbstractContextManager[Packet]:
+        """The packet on its tensor's device; valid inside, for work on the current stream."""
+        ...
+
+
+class Resident:
+    """A packet in host memory."""
+
+    def __init__(self, packet: Packet, claim: Claim) -> None:
+        self._packet = packet
+        self._claim = claim
+
+    @contextmanager
+    def use(self) -> Iterator[Packet]:
+        yield self._packet
+
+
+class Spilled:
+    """A packet in a file of its own, deleted with the object."""
+
+    def __init__(self, packet: Packet, folder: str) -> None:
+        """Writes the packet; waits for the device. Raises OSError, and leaves no file, when the disk does
+        not take it."""
+        self._device = packet.device
+        handle, name = tempfile.mkstemp(suffix=".packet", dir=folder)
+        self._path = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(packet.to_bytes())
+
+    @contextmanager
+    def use(self) -> Iterator[Packet]:
+        try:
+            packet = Packet.from_bytes(self._path.read_bytes())
+        except (OSError, PacketError) as error:
+            raise OffloadError(f"a spilled tensor cannot be read back: {error}") from error
+        yield packet.to(self._device)
+
+    def __del__(self) -> None:
+        if path := getattr(self, "_path", None):
+            path.unlink(missing_ok=True)
+
+
+class Stash:
+    """One encoded range of one storage version.
+
+    Attributes:
+        home: where the packet is.
+        device: of the tensors.
+        whole: the packet is of the whole storage; otherwise of the elements of one view.
+        truth: what a decode must give, flat (checker mode), or None.
+    """
+
+    def __init__(self, source: Tensor, home: Home, whole: bool, truth: Truth | None) -> None:
+        self.home = home
+        self.whole = whole
+        self.truth = truth
+        self.device = source.device
+        # Its address is not reused while this lives.
+        self._source = StorageWeakRef(source.untyped_storage())  # type: ignore[no-untyped-call]
+        self._decoded: tuple[StorageWeakRef, torch.cuda.Stream | None] | None = None
+
+    def alive(self) -> torch.UntypedStorage | None:
+        """The decoded storage, if a user still holds it and it was decoded on the current stream."""
+        if self._decoded is None:
+            return None
+        ref, stream = self._decoded
+        storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
+        if storage is not None and stream == current_stream(storage.device):
+            return storage
+        return None
+
+    def remember(self, storage: torch.UntypedStorage) -> None:
+        """Let later unpacks share `storage` while somebody else holds it."""
+        ref = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self._decoded = ref, current_stream(storage.device)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What checker mode compares with: the flat elements that were packed, and what they decode to."""
+
+    packed: Tensor
+    decoded: Tensor
+
+
+class Ticket:
+    """What autograd keeps in place of an offloaded tensor."""
+
+    __slots__ = ("_claim", "stash", "view")
+
+    def __init__(self, stash: Stash, view: View, claim: Claim | None) -> None:
+        self.stash = stash
+        self.view = view
+        self._claim = claim
+
+
+class Kept:
+    """What autograd keeps in place of a tensor that stays: the tensor, and the version check that hooks turn
+    off.
+
+    The tensor is detached, since a saved output that holds its own graph would be a reference cycle. A leaf
+    has no graph and is held as it is: wrappers that swap the data of a parameter between forward and backward
+    rely on it.
+    """
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor if tensor.is_leaf else tensor.detach()
+        self._version = None if tensor.is_inference() else tensor._version
+
+    def open(self) -> Tensor:
+        """The tensor. Raises OffloadError when it was changed in place since it was saved."""
+        tensor = self._tensor
+        if self._version is not None and tensor._version != self._version:
+            raise OffloadError(
+                f"a tensor needed for backward was modified in place: {describe(tensor)} is at version "
+                f"{tensor._version}, it was saved at {self._version}; clone it before the change"
+            )
+        return tensor
+
+
+class Index:
+    """Live stashes by the data they were made from. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._stashes: WeakValueDictionary[Hashable, Stash] = WeakValueDictionary()
+        self._lock = RLock()
+
+    def __len__(self) -> int:
+        return len(self._stashes)
+
+    def find(self, *keys: Hashable) -> Stash | None:
+        with self._lock:
+            for key in keys:
+                if (stash := self._stashes.get(key)) is not None:
+                    return stash
+        return None
+
+    def add(self, key: Hashable, stash: Stash) -> None:
+        with self._lock:
+            self._stashes[key] = stash
+
+
+def data_key(tensor: Tensor) -> Hashable:
+    """Identity and version of the memory behind `tensor`.
+
+    The address of a storage object names it for as long as a stash of it lives, since the stash holds a weak
+    reference that keeps the address from being reused. Writes that the version counter does not see (through
+    `.data`, or by raw kernels) are not told apart; checker mode finds them.
+    """
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage.data_ptr(), storage.nbytes(), tensor._version
+
+
+def describe(tensor: Tensor | View) -> str:
+    shape = tensor.size if isinstance(tensor, View) else tuple(tensor.shape)
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(shape)}"
+
+
+def current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None

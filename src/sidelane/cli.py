@@ -1,0 +1,153 @@
+"""The command line. Bad input ends in one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from sidelane import __version__
+from sidelane.errors import SidelaneError
+
+if TYPE_CHECKING:
+    from sidelane.archive import Progress as Report
+    from sidelane.archive import Summary
+
+# Its own base class is the usage error of whichever click this typer is built on.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    help="Move tensors over narrow wires by making them smaller on the way.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    invoke_without_command=True,
+)
+
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+
+
+def main() -> None:
+    """Entry point of the `sidelane` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; exit status 0, 1 (a check failed), 2 (bad input) or 130 (interrupted)."""
+    try:
+        return app(arguments, prog_name="sidelane", standalone_mode=False) or 0
+    except UsageError as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+    except SidelaneError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename2 or error.filename}: {error.strerror}"
+    except MemoryError:
+        message = "not enough memory"
+    print("sidelane:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sidelane {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def doctor() -> None:
+    """Show which lanes and engines work here, and what to do about those that do not."""
+    from sidelane.doctor import report
+
+    Console().print(report())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the table as JSON and the figure as PNG.")] = Path(
+        "demo-results"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of every run.")] = 50,
+    device: Annotated[str, typer.Option(help="cpu or cuda; a GPU if there is one.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model and a few steps, in seconds.")] = False,
+) -> None:
+    """Train a small GPT on Python's own sources, with its activations sent through every lane."""
+    from sidelane.demo import run_demo
+
+    raise typer.Exit(0 if run_demo(out, steps=steps, device=device, seed=seed, quick=quick) else 1)
+
+
+@app.command()
+def compress(
+    source: Annotated[Path, typer.Argument(metavar="IN.safetensors")],
+    target: Annotated[Path, typer.Argument(metavar="OUT")],
+    lane: Annotated[
+        str | None, typer.Option(help="raw, exact, packed or video-cpu; exact unless an error is allowed.")
+    ] = None,
+    max_rel_error: Annotated[
+        float | None, typer.Option(help="Largest relative Frobenius error of a tensor.")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Code width of the packed and video lanes.")] = None,
+    force: Force = False,
+) -> None:
+    """Compress a safetensors file tensor by tensor."""
+    from sidelane.archive import compress_file
+
+    given: dict[str, Any] = {"lane": lane, "max_rel_error": max_rel_error, "bits": bits}
+    options = {name: value for name, value in given.items() if value is not None}
+    with _progress("compress") as progress:
+        summary = compress_file(source, target, force=force, progress=progress, **options)
+    _print_summary(summary, summary.bytes_in / summary.bytes_out)
+
+
+@app.command()
+def decompress(
+    source: Annotated[Path, typer.Argument(metavar="IN")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],
+    force: Force = False,
+) -> None:
+    """Restore the safetensors file that `sidelane compress` read."""
+    from sidelane.archive import decompress_file
+
+    with _progress("decompress") as progress:
+        summary = decompress_file(source, target, force=force, progress=progress)
+    _print_summary(summary, summary.bytes_out / summary.bytes_in)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Report]:
+    """A bar on a terminal, nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_summary(summary: Summary, ratio: float) -> None:
+    table = Table("tensors", "bytes in", "bytes out", "ratio", "worst relative error")
+    for column in table.columns:
+        column.justify = "right"
+    error = f"{summary.worst_error:.2e}" if summary.worst_error else "0 (exact)"
+    table.add_row(
+        str(summary.tensors), f"{summary.bytes_in:,}", f"{summary.bytes_out:,}", f"{ratio:.3f}", error
+    )
+    Console().print(table)

@@ -1,0 +1,90 @@
+"""The figure of the demo."""
+
+from __future__ import annotations
+
+from math import ceil, floor, log10
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+_COLORS = "#222222", "#0072b2", "#009e73", "#e69f00", "#d55e00", "#56b4e9", "#cc79a7", "#8c8c8c", "#c8b400"
+_SMOOTH = 5  # steps averaged in the loss curves
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Loss curves, ratio against error, and bytes held, of the record that the demo writes as JSON."""
+    figure = Figure(figsize=(15, 5.6), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    loss, error, held = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    runs = [{**run, "color": color} for run, color in zip(record["runs"], _COLORS, strict=False)]
+    _loss(loss, runs)
+    _error(error, runs)
+    _held(held, runs)
+    shape, machine = record["settings"], record["environment"]
+    figure.suptitle(
+        f"GPT of {shape['layers']} layers of width {shape['width']}, trained on Python's standard library "
+        f"({machine['device']}, torch {machine['torch']}, sidelane {machine['sidelane']})",
+        fontsize=11,
+    )
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    canvas.print_png(path)
+
+
+def _loss(axes: Axes, runs: list[dict[str, Any]]) -> None:
+    for i, run in enumerate(runs):
+        values = run["losses"]
+        windows = [values[max(0, end - _SMOOTH) : end] for end in range(1, len(values) + 1)]
+        # Curves that coincide stay visible: the first is wide, those on top of it are dashed.
+        style = {"linewidth": 6, "alpha": 0.3} if i == 0 else {"linewidth": 1.6, "linestyle": (3 * i, (6, 4))}
+        axes.plot(
+            range(1, len(values) + 1),
+            [sum(window) / len(window) for window in windows],
+            color=run["color"],
+            label=run["name"],
+            **style,
+        )
+    axes.set_title("Training loss, same weights and batches")
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"nats per byte, mean of {_SMOOTH} steps")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+
+
+def _error(axes: Axes, runs: list[dict[str, Any]]) -> None:
+    errors = [run["worst_error"] for run in runs if run["worst_error"] > 0]
+    low, high = floor(log10(min(errors))), ceil(log10(max(errors)))
+    zero = 10.0 ** (low - 1)  # where an error of 0 is drawn on the logarithmic axis
+    for run in runs:
+        at = run["ratio"], run["worst_error"] or zero
+        if run["recompute"]:
+            axes.scatter(*at, s=170, facecolors="none", edgecolors=run["color"], linewidths=2.2, marker="s")
+        else:
+            axes.scatter(*at, s=80, color=run["color"], zorder=3)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ratios = [2**i for i in range(ceil(log10(max(run["ratio"] for run in runs)) / log10(2)) + 1)]
+    axes.set_xticks(ratios, [f"{ratio}x" for ratio in ratios])
+    decades = [10.0**i for i in range(low, high + 1)]
+    axes.set_yticks([zero, *decades], ["0", *(f"{100 * d:g}%" for d in decades)])
+    axes.minorticks_off()
+    axes.set_title("What the error buys (squares: checkpoint)")
+    axes.set_xlabel("bytes saved / bytes on the wire")
+    axes.set_ylabel("worst relative error of a saved tensor")
+    axes.grid(alpha=0.25)
+
+
+def _held(axes: Axes, runs: list[dict[str, Any]]) -> None:
+    mebibytes = [run["held_bytes"] / 2**20 for run in runs]
+    bars = axes.barh([run["name"] for run in runs], mebibytes, color=[run["color"] for run in runs])
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_title("Saved activations held at the peak")
+    axes.set_xlabel("MiB")
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)

@@ -1,0 +1,169 @@
+"""`sidelane doctor`: which lanes and engines work on this machine, why the others do not, and what to do."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from rich.table import Column, Table
+from rich.text import Text
+
+from sidelane import __version__
+
+_STYLES = {"yes": "green", "no": "red", "not probed": "yellow"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table. `state`: "yes", "no" or "not probed"; `remedy`: what would change a "no"."""
+
+    subject: str
+    state: str
+    detail: str
+    remedy: str = ""
+
+
+def report() -> Table:
+    """Everything that was found, as a table."""
+    title = f"sidelane {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    table = Table(Column("", no_wrap=True), "works", "found", "remedy", title=title, title_justify="left")
+    for finding in findings():
+        state = Text(finding.state, style=_STYLES[finding.state])
+        table.add_row(finding.subject, state, Text(finding.detail), Text(finding.remedy))
+    return table
+
+
+def findings() -> Iterator[Finding]:
+    yield from _gpus()
+    yield _triton()
+    yield Finding("lanes raw, exact, packed", "yes", _kernel_path())
+    yield from _video_cpu()
+    yield _library("NVENC", "libnvidia-encode.so.1")
+    yield _library("NVDEC", "libnvcuvid.so.1")
+    yield _nvcomp()
+    yield _memory()
+    yield Finding("PCIe", "not probed", "transfer rates are not measured")
+
+
+def _gpus() -> Iterator[Finding]:
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            detail = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"
+            yield Finding(f"CUDA device {i}", "yes", f"{detail}, driver {_driver_version()}")
+    elif torch.version.cuda is None:
+        yield Finding(
+            "CUDA device", "no", "this torch is built without CUDA", "install a CUDA build of torch"
+        )
+    elif reason := _load_error("libcuda.so.1"):
+        yield Finding(
+            "CUDA device", "no", reason, "install the NVIDIA driver, or give the container its GPUs"
+        )
+    else:
+        detail = (
+            f"driver {_driver_version()} shows no device that torch for CUDA {torch.version.cuda} can use"
+        )
+        yield Finding("CUDA device", "no", detail, "check nvidia-smi and CUDA_VISIBLE_DEVICES")
+
+
+def _driver_version() -> str:
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def _triton() -> Finding:
+    if find_spec("triton") is None:
+        return Finding("Triton", "no", "not installed", "pip install triton")
+    import triton
+
+    if torch.cuda.is_available():
+        return Finding("Triton", "yes", f"{triton.__version__}, compiles the kernels for the GPU")
+    return Finding(
+        "Triton", "no", f"{triton.__version__}, but no CUDA device to compile for", "see CUDA device"
+    )
+
+
+def _kernel_path() -> str:
+    if torch.cuda.is_available():
+        return "Triton kernels on CUDA tensors, plain torch on CPU tensors"
+    return "plain torch on CPU tensors"
+
+
+def _video_cpu() -> Iterator[Finding]:
+    try:
+        import av
+
+        from sidelane.codec.hevc import hevc_support
+    except ImportError as error:
+        yield Finding("lane video-cpu", "no", str(error), "pip install av")
+        return
+    support = hevc_support()
+    for name, reason in support.items():
+        if reason:
+            yield Finding(f"lane video-cpu, {name}", "no", reason, "install a PyAV built with libx265")
+    if works := [name for name, reason in support.items() if not reason]:
+        yield Finding("lane video-cpu", "yes", f"PyAV {av.__version__}, libx265: {', '.join(works)}")
+
+
+def _library(engine: str, name: str) -> Finding:
+    if reason := _load_error(name):
+        return Finding(engine, "no", reason, "install the NVIDIA driver with its video libraries")
+    return Finding(engine, "not probed", f"{name} found; the engines themselves are not probed")
+
+
+def _load_error(library: str) -> str:
+    """What dlopen says, or "" when the library loads."""
+    try:
+        ctypes.CDLL(library)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _nvcomp() -> Finding:
+    # find_spec imports the parent package, which is missing where no NVIDIA wheel is installed.
+    if find_spec("nvidia") is None or find_spec("nvidia.nvcomp") is None:
+        return Finding(
+            "nvCOMP", "no", "not installed; the exact lane does without", "pip install 'sidelane[nvcomp]'"
+        )
+    return Finding("nvCOMP", "yes", "installed")
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    detail = f"{total / 2**30:.1f} GiB"
+    limit = _cgroup_limit()
+    if limit is not None and limit < total:
+        detail += f", limited to {limit / 2**30:.1f} GiB by the control group"
+    return Finding("host memory", "yes", detail)
+
+
+def _cgroup_limit() -> int | None:
+    """Bytes that the control groups of this process allow, version 1 or 2; None without a limit."""
+    limits = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            limits.append(_smallest_limit(Path("/sys/fs/cgroup", path.strip("/")), "memory.max"))
+        elif "memory" in controllers.split(","):
+            group = Path("/sys/fs/cgroup/memory", path.strip("/"))
+            limits.append(_smallest_limit(group, "memory.limit_in_bytes"))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _smallest_limit(group: Path, name: str) -> int | None:
+    """The smallest number in the files `name` from `group` up to the root."""
+    limits = []
+    for directory in (group, *group.parents):
+        with suppress(OSError, ValueError):  # no such file, or the word "max"
+            limits.append(int((directory / name).read_text()))
+    return min(limits, default=None)

@@ -1,0 +1,368 @@
+"""NVDEC: the real decoder code against a stand-in for the driver (no GPU), and bit-exactness on a GPU."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from fake_nvdec import DAMAGED, FakeDriver, toy_stream
+from torch import Tensor
+
+from sidelane.codec import _driver, nvdec
+from sidelane.codec._abi import CUVID_VERSION, load
+from sidelane.codec.hevc import encode_hevc
+from sidelane.codec.nvdec import NvDecoder, NvDecoderPool, decode_nvdec, release_idle_decoders
+from sidelane.codec.probe import decoder_caps, probe_nvdec
+from sidelane.errors import DriverError, LaneError, LaneUnavailable, PacketError
+from sidelane.layout import (
+    FORMATS,
+    NV12,
+    P010,
+    TOKEN_ROWS,
+    YUV444,
+    SurfaceFormat,
+    SurfaceLayout,
+    plan_surface,
+)
+
+
+def layout_of(
+    format: SurfaceFormat, width: int = 160, height: int = 144, frames: int = 1, pitch: int = 1024
+) -> SurfaceLayout:
+    return SurfaceLayout(format, TOKEN_ROWS, 1, 2, width, height, frames, pitch)
+
+
+def samples(layout: SurfaceLayout, seed: int = 0) -> Tensor:
+    """A surface [rows, pitch] of random samples of the layout's depth; the padding up to the pitch is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    fmt = layout.format
+    codes = torch.randint(
+        0, 1 << (8 if fmt.itemsize == 1 else fmt.bits), (layout.rows, layout.width), generator=generator
+    )
+    surface = torch.zeros(layout.shape, dtype=torch.uint8)
+    if fmt.itemsize == 1:
+        surface[:, : layout.width] = codes.to(torch.uint8)
+    else:
+        surface.view(torch.int16)[:, : layout.width] = (codes << fmt.shift).to(torch.int16)
+    return surface
+
+
+def frames_of(surface: Tensor, layout: SurfaceLayout) -> list[bytes]:
+    """The bytes of each frame's samples, rows without padding."""
+    rows = surface[:, : layout.width * layout.format.itemsize]
+    return [frame.contiguous().numpy().tobytes() for frame in rows.chunk(layout.frames)]
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
+    """A stand-in driver whose device memory is host memory; every handle must be gone at the end."""
+    fake = FakeDriver()
+    libraries = {
+        name: _driver.Library(load(name), open=lambda _, abi=load(name): fake.open(abi))
+        for name in ("cuda", f"cuvid-{CUVID_VERSION}")
+    }
+    monkeypatch.setattr(_driver, "_libraries", libraries)
+    monkeypatch.setattr(_driver, "_contexts", {})
+    monkeypatch.setattr(_driver, "torch_device", lambda index: torch.device("cpu"))
+    monkeypatch.setattr(_driver, "current_stream", lambda index: 0)
+    yield fake
+    release_idle_decoders()
+    gc.collect()
+    assert fake.kinds() == []
+    assert fake.stack == []
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
+def test_frames_arrive_in_order_and_place(driver: FakeDriver, format: SurfaceFormat) -> None:
+    layout = layout_of(format, width=162, height=150, frames=9)
+    want = samples(layout)
+    out = torch.full(layout.shape, 0xA5, dtype=torch.uint8)
+    with NvDecoder("cuda:0") as decoder:
+        got = decoder.decode(toy_stream(frames_of(want, layout), layout), layout, out=out)
+    assert got.data_ptr() == out.data_ptr()
+    used = layout.width * format.itemsize
+    assert torch.equal(got[:, :used], want[:, :used])
+    assert (got[:, used:] == 0xA5).all()
+
+
+def test_a_stream_may_be_a_tensor(driver: FakeDriver) -> None:
+    layout = layout_of(NV12)
+    want = samples(layout)
+    stream = torch.frombuffer(bytearray(toy_stream(frames_of(want, layout), layout)), dtype=torch.uint8)
+    got = decode_nvdec(stream, layout, "cuda:0")
+    assert torch.equal(got[:, : layout.width], want[:, : layout.width])
+
+
+def test_the_copy_waits_for_the_callers_stream(driver: FakeDriver) -> None:
+    layout = layout_of(NV12)
+    decode_nvdec(toy_stream(frames_of(samples(layout), layout), layout), layout, "cuda:0")
+    order = ["cuEventRecord", "cuStreamWaitEvent", "cuMemcpy2DAsync_v2", "cuStreamSynchronize"]
+    assert [c for c in driver.calls if c in order] == order
+    assert driver.calls.index("cuStreamSynchronize") < driver.calls.index("cuvidUnmapVideoFrame64")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"width": 176}, "the stream is 176x144 420 8 bit, the packet says 160x144 420 8 bit"),
+        ({"bits": 10}, "160x144 420 10 bit, the packet says"),
+        ({"chroma": 3}, "160x144 444 8 bit, the packet says"),
+        ({"status": {1: DAMAGED}}, "cuvidDecodeStatus_Error: the stream is damaged"),
+    ],
+)
+def test_a_stream_unlike_its_packet_is_refused(
+    driver: FakeDriver, changes: dict[str, int], problem: str
+) -> None:
+    layout = layout_of(NV12, frames=2)
+    stream = toy_stream(frames_of(samples(layout), layout), layout, **changes)  # type: ignore[arg-type]
+    with pytest.raises(PacketError, match=f"'bitstream'.*{problem}"):
+        decode_nvdec(stream, layout, "cuda:0")
+
+
+@pytest.mark.parametrize("present", [0, 1, 2, 4, 9])
+def test_another_number_of_frames_is_refused(driver: FakeDriver, present: int) -> None:
+    layout = layout_of(NV12, frames=3)
+    stream = toy_stream([bytes(layout.width * layout.rows // 3)] * present, layout)
+    problem = f"{present} of 3 frames were decoded" if present < 3 else "holds more than the 3 frames"
+    with pytest.raises(PacketError, match=problem):
+        decode_nvdec(stream, layout, "cuda:0")
+
+
+def test_any_cut_of_a_stream_is_refused(driver: FakeDriver) -> None:
+    layout = layout_of(NV12, frames=2)
+    stream = toy_stream(frames_of(samples(layout), layout), layout)
+    for size in (0, 1, 10, 40, len(stream) // 2, len(stream) - 1):
+        with pytest.raises(PacketError, match="frames were decoded; the stream is cut or damaged"):
+            decode_nvdec(stream[:size], layout, "cuda:0")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "cuvidCreateVideoParser",
+        "cuvidCreateDecoder",
+        "cuvidDecodePicture",
+        "cuvidMapVideoFrame64",
+        "cuvidGetDecodeStatus",
+        "cuMemcpy2DAsync_v2",
+        "cuStreamSynchronize",
+        "cuvidUnmapVideoFrame64",
+        "cuvidParseVideoData",
+    ],
+)
+def test_a_failing_call_is_named_and_the_decoder_recovers(driver: FakeDriver, call: str) -> None:
+    layout = layout_of(NV12, frames=7)
+    want = samples(layout)
+    stream = toy_stream(frames_of(want, layout), layout)
+    with NvDecoder("cuda:0") as decoder:
+        driver.fail[call] = deque([999])
+        with pytest.raises(
+            DriverError, match=rf"^{call} -> 999 \(CUDA_ERROR_999\): .*try once more"
+        ) as caught:
+            decoder.decode(stream, layout)
+        assert (caught.value.call, caught.value.status) == (call, 999)
+        assert decoder.coded is None
+        assert torch.equal(decoder.decode(stream, layout)[:, : layout.width], want[:, : layout.width])
+
+
+def test_a_python_error_in_a_callback_comes_out_unchanged(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = layout_of(NV12)
+    stream = toy_stream(frames_of(samples(layout), layout), layout)
+    with NvDecoder("cuda:0") as decoder:
+        monkeypatch.setattr(decoder._hardware, "submit", lambda picture: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            decoder.decode(stream, layout)
+
+
+def test_decoders_are_resized_while_they_can(driver: FakeDriver) -> None:
+    def decode(decoder: NvDecoder, format: SurfaceFormat, width: int, height: int) -> list[str]:
+        layout = layout_of(format, width, height)
+        want = samples(layout)
+        seen = len(driver.calls)
+        got = decoder.decode(toy_stream(frames_of(want, layout), layout), layout)
+        used = width * format.itemsize
+        assert torch.equal(got[:, :used], want[:, :used])
+        watched = ("cuvidCreateDecoder", "cuvidReconfigureDecoder", "cuvidDestroyDecoder")
+        return [c.removeprefix("cuvid").removesuffix("Decoder") for c in driver.calls[seen:] if c in watched]
+
+    with NvDecoder("cuda:0") as decoder:
+        assert decode(decoder, NV12, 256, 192) == ["Create"]
+        assert decode(decoder, NV12, 256, 192) == []
+        assert decode(decoder, NV12, 160, 144) == ["Reconfigure"]
+        assert decode(decoder, NV12, 254, 192) == ["Reconfigure"]
+        assert decode(decoder, NV12, 144, 256) == ["Destroy", "Create"]
+        assert decode(decoder, P010, 144, 144) == ["Destroy", "Create"]
+        assert decode(decoder, YUV444, 144, 144) == ["Destroy", "Create"]
+
+
+def test_idle_decoders_are_reused_and_bounded(driver: FakeDriver) -> None:
+    def decode(format: SurfaceFormat) -> None:
+        layout = layout_of(format)
+        decode_nvdec(toy_stream(frames_of(samples(layout), layout), layout), layout, "cuda:0")
+
+    decode(NV12)
+    decode(NV12)
+    assert driver.calls.count("cuvidCreateDecoder") == 1
+    kinds = {(f.subsampled, f.bits if f.itemsize == 2 else 8): f for f in FORMATS.values()}
+    assert len(kinds) > nvdec.IDLE_DECODERS
+    for format in kinds.values():
+        decode(format)
+    assert driver.kinds().count("decoder") == nvdec.IDLE_DECODERS
+    release_idle_decoders()
+    assert driver.kinds() == []
+
+
+def test_memory_held_by_idle_decoders_is_given_up(driver: FakeDriver) -> None:
+    small, large = layout_of(NV12), layout_of(NV12, 512, 512)
+    decode_nvdec(toy_stream(frames_of(samples(small), small), small), small, "cuda:0")
+    driver.fail["cuvidCreateDecoder"] = deque([2])
+    stream = toy_stream(frames_of(samples(large), large), large)
+    got = decode_nvdec(stream, large, "cuda:0")
+    assert torch.equal(got[:, :512], samples(large)[:, :512])
+    driver.fail["cuvidCreateDecoder"] = deque([2, 2])
+    release_idle_decoders()
+    with pytest.raises(DriverError, match=r"cuvidCreateDecoder -> 2 .*free device memory"):
+        decode_nvdec(stream, large, "cuda:0")
+
+
+def test_closing(driver: FakeDriver) -> None:
+    layout = layout_of(NV12)
+    stream = toy_stream(frames_of(samples(layout), layout), layout)
+    decoder = NvDecoder("cuda:0")
+    decoder.decode(stream, layout)
+    assert driver.kinds() == ["decoder", "stream"]
+    decoder.close()
+    decoder.close()
+    assert driver.kinds() == []
+    with pytest.raises(LaneError, match="closed"):
+        decoder.decode(stream, layout)
+    forgotten = NvDecoder("cuda:0")
+    forgotten.decode(stream, layout)
+    del forgotten
+    gc.collect()
+    assert driver.kinds() == []
+
+
+def test_closing_after_the_driver_is_gone(driver: FakeDriver) -> None:
+    layout = layout_of(NV12)
+    decoder = NvDecoder("cuda:0")
+    decoder.decode(toy_stream(frames_of(samples(layout), layout), layout), layout)
+    driver.fail["cuCtxPushCurrent_v2"] = deque([4])
+    decoder.close()
+    driver.live.clear()
+
+
+def test_wrong_arguments(driver: FakeDriver) -> None:
+    layout = layout_of(NV12)
+    stream = toy_stream(frames_of(samples(layout), layout), layout)
+    for out in (
+        torch.empty(layout.rows, layout.pitch - 1, dtype=torch.uint8),
+        torch.empty(layout.shape, dtype=torch.int8),
+        torch.empty((layout.pitch, layout.rows), dtype=torch.uint8).t(),
+        torch.empty(layout.shape, dtype=torch.uint8, device="meta"),
+    ):
+        with NvDecoder("cuda:0") as decoder, pytest.raises(LaneError, match="surface is .*; pass contiguous"):
+            decoder.decode(stream, layout, out=out)
+    with pytest.raises(LaneError, match="the stream is torch.int8"):
+        decode_nvdec(torch.zeros(8, dtype=torch.int8), layout, "cuda:0")
+    with pytest.raises(LaneError, match="work on CUDA devices, not on 'cpu'"):
+        NvDecoder("cpu")
+
+
+@pytest.mark.parametrize(("width", "height"), [(128, 256), (8200, 144)])
+def test_sizes_the_gpu_refuses(driver: FakeDriver, width: int, height: int) -> None:
+    layout = layout_of(NV12, width, height, pitch=8704)
+    stream = toy_stream(frames_of(samples(layout), layout), layout)
+    with pytest.raises(
+        LaneUnavailable, match=f"{width}x{height} is outside 144x144..8192x8192; decode in soft"
+    ):
+        decode_nvdec(stream, layout, "cuda:0")
+
+
+def test_a_pool_keeps_the_order(driver: FakeDriver) -> None:
+    layouts = [layout_of(NV12, 144 + 16 * (i % 5), frames=1 + i % 3) for i in range(20)]
+    jobs = [(toy_stream(frames_of(samples(x, i), x), x), x) for i, x in enumerate(layouts)]
+    with NvDecoderPool("cuda:0") as pool:
+        assert pool.engines == driver.engines
+        for i, (got, layout) in enumerate(zip(pool.decode(jobs), layouts, strict=True)):
+            assert torch.equal(got[:, : layout.width], samples(layout, i)[:, : layout.width])
+    assert driver.kinds() == []
+
+
+def test_a_pool_survives_a_bad_stream(driver: FakeDriver) -> None:
+    layout = layout_of(NV12)
+    good = toy_stream(frames_of(samples(layout), layout), layout)
+    bad = toy_stream(frames_of(samples(layout), layout), layout, width=176)
+    with NvDecoderPool("cuda:0", engines=2) as pool:
+        results = [pool.submit(bad if i % 3 == 0 else good, layout) for i in range(12)]
+        for i, result in enumerate(results):
+            if i % 3 == 0:
+                with pytest.raises(PacketError, match="176x144"):
+                    result.result()
+            else:
+                assert torch.equal(result.result()[:, :160], samples(layout)[:, :160])
+        surfaces = pool.decode([(good, layout), (bad, layout), (good, layout)])
+        next(surfaces)
+        with pytest.raises(PacketError):
+            next(surfaces)
+
+
+def test_a_pool_replaces_a_broken_decoder(driver: FakeDriver) -> None:
+    layout = layout_of(NV12)
+    stream = toy_stream(frames_of(samples(layout), layout), layout)
+    driver.fail["cuvidDecodePicture"] = deque([0, 999, 0, 999, 999, 0])
+    with NvDecoderPool("cuda:0", engines=1) as pool:
+        assert torch.equal(pool.submit(stream, layout).result()[:, :160], samples(layout)[:, :160])
+        assert torch.equal(pool.submit(stream, layout).result()[:, :160], samples(layout)[:, :160])
+        with pytest.raises(DriverError):
+            pool.submit(stream, layout).result()
+        assert torch.equal(pool.submit(stream, layout).result()[:, :160], samples(layout)[:, :160])
+        driver.fail["cuvidDecodePicture"] = deque([719, 0])
+        with pytest.raises(DriverError, match="719.*restart the process"):
+            pool.submit(stream, layout).result()
+
+
+def test_a_pool_closes_once(driver: FakeDriver) -> None:
+    layout = layout_of(NV12)
+    pool = NvDecoderPool("cuda:0", engines=1)
+    pool.close()
+    pool.close()
+    with pytest.raises(LaneError, match="closed"):
+        pool.submit(b"", layout)
+    with pytest.raises(LaneError, match="at least 1"):
+        NvDecoderPool("cuda:0", engines=0)
+
+
+def test_a_decoder_is_shared_by_threads_in_turns(driver: FakeDriver) -> None:
+    layout = layout_of(NV12, frames=3)
+    want = samples(layout)
+    stream = toy_stream(frames_of(want, layout), layout)
+    results: list[bool] = []
+    with NvDecoder("cuda:0") as decoder:
+
+        def work() -> None:
+            for _ in range(5):
+                results.append(torch.equal(decoder.decode(stream, layout)[:, :160], want[:, :160]))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert results == [True] * 20
+
+
+def test_probing(driver: FakeDriver) -> None:
+    caps = {(c.codec, c.chroma, c.bits): c for c in probe_nvdec("cuda:0")}
+    assert caps["hevc", "4:4:4", 12].engines == driver.engines
+    assert caps["hevc", "4:2:0", 8].outputs[:4] == ("NV12", "P016", "YUV444", "YUV444_16Bit")
+    assert not caps["av1", "4:2:0", 8].supported
+    assert caps["av1", "4:2:0", 8].refusal(256, 256) == "this GPU does not decode av1 4:2:0 at 8 bit"
+    assert caps["hevc", "4:2:0", 8].refusal(144, 8192) is None

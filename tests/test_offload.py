@@ -1,0 +1,660 @@
+"""What an offload context does with single saved tensors: what it takes, what it gives back, what it
+holds."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sidelane.codec.packet import Packet
+from sidelane.errors import BudgetError, LaneError, OffloadError
+from sidelane.pipeline import stash as stash_module
+from sidelane.pipeline.lanes import ExactLane, RawLane
+from sidelane.pipeline.offload import offload
+
+KIB = 1 << 10
+
+
+class Save(torch.autograd.Function):
+    """Saves tensors and does nothing else."""
+
+    @staticmethod
+    def forward(ctx, anchor, tensors):
+        ctx.save_for_backward(*tensors)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def save(context, *tensors):
+    """The graph node that holds `tensors`, packed by `context`; read them back as `.saved_tensors`."""
+    with context:
+        return Save.apply(torch.zeros(1, requires_grad=True), tensors).grad_fn
+
+
+def assert_identical(actual: Tensor, expected: Tensor) -> None:
+    """Same type, device, dtype, size, stride, flags and bits."""
+    assert type(actual) is type(expected)
+    for name in ("device", "dtype", "shape", "layout"):
+        assert getattr(actual, name) == getattr(expected, name), name
+    assert actual.stride() == expected.stride()
+    assert (actual.is_conj(), actual.is_neg()) == (expected.is_conj(), expected.is_neg())
+    a, e = actual.detach().resolve_conj().resolve_neg(), expected.detach().resolve_conj().resolve_neg()
+    assert torch.equal(a.contiguous().view(-1).view(torch.uint8), e.contiguous().view(-1).view(torch.uint8))
+
+
+def activation(*shape: int, dtype=torch.float32) -> Tensor:
+    """A tensor in the middle of a graph."""
+    return torch.randn(*shape, requires_grad=True).to(dtype) * torch.ones((), dtype=dtype)
+
+
+# What comes back
+
+LAYOUTS = {
+    "contiguous": lambda: torch.randn(8, 16),
+    "transposed": lambda: torch.randn(8, 16).t(),
+    "channels_last": lambda: torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last),
+    "offset": lambda: torch.randn(9, 16)[1:],
+    "half_of_the_columns": lambda: torch.randn(8, 16)[:, 5:13],
+    "few_columns": lambda: torch.randn(8, 64)[:, 3:9],
+    "few_columns_expanded": lambda: torch.randn(1, 8, 64)[:, :, 3:9].expand(5, 8, 6),
+    "few_columns_transposed": lambda: torch.randn(4, 8, 64)[:, 1:3, 3:9].permute(2, 0, 1),
+    "every_third": lambda: torch.randn(999)[1::3],
+    "expanded": lambda: torch.randn(8, 1, 16).expand(8, 4, 16),
+    "overlapping": lambda: torch.randn(64).unfold(0, 8, 1),
+    "overlapping_part": lambda: torch.randn(4096)[7:71].unfold(0, 8, 1),
+    "zero_dim": lambda: torch.randn(()),
+    "one_of_many": lambda: torch.randn(100)[17],
+    "empty": lambda: torch.randn(0, 4),
+    "size_one": lambda: torch.randn(8, 1, 16)[:, :, ::2],
+    "complex": lambda: torch.randn(8, 8, dtype=torch.complex64),
+    "conjugate": lambda: torch.randn(8, 8, dtype=torch.complex64).t().conj(),
+    "negative": lambda: torch.randn(8, 8, dtype=torch.complex64).conj().imag,
+    "bfloat16": lambda: torch.randn(8, 16).bfloat16(),
+    "float16": lambda: torch.randn(8, 16).half(),
+    "float64": lambda: torch.randn(8, 16).double(),
+    "float8": lambda: torch.randn(8, 16).to(torch.float8_e4m3fn),
+    "bool": lambda: torch.rand(8, 16) > 0.5,
+    "int64": lambda: torch.randint(-9, 9, (8, 16)),
+    "not_finite": lambda: torch.tensor([float("nan"), float("-inf"), -0.0, 1e-45]).repeat(8, 4),
+}
+
+
+@pytest.mark.parametrize("lane", ["raw", "exact", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_comes_back(layout, lane):
+    x = LAYOUTS[layout]()
+    context = offload(lane, min_bytes=0, checker=True)  # x requires no grad: exact in every lane
+    node = save(context, x)
+    assert context.report().total.count == (0 if layout == "empty" else 1)
+    for _ in range(2):
+        assert_identical(node.saved_tensors[0], x)
+
+
+def test_views_of_one_storage_share_one_packet():
+    base = torch.randn(16, 32)
+    views = [
+        base,
+        base.t(),
+        base[2:10],
+        base[5:16],
+        base[3:9, 4:8],
+        base.view(torch.int32),
+        base.view(torch.int16)[:, 1:9],
+        base[:1].expand(7, 32),
+        base.view(4, 4, 32).permute(2, 0, 1),
+    ]
+    context = offload(min_bytes=0, checker=True)
+    node = save(context, *views)
+    assert context.report().total.count == 1
+    assert context.report().deduplicated.count == len(views) - 1
+    got = node.saved_tensors
+    for view, back in zip(views, got, strict=True):
+        assert_identical(back, view)
+        assert back.storage_offset() == view.storage_offset()
+    assert len({t.untyped_storage().data_ptr() for t in got}) == 1  # decoded once while in use
+
+
+def test_slices_of_a_fused_projection_share_one_packet():
+    q, k, v = torch.randn(4, 8, 96).chunk(3, dim=-1)
+    context = offload(min_bytes=0)
+    node = save(context, *(t.view(4, 8, 4, 8).transpose(1, 2) for t in (q, k, v)))
+    assert context.report().total.count == 1
+    for t, back in zip((q, k, v), node.saved_tensors, strict=True):
+        assert_identical(back, t.view(4, 8, 4, 8).transpose(1, 2))
+
+
+def test_a_small_part_of_a_storage_is_stored_alone():
+    base = torch.randn(64, 64)
+    context = offload(min_bytes=0)
+    part = base[:, :8]
+    views = (part, part.t(), part.unflatten(1, (2, 4)))
+    node = save(context, *views)
+    total = context.report().total
+    assert (total.count, total.bytes_in) == (1, part.numel() * 4)
+    for view, back in zip(views, node.saved_tensors, strict=True):
+        assert_identical(back, view)
+
+
+def test_decoded_memory_is_shared_in_use_and_not_held_after():
+    x = torch.randn(256)
+    context = offload(min_bytes=0)
+    node = save(context, x, x.view(16, 16))
+    a, b = node.saved_tensors
+    assert a.data_ptr() == b.data_ptr() and context.report().decodes == 1
+    alive = weakref.ref(a)
+    del a, b
+    assert alive() is None
+    node.saved_tensors  # noqa: B018  reading unpacks
+    assert context.report().decodes == 2
+
+
+def test_new_data_at_an_old_address_is_not_the_old_data():
+    memory = bytearray(4096)
+    first = torch.frombuffer(memory, dtype=torch.float32).fill_(1)
+    context = offload(min_bytes=0)
+    kept = save(context, first)
+    address = first.data_ptr()
+    del first
+    second = torch.frombuffer(memory, dtype=torch.float32)
+    assert second.data_ptr() == address
+    second.numpy()[:] = 2  # not seen by the version counter
+    node = save(context, second)
+    assert context.report().total.count == 2
+    assert node.saved_tensors[0].eq(2).all() and kept.saved_tensors[0].eq(1).all()
+
+
+def test_a_change_in_place_between_saves_makes_a_second_packet():
+    x = torch.ones(64)
+    context = offload(min_bytes=0)
+    first = save(context, x)
+    x.add_(1)
+    second = save(context, x)
+    x.add_(1)
+    assert first.saved_tensors[0].eq(1).all() and second.saved_tensors[0].eq(2).all()
+    assert context.report().total.count == 2
+
+
+def test_unpacked_tensors_do_not_alias_the_packet():
+    context = offload("raw", min_bytes=0)
+    node = save(context, torch.ones(64))
+    node.saved_tensors[0].fill_(5)
+    assert node.saved_tensors[0].eq(1).all()
+
+
+# What is left alone
+
+
+def kept_reasons(*tensors: Tensor, min_bytes: int = 0) -> list[str]:
+    context = offload(min_bytes=min_bytes)
+    node = save(context, *tensors)
+    for t, back in zip(tensors, node.saved_tensors, strict=True):
+        assert back.device == t.device and back.data_ptr() == t.data_ptr()
+    assert context.report().total.count == 0
+    return list(context.report().kept)
+
+
+def test_weights_and_leaves_stay():
+    weight = nn.Parameter(torch.randn(32, 32))
+    frozen = nn.Parameter(torch.randn(32, 32), requires_grad=False)
+    leaf = torch.randn(32, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = weight.to(torch.bfloat16)
+    views = [w for p in (weight, frozen, leaf) for w in (p, p.t(), p[3:], p.view(-1).expand(2, -1))]
+    assert kept_reasons(*views, cast, cast.t(), weight.t()[:4].bfloat16().t()) == ["weight"]
+
+
+def test_small_tensors_stay():
+    tensors = (torch.randn(15), torch.rand(63) > 0.5, torch.arange(7))
+    assert kept_reasons(*tensors, min_bytes=64) == ["small"]
+
+
+class Doubled(Tensor):
+    """A wrapper subclass: a plain tensor in its place would change what operators do."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(func)
+
+
+def test_subclasses_come_back_as_themselves():
+    x = Doubled(torch.randn(64))
+    context = offload(min_bytes=0)
+    (back,) = save(context, x).saved_tensors
+    assert type(back) is Doubled and back.inner is x.inner
+    assert list(context.report().kept) == ["not a plain tensor"]
+
+
+def test_dtensor_gradients():
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        grads = []
+        for context in (torch.enable_grad(), offload(min_bytes=0)):
+            torch.manual_seed(0)
+            x = distribute_tensor(torch.randn(8, 8), mesh, [Shard(0)]).requires_grad_()
+            with context:
+                y = torch.tanh(x * 2).square().sum()
+            y.backward()
+            assert isinstance(x.grad, DTensor)
+            grads.append(x.grad.to_local())
+        assert torch.equal(*grads)
+    finally:
+        destroy_process_group()
+
+
+def test_sparse_nested_meta_and_fake_tensors_pass_through():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    sparse = torch.eye(8).to_sparse()
+    nested = torch.nested.nested_tensor([torch.randn(3, 2), torch.randn(5, 2)], layout=torch.jagged)
+    meta = torch.empty(64, device="meta")
+    context = offload(min_bytes=0)
+    backs = save(context, sparse, nested, meta).saved_tensors
+    assert [type(b) for b in backs] == [type(t) for t in (sparse, nested, meta)]
+    assert torch.equal(backs[0].to_dense(), torch.eye(8)) and backs[2].is_meta
+    with FakeTensorMode() as mode, context:
+        x = mode.from_tensor(torch.randn(64)).requires_grad_()
+        assert torch.tanh(x * 2).sum().grad_fn is not None
+    assert list(context.report().kept) == ["not a plain tensor"]
+
+
+def test_gradients_through_vmap():
+    w, x = torch.randn(8, 8, requires_grad=True), torch.randn(5, 8)
+    grads = []
+    for context in (torch.enable_grad(), offload(min_bytes=0, checker=True)):
+        with context:
+            y = torch.vmap(lambda row: torch.tanh(row @ w).exp().sum())(x).sum()
+        grads.append(torch.autograd.grad(y, w)[0])
+    assert torch.equal(*grads)
+
+
+def test_no_bytes_of_weights_are_copied():
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(64, 128, 3),
+            "embed": nn.Embedding(300, 128),
+            "linear": nn.Linear(128, 512),
+            "back": nn.Linear(512, 128, bias=False),
+        }
+    ).requires_grad_()
+    model["conv"].weight.data.normal_()
+
+    def forward():
+        h = model["conv"](torch.randn(1, 64, 3, 3)).flatten(1) + model["embed"](torch.tensor([7]))
+        h = model["back"](F.gelu(model["linear"](h)))
+        return (h @ model["embed"].weight.t()).square().sum()  # tied
+
+    # All activations together are below the floor, every weight is above it.
+    for precision in (None, torch.bfloat16):
+        context = offload(min_bytes=32 * KIB)
+        with context, torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
+            loss = forward()
+        loss.backward()
+        report = context.report()
+        assert report.total.bytes_wire == 0, str(report)
+        assert report.kept["weight"].count >= 4
+
+
+def test_nothing_is_packed_without_grad():
+    context = offload(min_bytes=0)
+    layer = nn.Linear(16, 16)
+    with context, torch.no_grad():
+        torch.tanh(layer(torch.randn(4, 16)))
+    with context, torch.inference_mode():
+        torch.tanh(layer(torch.randn(4, 16)))
+    report = context.report()
+    assert (report.total.count, report.kept) == (0, {})
+
+
+def test_dispatch_modes_see_the_program_alone():
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    logs = []
+    for context in (torch.enable_grad(), offload(min_bytes=0)):
+        seen.clear()
+        with context, Log():
+            y = torch.tanh(torch.randn(8, 8, requires_grad=True) * 2).square().sum()
+        y.backward()
+        logs.append([name for name in seen if "detach" not in name])
+    assert logs[0] == logs[1] != []
+
+
+# Lossy lanes
+
+
+def test_only_activations_lose_bits():
+    graph = activation(64, 64)
+    mask, index = torch.rand(64, 64) > 0.5, torch.randint(0, 9, (64, 64))
+    table = torch.randn(64, 64)  # needs no grad
+    statistics = activation(4096, 1)
+    flat = activation(4096)
+    context = offload("packed", bits=2, min_bytes=0, checker=True)
+    tensors = (graph, mask, index, table, statistics, flat, graph.view(torch.int32), graph.view(-1))
+    backs = save(context, *tensors).saved_tensors
+    assert not torch.equal(backs[0], graph)
+    for t, back in zip(tensors[1:], backs[1:], strict=True):
+        assert_identical(back, t)
+    lanes = {(row.dtype, row.shape): row.lane for row in context.report().classes}
+    assert lanes[torch.float32, (64, 64)] in ("packed", "exact") and lanes[torch.bool, (64, 64)] == "raw"
+
+
+@pytest.mark.parametrize("bound", [0.3, 0.05, 1e-3, 1e-6, 0.0])
+def test_every_saved_tensor_keeps_the_bound(bound):
+    x = activation(64, 64)
+    hard = torch.randn(64, 64)
+    hard[::7] *= 1e4
+    hard[3, 3], hard[5, 5] = float("nan"), float("inf")
+    tensors = {
+        "gaussian": x,
+        "quiet rows of a loud tensor": (x * torch.tensor([1e4] + [1e-2] * 63)[:, None])[1:],
+        "outliers, NaN and Inf": hard * x.detach().sign() + 0 * x,
+        "constant": torch.full((64, 64), 3.3) + 0 * x,
+        "denormal": 1e-41 * x,
+        "zero": 0 * x,
+    }
+    context = offload(max_rel_error=bound, min_bytes=0, checker=True)
+    node = save(context, *tensors.values())
+    for (name, t), back in zip(tensors.items(), node.saved_tensors, strict=True):
+        t = t.detach()
+        finite = t.isfinite()
+        assert torch.equal(back[~finite].view(torch.int32), t[~finite].view(torch.int32)), name
+        error = (back - t)[finite].double().norm()
+        assert error <= bound * t[finite].double().norm(), name
+    assert context.report().total.worst_error <= bound
+
+
+def test_a_part_of_a_lossy_tensor_has_its_own_bound():
+    x = activation(64, 64) * torch.tensor([1e4] + [1.0] * 63)  # one loud column
+    quiet = x[:, 1:]
+    context = offload(max_rel_error=0.1, min_bytes=0)
+    whole, part = save(context, x, quiet, x.t(), quiet.t()).saved_tensors[:2]
+    assert (part - quiet).norm() <= 0.1 * quiet.norm()
+    assert (whole[:, 1:] - quiet).norm() > 0.1 * quiet.norm()  # as a part of the whole it may be worse
+    assert context.report().total.count == 2 and context.report().deduplicated.count == 2
+
+
+# Budgets
+
+
+def incompressible(kib: int) -> Tensor:
+    return torch.randint(0, 256, (kib * KIB,), dtype=torch.uint8)
+
+
+def test_host_budget_holds_and_the_rest_stays():
+    context = offload(min_bytes=0, host_budget=20 * KIB)
+    tensors = [incompressible(8) for _ in range(5)]
+    nodes = [save(context, t) for t in tensors]
+    report = context.report()
+    assert report.host_peak <= 20 * KIB and report.over_budget.count == 3
+    assert 24 * KIB <= report.device_bytes < 26 * KIB
+    for t, node in zip(tensors, nodes, strict=True):
+        assert_identical(node.saved_tensors[0], t)
+    nodes.clear()
+    del node
+    report = context.report()
+    assert (report.host_bytes, report.device_bytes, report.tickets) == (0, 0, 0)
+    save(context, tensors[0])
+    assert context.report().over_budget.count == 3  # there is room again
+
+
+def test_full_budgets_are_one_clear_error():
+    context = offload(min_bytes=0, host_budget=10 * KIB, gpu_budget=10 * KIB)
+    nodes = [save(context, incompressible(8)) for _ in range(2)]
+    with pytest.raises(BudgetError, match=r"uint8 \[8192\] needs 8\d+ bytes.*raise gpu_budget"):
+        save(context, incompressible(8))
+    assert len(nodes) == 2 and context.report().tickets == 2
+    nodes.clear()
+    save(context, incompressible(8))
+
+
+def test_policy_error_names_the_budget():
+    context = offload(min_bytes=0, host_budget=4 * KIB, on_full="error")
+    with pytest.raises(BudgetError, match="host budget: uint8 .8192. needs"):
+        save(context, incompressible(8))
+    assert context.report().host_bytes == 0
+
+
+def test_spilled_packets_come_back_and_leave_no_file(tmp_path):
+    context = offload(min_bytes=0, host_budget=10 * KIB, on_full="spill", spill_dir=str(tmp_path))
+    tensors = [incompressible(8), torch.randn(64, 64).t(), incompressible(8)]
+    nodes = [save(context, t) for t in tensors]
+    report = context.report()
+    assert report.spilled.count == 2 and report.host_peak <= 10 * KIB and report.device_bytes == 0
+    assert len(list(tmp_path.glob("*/*.packet"))) == 2
+    for t, node in zip(tensors, nodes, strict=True):
+        assert_identical(node.saved_tensors[0], t)
+    del nodes, node
+    assert not list(tmp_path.glob("*/*"))
+    del context
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_spill_file_is_an_error(tmp_path):
+    context = offload(min_bytes=0, host_budget=0, on_full="spill", spill_dir=str(tmp_path))
+    node = save(context, incompressible(8))
+    (path,) = tmp_path.glob("*/*.packet")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(OffloadError, match="spilled tensor cannot be read back.*checksum"):
+        node.saved_tensors  # noqa: B018
+    path.write_bytes(data[:100])
+    with pytest.raises(OffloadError, match="cannot be read back"):
+        node.saved_tensors  # noqa: B018
+
+
+def test_a_full_disk_falls_back_to_keeping(tmp_path, monkeypatch):
+    def full(handle, mode):
+        os.dup2(os.open("/dev/full", os.O_WRONLY), handle)
+        return fdopen(handle, mode)
+
+    fdopen = os.fdopen
+    monkeypatch.setattr(stash_module.os, "fdopen", full)
+    context = offload(min_bytes=0, host_budget=0, on_full="spill", spill_dir=str(tmp_path))
+    x = incompressible(8)
+    node = save(context, x)
+    report = context.report()
+    assert (report.spilled.count, report.over_budget.count) == (0, 1)
+    assert not list(tmp_path.glob("*/*.packet"))
+    assert_identical(node.saved_tensors[0], x)
+
+
+# Checker
+
+
+def test_checker_finds_a_change_that_version_counters_hide():
+    x = torch.randn(64)
+    context = offload(min_bytes=0, checker=True)
+    node = save(context, x)
+    x.data.add_(1)
+    with pytest.raises(OffloadError, match=r"float32 \[64\] changed since it was first saved"):
+        save(context, x)
+    del node
+    save(context, x)
+
+
+def test_checker_finds_an_operator_that_overwrites_what_it_saved():
+    context = offload(min_bytes=0, checker=True)
+    node = save(context, torch.randn(64))
+    first = node.saved_tensors[0]
+    first.mul_(2)
+    with pytest.raises(OffloadError, match=r"float32 \[64\] differs from what was packed"):
+        node.saved_tensors  # noqa: B018
+    del first
+    node.saved_tensors  # noqa: B018
+
+
+@dataclass(frozen=True)
+class Faulty(RawLane):
+    """Flips a bit of what it stores."""
+
+    def encode(self, tensor: Tensor) -> Packet:
+        packet = super().encode(tensor)
+        packet.sections["data"][0] ^= 1
+        return packet
+
+
+def test_checker_finds_a_lane_that_breaks_its_promise():
+    with pytest.raises(OffloadError, match=r"float32 \[64\] has error inf in lane 'raw', above 0"):
+        save(offload(Faulty(), min_bytes=0, checker=True), torch.ones(64))
+
+
+# Failure
+
+
+class Fails:
+    """An exact lane whose second encode, or first decode, is interrupted."""
+
+    name, exact = "exact", True
+
+    def __init__(self, error):
+        self.calls, self.error = 0, error
+
+    def encode(self, tensor):
+        self.calls += 1
+        if self.calls == 2:
+            raise self.error
+        return ExactLane().encode(tensor)
+
+    def decode(self, packet):
+        return ExactLane().decode(packet)
+
+    def finer(self):
+        return None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("codec"), KeyboardInterrupt(), MemoryError()])
+def test_a_failing_codec_leaves_nothing_behind(error):
+    context = offload(Fails(error), min_bytes=0)
+    x = torch.randn(8, 8, requires_grad=True)
+    with pytest.raises(type(error)), context:
+        torch.tanh(x * 2).exp().sum()
+    error.__traceback__ = None
+    report = context.report()
+    assert (report.host_bytes, report.tickets) == (0, 0) and offload.current() is None
+    with context:
+        y = torch.tanh(x * 2).exp().sum()
+    y.backward()
+    assert context.report().tickets == 0
+
+
+def test_a_graph_that_saves_its_own_output_is_freed_without_gc():
+    context = offload(min_bytes=1 << 20)  # everything is kept
+    gc.collect()
+    gc.disable()
+    try:
+        with context:
+            y = torch.randn(8, 8, requires_grad=True).exp()
+        assert context.report().kept["small"].count == 1
+        memory = StorageWeakRef(y.untyped_storage())
+        del y
+        assert memory.expired()
+    finally:
+        gc.enable()
+
+
+# The context itself
+
+
+def test_the_innermost_context_applies_and_contexts_can_be_entered_again():
+    outer, inner = offload(min_bytes=0), offload(min_bytes=0)
+    x = torch.randn(8, 8, requires_grad=True)
+    with outer:
+        assert offload.current() is outer
+        with inner, outer, inner:
+            assert offload.current() is inner
+            (x * 2).exp()
+        assert offload.current() is outer
+        assert (outer.report().total.count, inner.report().total.count) == (0, 1)
+        y = (x * 3).exp()
+    assert offload.current() is None and outer.report().total.count == 1
+    (x * 2).exp()
+    assert outer.report().total.count == 1
+    y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        ({"lane": "fast"}, "unknown lane 'fast'"),
+        ({"lane": "packed", "bits": 3}, "bits=3"),
+        ({"lane": "exact", "bits": 4}, "no option 'bits'"),
+        ({"lane": RawLane(), "bits": 4}, "bits cannot be set on a lane that is open"),
+        ({"max_rel_error": -1.0}, "max_rel_error=-1.0"),
+        ({"max_rel_error": float("nan")}, "max_rel_error=nan"),
+        ({"min_bytes": -1}, "min_bytes=-1 is not a whole number"),
+        ({"host_budget": 1.5}, "host_budget=1.5 is not a whole number from 0 up or None"),
+        ({"gpu_budget": True}, "gpu_budget=True"),
+        ({"keep_last": None}, "keep_last=None"),
+        ({"on_full": "wait"}, "on_full='wait' is not one of keep, spill, error"),
+    ],
+)
+def test_bad_arguments_are_one_clear_error(arguments, problem):
+    with pytest.raises(LaneError) as caught:
+        offload(**arguments)
+    assert problem in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_report_counts_classes_and_prints_them():
+    context = offload("packed", bits=4, min_bytes=0)
+    node = save(context, activation(64, 64), torch.rand(128) > 0.5, activation(64, 64), torch.zeros(0))
+    node.saved_tensors  # noqa: B018
+    report = context.report()
+    by_lane = {row.lane: row for row in report.classes}
+    assert (by_lane["packed"].count, by_lane["packed"].bytes_in) == (2, 2 * 64 * 64 * 4)
+    assert (by_lane["raw"].count, by_lane["raw"].bytes_in) == (1, 128)
+    assert report.total.bytes_wire == sum(row.bytes_wire for row in report.classes) == report.host_bytes
+    assert (report.unpacks, report.decodes, report.tickets) == (3, 3, 3)
+    lines = str(report).splitlines()
+    assert lines[0].split() == [
+        "tensors",
+        "lane",
+        "count",
+        "MiB",
+        "in",
+        "MiB",
+        "wire",
+        "ratio",
+        "worst",
+        "error",
+    ]
+    assert lines[1].startswith("float32 [64, 64]  packed") and lines[1].endswith("not measured")
+    assert lines[2].startswith("bool [128]") and lines[3].startswith("total")
+    assert "small 1" in lines[4]
+
+
+def test_reports_of_many_shapes_stay_bounded():
+    context = offload(min_bytes=0)
+    for n in range(1, 301):
+        save(context, torch.zeros(n, dtype=torch.uint8))
+    report = context.report()
+    assert len(report.classes) == 257 and report.total.count == 300
+    assert "other shapes" in str(report)
