@@ -12,7 +12,7 @@ import zlib
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp, log
+from math import ceil, exp, log
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -22,20 +22,22 @@ from common import RESULTS, append_rows, environment, figure
 from minilm import BATCH, MiniLM, standard_library
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from sidelane.codec.lane import Lane
 from sidelane.codec.packet import Packet
 from sidelane.kernels.reference import dequantize_project_ref, project_quantize_ref
-from sidelane.layout import MAPPINGS
+from sidelane.layout import CHANNEL_ROWS, MAPPINGS
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.calibrate import calibrate
 from sidelane.pipeline.lanes import open_lane
+from sidelane.pipeline.video import VideoLane, basis_quantizer
 
 GROUP = 64
 SCALE_BITS = 32 / GROUP  # float16 scale and offset of a group, per element
 GROUP_BITS = (8, 4, 2)
+VIDEO_BITS = 4 + SCALE_BITS  # the basis whose components the video lane codes
 QPS = (None, 10, 18, 28)  # None is lossless
 CAPTURED = (16, 64, 128)  # leading components whose share of the variance is reported
 CALIBRATION = 4  # times as many tokens to calibrate as to report
@@ -53,7 +55,6 @@ class Method:
     lane: Lane
     check: Check
     basis: Basis | None = None
-    mapping: str = ""
 
 
 def methods(bases: Mapping[float, Basis], everything: Basis) -> list[Method]:
@@ -65,18 +66,31 @@ def methods(bases: Mapping[float, Basis], everything: Basis) -> list[Method]:
     for bits, basis in bases.items():
         lane = open_lane("packed", basis=basis)
         found.append(Method("pca allocated", f"{bits:g} bit", lane, same_codes(basis), basis))
-        kept = min(int(bits * basis.dim / 8), everything.dim)
-        cut = replace(everything, widths=(8,) * kept + (0,) * (len(everything.widths) - kept))
+        cut = truncated(everything, int(bits * basis.dim / 8))
         lane = open_lane("packed", basis=cut)
         found.append(Method("pca truncated", f"{bits:g} bit", lane, same_codes(cut), cut))
-    return found + [video(bases[4 + SCALE_BITS], mapping, qp) for mapping in MAPPINGS for qp in QPS]
+    middle = bases[VIDEO_BITS]
+    found += [video(middle, "nv12", mapping, qp) for mapping in MAPPINGS for qp in QPS]
+    return [*found, video(middle, "p010", CHANNEL_ROWS, None)]
 
 
-def video(basis: Basis, mapping: str, qp: int | None) -> Method:
-    lane = open_lane("video-cpu", basis=basis, mapping=mapping, qp=qp)
+def truncated(basis: Basis, rank: int) -> Basis:
+    """The leading `rank` components with 8 bits each."""
+    rank = min(rank, len(basis.widths))
+    return replace(
+        basis,
+        components=basis.components[:, :rank].contiguous(),
+        std=basis.std[:rank],
+        peak=basis.peak[:rank],
+        widths=(8,) * rank,
+    )
+
+
+def video(basis: Basis, format: str, mapping: str, qp: int | None) -> Method:
+    lane = VideoLane(basis=basis, format=format, mapping=mapping, qp=qp)
     if qp is None:
-        return Method("video lossless", mapping, lane, same_codes(basis, lane.bits), basis, mapping)
-    return Method(f"video QP {qp}", mapping, lane, finite, basis, mapping)
+        return Method(f"{format} lossless", mapping, lane, same_surface_codes(basis, lane.bits), basis)
+    return Method(f"{format} QP {qp}", mapping, lane, finite, basis)
 
 
 def identical(x: Tensor, restored: Tensor) -> bool:
@@ -99,15 +113,28 @@ def within_half_a_step(bits: int) -> Check:
     return check
 
 
-def same_codes(basis: Basis, width: int | None = None) -> Check:
+def same_codes(basis: Basis) -> Check:
     """The codes of the reference arrive unchanged: they restore the same floats."""
+    q = basis.quantizer()
 
     def check(x: Tensor, restored: Tensor) -> bool:
-        q = basis.quantizer(width)
         codes, _ = project_quantize_ref(x, q.components, q.offset, q.inv_scale, q.levels)
         return identical(dequantize_project_ref(codes, q.components, q.scale, q.bias, x.dtype), restored)
 
     return check
+
+
+def same_surface_codes(basis: Basis, bits: int) -> Check:
+    """As `same_codes`, with the operands of the video lane."""
+    return lambda x, restored: identical(surface_codes(x, basis, bits)[1], restored)
+
+
+def surface_codes(x: Tensor, basis: Basis, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes [T, K] of the video lane, and what they restore."""
+    q = basis_quantizer(basis, bits)
+    levels = torch.full_like(q.scale, 2**bits - 1)
+    codes, _ = project_quantize_ref(x, q.components, q.offset, q.inv_scale, levels)
+    return codes, dequantize_project_ref(codes, q.components, q.scale, q.bias, x.dtype)
 
 
 def relative_error(x: Tensor, restored: Tensor) -> float:
@@ -115,48 +142,56 @@ def relative_error(x: Tensor, restored: Tensor) -> float:
 
 
 def measure(name: str, x: Tensor, chosen: Sequence[Method]) -> Iterator[Row]:
-    """One row for each method and yardstick on bfloat16 x [T, D]. Raises RuntimeError when a check fails."""
-    shared = {"tensor": name, "tokens": len(x), "dim": x.shape[1], "raw_bytes": x.nbytes}
+    """A row for each method on bfloat16 x [T, D]. Raises RuntimeError when a check fails."""
     for method in chosen:
         data = method.lane.encode(x).to_bytes()
         restored = method.lane.decode(Packet.from_bytes(data))
         if not method.check(x, restored):
             raise RuntimeError(f"{name}: the round trip of '{method.name} {method.setting}' fails its check")
-        codes = len(x) * method.basis.rank if method.basis else x.numel()
-        yield shared | {
-            "method": method.name,
-            "setting": method.setting,
-            "wire_bytes": len(data),
-            "ratio": round(x.nbytes / len(data), 4),
-            "bits_per_sample": round(8 * len(data) / codes, 4),
-            "basis_bytes": method.basis.nbytes if method.basis else 0,
-            "rel_error": float(f"{relative_error(x, restored):.4g}"),
-        }
-    for method_name, size in yardsticks(x):
-        yield shared | {
-            "method": method_name,
-            "setting": "",
-            "wire_bytes": size,
-            "ratio": round(x.nbytes / size, 4),
-            "bits_per_sample": round(8 * size / x.numel(), 4),
-            "basis_bytes": 0,
-            "rel_error": 0.0,
-        }
+        error = relative_error(x, restored)
+        yield result(name, x, method.name, method.setting, len(data), error, method.basis)
 
 
-YARDSTICKS = 3
+def yardsticks(name: str, x: Tensor, basis: Basis) -> Iterator[Row]:
+    """Rows of zlib level 6 and of ideal order-0 coders.
 
-
-def yardsticks(x: Tensor) -> Iterator[tuple[str, int]]:
-    """(name, bytes): zlib level 6 on the bytes, on their two planes, and the order-0 entropy of exponents."""
+    zlib takes the bytes, or their two planes one after the other. One ideal coder codes the exponents beside
+    raw signs and mantissas, the other each channel of the codes that the video lane makes with `basis`.
+    """
     data = x.contiguous().view(torch.uint8)
-    planes = data.view(-1, 2).t().contiguous()
-    yield "zlib", len(zlib.compress(data.numpy().tobytes(), 6))
-    yield "zlib planes", len(zlib.compress(planes.numpy().tobytes(), 6))
+    for setting, order in (("bytes", data), ("planes", data.view(-1, 2).t().contiguous())):
+        yield result(name, x, "zlib", setting, len(zlib.compress(order.numpy().tobytes(), 6)), 0.0)
     exponents = (x.contiguous().view(torch.int16).int() >> 7) & 255
-    p = torch.bincount(exponents.view(-1), minlength=256).double() / x.numel()
-    entropy = float(torch.special.entr(p).sum()) / log(2)
-    yield "entropy bound", int(x.numel() * (entropy + 8) / 8)
+    yield result(name, x, "entropy", "exponents", ceil(entropy_bytes(exponents.view(-1)) + x.numel()), 0.0)
+    codes, restored = surface_codes(x, basis, 8)
+    size = ceil(sum(map(entropy_bytes, codes.t())))
+    yield result(name, x, "entropy", "nv12 codes", size, relative_error(x, restored), basis)
+
+
+def entropy_bytes(symbols: Tensor) -> float:
+    """Bytes of an ideal coder that knows the histogram of `symbols`."""
+    p = torch.bincount(symbols.int()).double() / symbols.numel()
+    return float(torch.special.entr(p).sum()) / log(2) * symbols.numel() / 8
+
+
+def result(
+    name: str, x: Tensor, method: str, setting: str, size: int, error: float, basis: Basis | None = None
+) -> Row:
+    samples = len(x) * basis.rank if basis else x.numel()
+    return {
+        "tensor": name,
+        "tokens": len(x),
+        "dim": x.shape[1],
+        "method": method,
+        "setting": setting,
+        "raw_bytes": x.nbytes,
+        "wire_bytes": size,
+        "ratio": round(x.nbytes / size, 4),
+        "rank": basis.rank if basis else "",
+        "bits_per_sample": round(8 * size / samples, 4),
+        "basis_bytes": basis.nbytes if basis else 0,
+        "rel_error": float(f"{error:.4g}"),
+    }
 
 
 def calibrated(fit: Tensor) -> tuple[dict[float, Basis], Basis]:
@@ -196,7 +231,7 @@ def draw(path: Path, bases: Mapping[str, Basis], rows: Sequence[Row]) -> None:
         for name, basis in bases.items():
             spectrum = basis.spectrum.double() / basis.spectrum.double().sum()
             left.semilogy(torch.arange(1, basis.dim + 1) / basis.dim, spectrum, label=name)
-        left.set(xlabel="component / D", ylabel="share of the variance", title="Spectra")
+        left.set(xlabel="component / D", ylabel="share of the variance", title="Spectra", ylim=(1e-7, 1))
         left.legend(fontsize=7)
         for method in dict.fromkeys(row["method"] for row in rows if row["rel_error"] > 0):
             mine = [row for row in rows if row["method"] == method]
@@ -207,9 +242,20 @@ def draw(path: Path, bases: Mapping[str, Basis], rows: Sequence[Row]) -> None:
         right.legend(fontsize=7)
 
 
+def spectrum_table(spectra: Sequence[Row]) -> Table:
+    table = Table("tensor", "D", "effective rank", title="Spectra, and variance in the leading components")
+    for k in CAPTURED:
+        table.add_column(f"top {k}", justify="right")
+    for row in spectra:
+        shares = (f"{row[f'variance_top_{k}']:.1%}" for k in CAPTURED)
+        table.add_row(row["tensor"], str(row["dim"]), f"{row['effective_rank']:.0f}", *shares)
+    return table
+
+
 def summary(rows: Sequence[Row]) -> Table:
-    table = Table("method", "setting", title="Over all tensors")
-    for heading in ("ratio, mean", "least", "error, median", "worst", "bit / sample"):
+    """Geometric mean and least ratio, median and worst error, mean bits per sample over the tensors."""
+    table = Table(Column("method", no_wrap=True), Column("setting", no_wrap=True), title="Over all tensors")
+    for heading in ("ratio", "least", "error", "worst", "bit/sample"):
         table.add_column(heading, justify="right")
     for method, setting in dict.fromkeys((row["method"], row["setting"]) for row in rows):
         mine = [row for row in rows if (row["method"], row["setting"]) == (method, setting)]
@@ -243,16 +289,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             chosen = methods(by_bits, everything)
             bases[name] = everything
             spectra.append(spectrum_row(name, everything) | machine)
-            found = progress.track(
-                measure(name, reports[name], chosen),
-                len(chosen) + YARDSTICKS,
-                description=f"{name} {list(fit.shape)}",
-            )
+            measured = measure(name, reports[name], chosen)
+            found = list(progress.track(measured, len(chosen), description=f"{name} {list(fit.shape)}"))
+            found += yardsticks(name, reports[name], by_bits[VIDEO_BITS])
             rows += [row | machine for row in found]
     append_rows(options.out / "activations.csv", rows)
     append_rows(options.out / "activations_spectrum.csv", spectra)
     draw(options.out / "activations.png", bases, rows)
-    Console().print(summary(rows))
+    Console().print(spectrum_table(spectra), summary(rows))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ All functions need the CUDA context of the device to be current on the calling t
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,9 @@ from sidelane.codec.probe import decoder_caps
 from sidelane.errors import DriverError, LaneUnavailable, PacketError
 from sidelane.layout import SurfaceFormat, SurfaceLayout
 
-# Pictures submitted before the oldest is waited for, so that the engine works while the host copies.
+# Pictures in the hardware's queue while the host waits for the oldest, so that the engine never idles.
 PIPELINE_DEPTH = 4
+MAX_CODING_BLOCK = 64  # frames are coded in whole blocks, so less than one is cut off
 _NOT_SUPPORTED = 801
 
 
@@ -67,10 +69,11 @@ class HardwareDecoder:
             self._stream = Stream()
         return self._stream
 
+    def is_prepared(self, coded: CodedFormat, geometry: Geometry) -> bool:
+        return (coded, geometry) == (self.coded, self._geometry)
+
     def prepare(self, coded: CodedFormat, geometry: Geometry) -> None:
-        """Make ready for a stream: nothing to do, reconfigure, or create anew."""
-        if self._decoder and (coded, geometry) == (self.coded, self._geometry):
-            return
+        """Get ready for a stream by reconfiguration or, failing that, anew; decoded pictures are lost."""
         within = geometry.coded_width <= self._limit[0] and geometry.coded_height <= self._limit[1]
         if self._decoder and coded == self.coded and within:
             self._reconfigure(geometry)
@@ -190,7 +193,8 @@ class StreamDecode:
         self._coded = CodedFormat.of(layout.format)
         self._target = target
         self._frame_bytes = layout.format.rows(layout.height) * layout.pitch
-        self._frames = 0
+        self._frames = 0  # displayed
+        self._waiting: deque[tuple[int, int]] = deque()  # (surface, frame) displayed and not yet copied
         self._error: BaseException | None = None
 
     def run(self, address: int, size: int) -> None:
@@ -208,7 +212,7 @@ class StreamDecode:
             CodecType=abi.number("cudaVideoCodec_HEVC"),
             ulMaxNumDecodeSurfaces=1,  # replaced by what the sequence callback returns
             ulErrorThreshold=0,
-            ulMaxDisplayDelay=PIPELINE_DEPTH,
+            ulMaxDisplayDelay=0,  # pictures queue up here, in _waiting
             **{name: ctypes.cast(function, ctypes.c_void_p) for name, function in callbacks.items()},
         )
         parser = ctypes.c_void_p()
@@ -218,6 +222,8 @@ class StreamDecode:
             # With ENDOFPICTURE it would drop whatever follows the first picture.
             self._feed(parser, payload=address, payload_size=size)
             self._feed(parser, flags=abi.number("CUVID_PKT_ENDOFSTREAM"))
+            while self._waiting:
+                self._copy_oldest()
         finally:
             cuvid().call("cuvidDestroyVideoParser", parser)
         if self._frames != self._expected:
@@ -266,10 +272,19 @@ class StreamDecode:
         ):
             size = f"{layout.width}x{layout.height} {want.chroma.replace(':', '')} {want.bits} bit"
             raise PacketError("bitstream", f"the stream is {got}, the packet says {size}")
-        self._hardware.prepare(want, geometry)
+        padding = max(geometry.coded_width - geometry.width, geometry.coded_height - geometry.height)
+        if padding >= MAX_CODING_BLOCK:
+            raise PacketError("bitstream", f"{got} are cut out of frames {padding} samples larger")
+        if not self._hardware.is_prepared(want, geometry):
+            while self._waiting:
+                self._copy_oldest()
+            self._hardware.prepare(want, geometry)
         return geometry.surfaces
 
     def _decode(self, pointer: Any) -> int:
+        # The parser may reuse a surface once it is displayed, which is before it is copied.
+        while any(surface == pointer.contents.CurrPicIdx for surface, _ in self._waiting):
+            self._copy_oldest()
         self._hardware.submit(pointer)
         return 1
 
@@ -278,10 +293,15 @@ class StreamDecode:
             return 1
         if self._frames >= self._expected:
             raise PacketError("bitstream", f"holds more than the {self._expected} frames expected")
-        target = self._target + self._frames * self._frame_bytes
-        self._hardware.copy_out(pointer.contents.picture_index, target, self._layout)
+        self._waiting.append((pointer.contents.picture_index, self._frames))
         self._frames += 1
+        if len(self._waiting) > PIPELINE_DEPTH:
+            self._copy_oldest()
         return 1
+
+    def _copy_oldest(self) -> None:
+        surface, frame = self._waiting.popleft()
+        self._hardware.copy_out(surface, self._target + frame * self._frame_bytes, self._layout)
 
 
 def _chroma_number(chroma: str) -> int:

@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -209,12 +210,12 @@ class NvDecoderPool:
 
         Needs parameter sets before every frame; a stream without them goes to one decoder.
         """
-        data = stream if isinstance(stream, bytes) else stream.numpy().tobytes()
+        whole = _whole(stream, layout)
         out = _new_surface(layout, self.index)
         ready = _driver.Event(self.index)
         jobs: list[Future[Tensor]] = []
         try:
-            for piece in _split(data, layout, self.engines):
+            for piece in _split(whole, layout, self.engines):
                 jobs.append(self._start(piece, out, layout, ready))
             for job in jobs:
                 job.result()
@@ -303,21 +304,20 @@ def _whole(stream: bytes | Tensor, layout: SurfaceLayout) -> _Piece:
     return _Piece(stream, 0, len(stream), 0, layout.frames)
 
 
-def _split(stream: bytes, layout: SurfaceLayout, parts: int) -> list[_Piece]:
+def _split(whole: _Piece, layout: SurfaceLayout, parts: int) -> list[_Piece]:
     """At most `parts` pieces of about as many frames each, where a video parameter set starts every frame."""
+    stream = whole.stream.numpy().tobytes() if isinstance(whole.stream, Tensor) else whole.stream
     starts, at = [], stream.find(_VPS)
     while at >= 0:
         starts.append(at)
         at = stream.find(_VPS, at + len(_VPS))
     if len(starts) != layout.frames:
-        return [_whole(stream, layout)]
-    pieces, starts[0] = [], 0
-    for part in range(min(parts, layout.frames)):
-        first = part * layout.frames // min(parts, layout.frames)
-        last = (part + 1) * layout.frames // min(parts, layout.frames)
-        stop = len(stream) if last == layout.frames else starts[last]
-        pieces.append(_Piece(stream, starts[first], stop - starts[first], first, last - first))
-    return pieces
+        return [whole]
+    starts[0] = 0
+    starts.append(len(stream))
+    count = min(parts, layout.frames)
+    bounds = [part * layout.frames // count for part in range(count + 1)]
+    return [_Piece(stream, starts[a], starts[b] - starts[a], a, b - a) for a, b in pairwise(bounds)]
 
 
 def _address(stream: bytes | Tensor) -> int:

@@ -18,32 +18,59 @@ BLOCK_PAIRS = 1024  # (byte, channel) pairs per program
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _block(  # type: ignore[no-untyped-def]
+    first_ptr, channels, BLOCK_BYTES: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Bytes b, channels k, first plane and width of each channel, for one program.
+
+    `first` int64 [K + 1]: planes before each channel.
+    """
+    b = tl.program_id(0).to(tl.int64) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    if BLOCK_K > 1:  # one channel starts at zero; the compiler, seeing that, stores eight codes at once
+        k += tl.program_id(1) * BLOCK_K
+    first = tl.load(first_ptr + k, mask=k < channels, other=0)
+    width = (tl.load(first_ptr + k + 1, mask=k < channels, other=0) - first).to(tl.int32)
+    return b, k, first, width
+
+
+@triton.jit
+def _load_lanes(codes_ptr, t, k, tokens, channels, stride_t, stride_k):  # type: ignore[no-untyped-def]
+    """Codes (t, k) in the low 16 bits of int64, zero outside."""
+    at = codes_ptr + t[:, None] * stride_t + k[None, :] * stride_k
+    mask = (t < tokens)[:, None] & (k < channels)[None, :]
+    return tl.load(at, mask=mask, other=0).to(tl.int64) & 0xFFFF
+
+
+@triton.jit
+def _gather_nibble(x):  # type: ignore[no-untyped-def]
+    """Bits 0, 16, 32 and 48 of int64 as bits 0..3."""
+    x &= 0x0001000100010001
+    return (x | x >> 15 | x >> 30 | x >> 45) & 15
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _pack_bits_kernel(  # type: ignore[no-untyped-def]
     codes_ptr, first_ptr, packed_ptr, tokens, channels, stride_t, stride_k,
     BLOCK_BYTES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """packed[(first[k] + j) * ceil(T / 8) + b] = sum over i < 8 of bit j of code (8 b + i, k) << i.
 
-    `first` int64 [K + 1]: planes before each channel. Tiles are [i, b, k] with i slowest, so that a thread holds
-    all eight codes of a byte.
+    Tiles are [b, k]. The eight codes of a byte become two int64 words of four 16-bit lanes, then planes.
     """
-    b = tl.program_id(0).to(tl.int64) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
-    k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    i = tl.arange(0, 8)[:, None, None]
-    octets = (tokens + 7) // 8
-    first = tl.load(first_ptr + k, mask=k < channels, other=0)
-    width = (tl.load(first_ptr + k + 1, mask=k < channels, other=0) - first).to(tl.int32)
+    b, k, first, width = _block(first_ptr, channels, BLOCK_BYTES, BLOCK_K)
     deepest = tl.max(width, axis=0)
     if deepest == 0:
         return
-    t = 8 * b[None, :, None] + i
-    codes = tl.load(
-        codes_ptr + t * stride_t + k[None, None, :] * stride_k,
-        mask=(t < tokens) & (k < channels)[None, None, :],
-        other=0,
-    ).to(tl.int32)
+    low = tl.zeros((BLOCK_BYTES, BLOCK_K), dtype=tl.int64)
+    high = tl.zeros((BLOCK_BYTES, BLOCK_K), dtype=tl.int64)
+    for i in tl.static_range(4):
+        shift = 16 * i
+        low |= _load_lanes(codes_ptr, 8 * b + i, k, tokens, channels, stride_t, stride_k) << shift
+        high |= _load_lanes(codes_ptr, 8 * b + i + 4, k, tokens, channels, stride_t, stride_k) << shift
+    octets = (tokens - 1) // 8 + 1
     for j in range(deepest):
-        byte = tl.sum(((codes >> j) & 1) << i, axis=0)  # [BLOCK_BYTES, BLOCK_K]
+        byte = _gather_nibble(low >> j) | _gather_nibble(high >> j) << 4
         at = packed_ptr + (first + j)[None, :] * octets + b[:, None]
         tl.store(at, byte.to(tl.uint8), mask=(b < octets)[:, None] & (j < width)[None, :])
 
@@ -52,13 +79,13 @@ def _pack_bits_kernel(  # type: ignore[no-untyped-def]
 def _unpack_bits_kernel(  # type: ignore[no-untyped-def]
     packed_ptr, first_ptr, codes_ptr, tokens, channels, BLOCK_BYTES: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Inverse of `_pack_bits_kernel`: code (8 b + i, k) = sum over j of bit i of byte b of plane first[k] + j << j."""
-    b = tl.program_id(0).to(tl.int64) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
-    k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    """code (8 b + i, k) = sum over j of bit i of packed[(first[k] + j) * ceil(T / 8) + b] << j.
+
+    Tiles are [b, k] and [i, b, k].
+    """
+    b, k, first, width = _block(first_ptr, channels, BLOCK_BYTES, BLOCK_K)
     i = tl.arange(0, 8)[:, None, None]
-    octets = (tokens + 7) // 8
-    first = tl.load(first_ptr + k, mask=k < channels, other=0)
-    width = (tl.load(first_ptr + k + 1, mask=k < channels, other=0) - first).to(tl.int32)
+    octets = (tokens - 1) // 8 + 1
     codes = tl.zeros((8, BLOCK_BYTES, BLOCK_K), dtype=tl.int32)
     for j in range(tl.max(width, axis=0)):
         at = packed_ptr + (first + j)[None, :] * octets + b[:, None]
@@ -70,7 +97,7 @@ def _unpack_bits_kernel(  # type: ignore[no-untyped-def]
 
 
 def pack_bits(codes: Tensor, widths: list[int]) -> Tensor:
-    """Codes int16 [T, K], any strides, of `widths[k]` bits to bit planes, uint8 [packed_bits_size(T, widths)].
+    """Codes int16 [T, K], any strides, of `widths[k]` bits to bit planes, uint8 [packed_bits_size].
 
     Bits of a code above its width are dropped. Raises LaneError for anything else.
     """
@@ -91,7 +118,7 @@ def pack_bits_into(codes: Tensor, widths: list[int], packed: Tensor) -> None:
     if packed.numel() == 0:
         return
     grid, blocks = _tiles(tokens, channels)
-    with torch.cuda.device_of(codes):
+    with torch.cuda.device_of(codes):  # type: ignore[no-untyped-call]
         _pack_bits_kernel[grid](
             codes,
             _first_planes(tuple(widths), codes.device),
@@ -105,7 +132,7 @@ def pack_bits_into(codes: Tensor, widths: list[int], packed: Tensor) -> None:
 
 
 def unpack_bits(packed: Tensor, widths: list[int], tokens: int) -> Tensor:
-    """Codes int16 [tokens, K] from the planes uint8 [packed_bits_size(tokens, widths)] that `pack_bits` wrote.
+    """Codes int16 [tokens, K] from the planes uint8 [packed_bits_size] that `pack_bits` wrote.
 
     Raises LaneError where the size does not fit `tokens` and `widths`.
     """
@@ -128,7 +155,7 @@ def unpack_bits_into(packed: Tensor, widths: list[int], codes: Tensor) -> None:
     if codes.numel() == 0:
         return
     grid, blocks = _tiles(tokens, channels)
-    with torch.cuda.device_of(codes):
+    with torch.cuda.device_of(codes):  # type: ignore[no-untyped-call]
         _unpack_bits_kernel[grid](
             packed, _first_planes(tuple(widths), codes.device), codes, tokens, channels, **blocks
         )

@@ -1,4 +1,4 @@
-"""Lossless bf16, fp16 and fp32: a 4-bit code for each exponent, the rest raw. Format: `ExactCodes` in reference.py."""
+"""Lossless bf16, fp16 and fp32: exponents in 4-bit codes, the rest raw. Format: `ExactCodes`."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def _rest_of(word, MANTISSA: tl.constexpr, EXPONENT: tl.constexpr):  # type: ign
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _load_codes(codes_ptr, base, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The 4-bit codes of elements base .. base + BLOCK as int32 [BLOCK], zero from `numel` on; base is even."""
-    pair = tl.arange(0, BLOCK // 2)
-    byte = tl.load(codes_ptr + base // 2 + pair, mask=base + 2 * pair < numel, other=0).to(tl.int32)
+def _load_codes(codes_ptr, block, numel, pairs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The 4-bit codes of one block as int32 [BLOCK], zero from `numel` on; `pairs` = ceil(numel / 2)."""
+    pair = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+    byte = tl.load(codes_ptr + pair, mask=pair < pairs, other=0).to(tl.int32)
     codes = tl.interleave(byte & 15, byte >> 4)
-    return tl.where(base + tl.arange(0, BLOCK) < numel, codes, 0)
+    return tl.where(block * BLOCK + tl.arange(0, BLOCK) < numel, codes, 0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -59,8 +59,10 @@ def _exact_survey_kernel(  # type: ignore[no-untyped-def]
     word_ptr, table_ptr, numel,
     MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, PLANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Row `program` of table int32 [programs, 256 + PLANES]: how often each exponent occurs in the tiles program,
-    program + programs, ...; then for each byte plane a number that is zero where the plane is zero."""
+    """Row `program` of `table` int32 [programs, 256 + PLANES], about tiles program, program + programs, ...
+
+    How often each exponent occurs, then for each byte plane a number that is zero if the plane is.
+    """
     program = tl.program_id(0).to(tl.int64)
     bins = tl.zeros((256,), dtype=tl.int32)
     any_bits = tl.zeros((TILE,), dtype=tl.int32)
@@ -78,7 +80,7 @@ def _exact_survey_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _exact_encode_kernel(  # type: ignore[no-untyped-def]
-    word_ptr, index_ptr, codes_ptr, counts_ptr, planes_ptr, odd_ptr, numel,
+    word_ptr, index_ptr, codes_ptr, counts_ptr, planes_ptr, odd_ptr, numel, pairs,
     MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, PLANES: tl.constexpr, ODD_BITS: tl.constexpr,
     ZERO_PLANES: tl.constexpr, ESCAPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -92,32 +94,32 @@ def _exact_encode_kernel(  # type: ignore[no-untyped-def]
     escapes = tl.sum((code == ESCAPE).to(tl.int32), axis=0)
     tl.store(counts_ptr + block, escapes.to(tl.int16))
     low, high = tl.split(tl.reshape(code, (BLOCK // 2, 2)))
-    pair = tl.arange(0, BLOCK // 2)
-    tl.store(codes_ptr + base // 2 + pair, (low | high << 4).to(tl.uint8), mask=base + 2 * pair < numel)
+    pair = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+    tl.store(codes_ptr + pair, (low | high << 4).to(tl.uint8), mask=pair < pairs)
     rest = _rest_of(word, MANTISSA, EXPONENT)
     for plane in tl.static_range(PLANES):
         if (ZERO_PLANES >> plane) & 1 == 0:
             tl.store(planes_ptr + at, ((rest >> (8 * plane)) & 255).to(tl.uint8), mask=at < numel)
             planes_ptr += numel
     if ODD_BITS > 0:
-        octet = tl.arange(0, BLOCK // 8)
+        octet = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
         i = tl.arange(0, 8)[None, :]
         top = tl.reshape(rest >> (8 * PLANES), (BLOCK // 8, 8))
         for j in tl.static_range(ODD_BITS):
             byte = tl.sum(((top >> j) & 1) << i, axis=1).to(tl.uint8)
-            tl.store(odd_ptr + base // 8 + octet, byte, mask=base + 8 * octet < numel)
-            odd_ptr += (numel + 7) // 8
+            tl.store(odd_ptr + octet, byte, mask=8 * octet < numel)
+            odd_ptr += (numel - 1) // 8 + 1
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _exact_escapes_kernel(  # type: ignore[no-untyped-def]
-    word_ptr, codes_ptr, counts_ptr, ends_ptr, escapes_ptr, numel,
+    word_ptr, codes_ptr, counts_ptr, ends_ptr, escapes_ptr, numel, pairs,
     MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, ESCAPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """escapes[rank] = exponent of each element of one block whose code is ESCAPE."""
     block = tl.program_id(0).to(tl.int64)
     base = block * BLOCK
-    codes = _load_codes(codes_ptr, base, numel, BLOCK)
+    codes = _load_codes(codes_ptr, block, numel, pairs, BLOCK)
     escaped = codes == ESCAPE
     word = tl.load(word_ptr + base + tl.arange(0, BLOCK), mask=escaped, other=0).to(tl.int32)
     exponent = _exponent_of(word, MANTISSA, EXPONENT).to(tl.uint8)
@@ -126,18 +128,19 @@ def _exact_escapes_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _exact_decode_kernel(  # type: ignore[no-untyped-def]
-    book_ptr, codes_ptr, counts_ptr, ends_ptr, escapes_ptr, planes_ptr, odd_ptr, word_ptr, numel, escapes,
-    MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, PLANES: tl.constexpr, ODD_BITS: tl.constexpr,
+    book_ptr, codes_ptr, counts_ptr, ends_ptr, escapes_ptr, planes_ptr, odd_ptr, word_ptr, numel, pairs,
+    escapes, MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, PLANES: tl.constexpr, ODD_BITS: tl.constexpr,
     ZERO_PLANES: tl.constexpr, ESCAPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """word = sign << (MANTISSA + EXPONENT) | exponent << MANTISSA | mantissa for one block of BLOCK elements.
 
-    A rank outside the list of escapes, which only counts that belong to other codes give, reads as exponent 0.
+    A rank outside the list of escapes, which only counts that belong to other codes give, reads as exponent
+    0.
     """
     block = tl.program_id(0).to(tl.int64)
     base = block * BLOCK
     at = base + tl.arange(0, BLOCK)
-    codes = _load_codes(codes_ptr, base, numel, BLOCK)
+    codes = _load_codes(codes_ptr, block, numel, pairs, BLOCK)
     rank = _escape_rank(codes, counts_ptr, ends_ptr, block, ESCAPE)
     listed = (codes == ESCAPE) & (rank >= 0) & (rank < escapes)
     exponent = tl.load(book_ptr + codes, mask=codes != ESCAPE, other=0).to(tl.int32)
@@ -148,23 +151,23 @@ def _exact_decode_kernel(  # type: ignore[no-untyped-def]
             rest |= tl.load(planes_ptr + at, mask=at < numel, other=0).to(tl.int32) << (8 * plane)
             planes_ptr += numel
     if ODD_BITS > 0:
-        octet = base // 8 + tl.arange(0, BLOCK // 8)
+        octet = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
         i = tl.arange(0, 8)[None, :]
         for j in tl.static_range(ODD_BITS):
             byte = tl.load(odd_ptr + octet, mask=8 * octet < numel, other=0).to(tl.int32)
             rest |= tl.reshape((byte[:, None] >> i) & 1, (BLOCK,)) << (8 * PLANES + j)
-            odd_ptr += (numel + 7) // 8
+            odd_ptr += (numel - 1) // 8 + 1
     sign = (rest >> MANTISSA) << (MANTISSA + EXPONENT)
     word = sign | exponent << MANTISSA | rest & (2**MANTISSA - 1)
     tl.store(word_ptr + at, word.to(word_ptr.dtype.element_ty), mask=at < numel)
 
 
 def exact_encode(x: Tensor) -> ExactCodes | None:
-    """Code the exponents of flat bf16, fp16 or fp32 [n], n >= 1; None when the result would not be smaller than `x`.
+    """Code the exponents of flat bf16, fp16 or fp32 [n], n >= 1; None when that would not make `x` smaller.
 
-    Three passes over `x`: survey, encode, gather escapes (this one reads the codes and the escaped elements only).
-    On a GPU the host waits once, after the survey, since the sizes of the parts depend on the data; nothing is
-    allocated where the answer is None. The result does not depend on the order of execution.
+    Three passes over `x`: survey, encode, gather escapes (this one reads the codes and the escaped elements
+    only). On a GPU the host waits once, after the survey, since the sizes of the parts depend on the data;
+    nothing is allocated where the answer is None. The result does not depend on the order of execution.
 
     Raises LaneError for any other input.
     """
@@ -214,7 +217,7 @@ def empty_exact_codes(
 def survey_into(x: Tensor, table: Tensor) -> None:
     """The launch of `_exact_survey_kernel` on `x` with one program per row of `table`."""
     f = EXACT_FIELDS[x.dtype]
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _exact_survey_kernel[(table.shape[0],)](
             x.view(f.word),
             table,
@@ -231,7 +234,7 @@ def exact_encode_into(x: Tensor, index: Tensor, codes: ExactCodes) -> None:
     f = EXACT_FIELDS[x.dtype]
     word, grid = x.view(f.word), (codes.counts.numel(),)
     fields = {"MANTISSA": f.mantissa, "EXPONENT": f.exponent, "ESCAPE": EXACT_ESCAPE, "BLOCK": EXACT_BLOCK}
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _exact_encode_kernel[grid](
             word,
             index,
@@ -240,6 +243,7 @@ def exact_encode_into(x: Tensor, index: Tensor, codes: ExactCodes) -> None:
             codes.planes,
             codes.odd,
             codes.numel,
+            codes.codes.numel(),
             PLANES=f.planes,
             ODD_BITS=f.odd_bits,
             ZERO_PLANES=codes.zero_planes,
@@ -248,15 +252,22 @@ def exact_encode_into(x: Tensor, index: Tensor, codes: ExactCodes) -> None:
         if codes.escapes.numel():
             ends = codes.counts.cumsum(0)
             _exact_escapes_kernel[grid](
-                word, codes.codes, codes.counts, ends, codes.escapes, codes.numel, **fields
+                word,
+                codes.codes,
+                codes.counts,
+                ends,
+                codes.escapes,
+                codes.numel,
+                codes.codes.numel(),
+                **fields,
             )
 
 
 def exact_decode(codes: ExactCodes, dtype: torch.dtype) -> Tensor:
     """The flat tensor [numel] of `dtype` that was encoded, bit for bit; never waits for the device.
 
-    Raises LaneError if `dtype` has no exact code or the sizes of the parts do not fit each other; on a CPU also where
-    the codes mark another number of escapes than are listed.
+    Raises LaneError if `dtype` has no exact code or the sizes of the parts do not fit each other; on a CPU
+    also where the codes mark another number of escapes than are listed.
     """
     _check_codes(codes, dtype)
     if not use_triton(codes.codes):
@@ -269,7 +280,7 @@ def exact_decode(codes: ExactCodes, dtype: torch.dtype) -> Tensor:
 def exact_decode_into(codes: ExactCodes, out: Tensor) -> None:
     """The launch of `exact_decode` into `out` [numel]."""
     f = EXACT_FIELDS[out.dtype]
-    with torch.cuda.device_of(out):
+    with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
         _exact_decode_kernel[(codes.counts.numel(),)](
             codes.book,
             codes.codes,
@@ -280,6 +291,7 @@ def exact_decode_into(codes: ExactCodes, out: Tensor) -> None:
             codes.odd,
             out.view(f.word),
             codes.numel,
+            codes.codes.numel(),
             codes.escapes.numel(),
             MANTISSA=f.mantissa,
             EXPONENT=f.exponent,
@@ -304,7 +316,7 @@ def _check_codes(codes: ExactCodes, dtype: torch.dtype) -> None:
         part, want = getattr(codes, name), getattr(like, name)
         if part.shape != want.shape or part.dtype != want.dtype or not part.is_contiguous():
             raise LaneError(
-                f"{name} is {part.dtype} {tuple(part.shape)}, expected contiguous {want.dtype} {tuple(want.shape)}"
+                f"{name} is {part.dtype} {tuple(part.shape)}, not contiguous {want.dtype} {tuple(want.shape)}"
             )
         if part.device != codes.codes.device:
             raise LaneError(f"{name} is on {part.device}, codes on {codes.codes.device}: move them together")

@@ -42,15 +42,15 @@ def _to_words(v, dtype: tl.constexpr, BF16: tl.constexpr):  # type: ignore[no-un
         return v.to(dtype)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _uniform(seed, base, local):  # type: ignore[no-untyped-def]
-    """`uniform_hash` of the indices base + local; base is a multiple of TILE, so all share their high word."""
+    """`uniform_hash` of the indices base + local; base is a multiple of TILE: all share one high word."""
     low = base.to(tl.uint32) + local.to(tl.uint32)
     h = low ^ ((base >> 32).to(tl.uint32) * 0x85EBCA6B)
     h = h * 0x9E3779B1 + seed.to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
-    return ((h ^ (h >> 16)) >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+    return ((h ^ (h >> 16)) >> 8).to(tl.float32) * 2.0**-24
 
 
 @triton.jit(do_not_specialize=["seed"])  # type: ignore[untyped-decorator]
@@ -59,10 +59,10 @@ def _group_quantize_pack_kernel(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, STOCHASTIC: tl.constexpr,
     BF16: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """code = clamp(floor((x - offset) / scale + noise), 0, 2^BITS - 1) per group of GROUP consecutive elements.
+    """code = clamp(floor((x - offset) / scale + noise), 0, 2^BITS - 1) per group of GROUP elements in a row.
 
-    Element p * BYTES + c of a group goes to bits [p * BITS, (p + 1) * BITS) of its byte c; tiles are [groups, p, c].
-    Escaped groups get scale NaN, offset 0, codes 0 and are counted.
+    Element p * BYTES + c of a group goes to bits [p * BITS, (p + 1) * BITS) of its byte c; tiles are [groups,
+    p, c]. Escaped groups get scale NaN, offset 0, codes 0 and are counted.
     """
     PER_BYTE: tl.constexpr = 8 // BITS
     BYTES: tl.constexpr = GROUP // PER_BYTE
@@ -74,7 +74,7 @@ def _group_quantize_pack_kernel(  # type: ignore[no-untyped-def]
     p = tl.arange(0, PER_BYTE)[None, :, None]
     c = tl.arange(0, BYTES)[None, None, :]
     local = g[:, None, None] * GROUP + p * BYTES + c
-    exists = first + g < (numel + GROUP - 1) // GROUP  # [BLOCK_GROUPS]
+    exists = first + g < (numel - 1) // GROUP + 1  # [BLOCK_GROUPS]
     inside = local < numel - base
 
     x = tl.load(x_ptr + base + local, mask=inside, other=0)
@@ -90,11 +90,11 @@ def _group_quantize_pack_kernel(  # type: ignore[no-untyped-def]
     else:
         low = tl.min(tl.min(v, axis=2), axis=1) + 0.0  # -0 becomes +0
         offset = low.to(tl.float16)
-        below = (low - tl.maximum(tl.abs(low) * 0.0009765625, 5.9604644775390625e-08)).to(tl.float16)
+        below = (low - tl.maximum(tl.abs(low) * 2.0**-11, 0.75 * 2.0**-24)).to(tl.float16)
         offset = tl.where(offset.to(tl.float32) > low, below, offset)
         zero = offset.to(tl.float32)
         span = tl.div_rn(tl.max(tl.max(v, axis=2), axis=1) - zero, TOP)
-    raised = span * 1.0009765625 + 2.98023223876953125e-08
+    raised = span * (1 + 2.0**-10) + 0.75 * 2.0**-24
     scale = tl.where(span > 0, raised, 0.0).to(tl.float16)
     step = scale.to(tl.float32)
     kept = (absmax + step + tl.abs(zero) < float("inf")) & (step * TOP <= 4 * absmax)
@@ -139,7 +139,7 @@ def _group_unpack_dequantize_kernel(  # type: ignore[no-untyped-def]
     p = tl.arange(0, PER_BYTE)[None, :, None]
     c = tl.arange(0, BYTES)[None, None, :]
     local = g[:, None, None] * GROUP + p * BYTES + c
-    exists = first + g < (numel + GROUP - 1) // GROUP
+    exists = first + g < (numel - 1) // GROUP + 1
     inside = local < numel - base
 
     packed = tl.load(
@@ -168,7 +168,7 @@ def _group_unpack_dequantize_kernel(  # type: ignore[no-untyped-def]
 def group_quantize_pack(
     x: Tensor, bits: int, group: int, *, symmetric: bool = False, seed: int | None = None
 ) -> GroupCodes:
-    """Quantize flat floats [n], n >= 1, in groups of `group` consecutive elements; see `group_quantize_pack_ref`.
+    """Quantize flat floats [n], n >= 1, in groups of `group` in a row; see `group_quantize_pack_ref`.
 
     On a GPU the host waits once, for the number of escaped groups; `group_quantize_pack_into` does not wait.
 
@@ -213,13 +213,13 @@ def empty_group_codes(x: Tensor, bits: int, group: int, *, symmetric: bool = Fal
 def group_quantize_pack_into(
     x: Tensor, codes: GroupCodes, escape_count: Tensor, *, seed: int | None = None
 ) -> None:
-    """The launch of `group_quantize_pack`: fills `codes` except its escapes and adds their number to `escape_count`.
+    """The launch of `group_quantize_pack`: fills `codes` and adds the escaped groups to `escape_count`.
 
     Args:
-        escape_count: int32 [1]. Where it ends above zero, `gather_escapes` gives the missing rows.
+        escape_count: int32 [1]. Where it ends above zero, `gather_escapes` gives `codes.escapes`.
     """
     bf16, block = x.dtype == torch.bfloat16, TILE // codes.group
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _group_quantize_pack_kernel[(cdiv(codes.scale.numel(), block),)](
             _words(x),
             codes.packed,
@@ -239,7 +239,7 @@ def group_quantize_pack_into(
 
 
 def gather_escapes(x: Tensor, codes: GroupCodes) -> Tensor:
-    """Raw elements [*, group] of the groups of `x` that `codes` marks as escaped; the host waits for their number."""
+    """Raw elements [*, group] of the groups of `x` that `codes` marks as escaped; waits for their number."""
     rows = codes.scale.isnan().nonzero()  # [*, 1]
     index = rows * codes.group + torch.arange(codes.group, device=x.device)
     return x[index.clamp_max(codes.numel - 1)]
@@ -266,7 +266,7 @@ def group_unpack_dequantize(codes: GroupCodes, dtype: torch.dtype) -> Tensor:
 def group_unpack_dequantize_into(codes: GroupCodes, out: Tensor) -> None:
     """The launch of `group_unpack_dequantize` into `out` [numel]."""
     escape_rows, block = codes.escapes.shape[0], TILE // codes.group
-    with torch.cuda.device_of(out):
+    with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
         _group_unpack_dequantize_kernel[(cdiv(codes.scale.numel(), block),)](
             codes.packed,
             codes.scale,
@@ -319,7 +319,7 @@ def _check_codes(codes: GroupCodes, dtype: torch.dtype) -> None:
         parts.append(("offset", codes.offset, (groups,), torch.float16))
     for name, part, shape, kind in parts:
         if part.shape != shape or part.dtype != kind or not part.is_contiguous():
-            raise LaneError(f"{name} is {part.dtype} {tuple(part.shape)}, expected contiguous {kind} {shape}")
+            raise LaneError(f"{name} is {part.dtype} {tuple(part.shape)}, not contiguous {kind} {shape}")
         if part.device != codes.packed.device:
             raise LaneError(
                 f"{name} is on {part.device}, packed on {codes.packed.device}: move them together"

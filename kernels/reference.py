@@ -1,7 +1,7 @@
 """Every kernel in plain torch: the specification, the CPU path and the oracle of the tests.
 
-Works on any device. All arithmetic is float32, one rounding at a time, in the order written, so that a kernel built
-without fused multiply-add gives the same integers.
+Works on any device. All arithmetic is float32, one rounding at a time, in the order written, so that a kernel
+built without fused multiply-add gives the same integers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def dequantize_project_ref(
 
 
 def pack_surface_ref(codes: Tensor, surface: Tensor, layout: SurfaceLayout) -> None:
-    """Write codes [T, K] into `surface` uint8 [layout.rows, layout.pitch]; unused positions get `layout.fill`.
+    """Write codes [T, K] into `surface` uint8 [rows, pitch] of `layout`; unused positions get `layout.fill`.
 
     Bytes between the row's samples and the pitch are not touched.
     """
@@ -135,7 +135,7 @@ def _mapping_view(grid: Tensor, layout: SurfaceLayout) -> Tensor:
         return used.view(layout.channels, layout.stride)
     bands = -(-layout.channels // layout.across)
     tiles = used.view(bands, layout.tile_h, layout.width)[:, :, : layout.across * layout.tile_w]
-    return tiles.unflatten(2, (layout.across, layout.tile_w))
+    return tiles.view(bands, layout.tile_h, layout.across, layout.tile_w)
 
 
 def _pad_codes(codes: Tensor, layout: SurfaceLayout) -> Tensor:
@@ -173,10 +173,11 @@ def _pad_last(x: Tensor, length: int, value: int) -> Tensor:
 class GroupCodes:
     """A flat tensor of `numel` elements quantized in groups.
 
-    `packed` uint8 [groups, group * bits / 8]: with n = 8 / bits codes per byte, byte c of a group holds its elements
-    c, c + group / n, ..., lowest bits first. `scale`, `offset` float16 [groups] (`offset` None when symmetric). The
-    last group is filled up with copies of the last element. A group whose scale is NaN is escaped: it holds NaN or
-    Inf, or values float16 scales cannot describe; its raw elements are the next row of `escapes` [*, group].
+    `packed` uint8 [groups, group * bits / 8]: with n = 8 / bits codes per byte, byte c of a group holds its
+    elements c, c + group / n, ..., lowest bits first. `scale`, `offset` float16 [groups] (`offset` None when
+    symmetric). The last group is filled up with copies of the last element. A group whose scale is NaN is
+    escaped: it holds NaN or Inf, or values float16 scales cannot describe; its raw elements are the next row
+    of `escapes` [*, group].
     """
 
     packed: Tensor
@@ -193,13 +194,13 @@ def group_quantize_pack_ref(
 ) -> GroupCodes:
     """Quantize flat floats [n], n >= 1, in groups of `group` consecutive elements.
 
-    Asymmetric: offset = the largest float16 <= min, scale = (max - offset) / (2^bits - 1), code = (x - offset) /
-    scale. Symmetric: scale = absmax / q, code = x / scale + q with q = 2^(bits-1) - 1. Scales are rounded up to
-    float16, so nothing clamps and the error of every element is at most scale / 2 (scale when rounding is
-    stochastic) before the rounding to the output dtype.
+    Asymmetric: offset = the largest float16 <= min, scale = (max - offset) / (2^bits - 1),
+    code = (x - offset) / scale. Symmetric: scale = absmax / q, code = x / scale + q with q = 2^(bits-1) - 1.
+    Scales are rounded up to float16, so nothing clamps and the error of every element is at most scale / 2
+    (scale when rounding is stochastic) before the rounding to the output dtype.
 
     Args:
-        seed: None rounds to nearest (half up); a number rounds stochastically, the same way for the same seed.
+        seed: None rounds to nearest (half up); a number rounds stochastically, the same way each time.
     """
     numel = x.numel()
     groups = -(-numel // group)
@@ -214,11 +215,13 @@ def group_quantize_pack_ref(
     else:
         low = v.amin(1) + 0.0  # -0 becomes +0
         offset = low.half()
-        below = (low - torch.clamp_min(low.abs() * 2.0**-10, 2.0**-24)).half()
+        below = (
+            low - torch.clamp_min(low.abs() * 2.0**-11, 0.75 * 2.0**-24)
+        ).half()  # half to one step lower
         offset = torch.where(offset.float() > low, below, offset)
         zero = offset.float()
         span = (v.amax(1) - zero) / v.new_tensor(top)
-    scale = torch.where(span > 0, span * (1 + 2.0**-10) + 2.0**-25, 0.0).half()
+    scale = torch.where(span > 0, span * (1 + 2.0**-10) + 0.75 * 2.0**-24, 0.0).half()
     step = scale.float()
     escaped = ~(absmax + step + zero.abs()).isfinite() | (step * top > 4 * absmax)
     inv = torch.where((step > 0) & ~escaped, 1 / step, step * 0)
@@ -259,13 +262,13 @@ def group_unpack_dequantize_ref(codes: GroupCodes, dtype: torch.dtype) -> Tensor
     else:
         v = t * scale + codes.offset.float()[:, None]
     finfo = torch.finfo(dtype)
-    out = v.clamp(finfo.min, finfo.max).to(dtype)
+    out: Tensor = v.clamp(finfo.min, finfo.max).to(dtype)
     out[codes.scale.isnan()] = codes.escapes
-    return out.view(-1)[: codes.numel]
+    return out.flatten()[: codes.numel]
 
 
 def uniform_hash(seed: int, numel: int, device: torch.device | None = None) -> Tensor:
-    """float32 [numel] in [0, 1), a function of (seed, index) alone: the lowbias32 integer hash, top 24 bits."""
+    """float32 [numel] in [0, 1), a function of (seed, index) alone: top 24 bits of the lowbias32 hash."""
     mask = 0xFFFFFFFF
     index = torch.arange(numel, dtype=torch.int64, device=device)
     h = (index & mask) ^ (((index >> 32) * 0x85EBCA6B) & mask)
@@ -286,8 +289,8 @@ def packed_bits_size(tokens: int, widths: list[int]) -> int:
 def pack_bits_ref(codes: Tensor, widths: list[int]) -> Tensor:
     """Codes [T, K] of `widths[k]` (0..12) bits to bit planes, uint8 [ceil(T / 8) * sum(widths)].
 
-    The planes of channel 0 come first, least significant bit first; in the plane of bit j of channel k, bit i of byte
-    b is bit j of code (8 b + i, k). Rows past T count as zero.
+    The planes of channel 0 come first, least significant bit first; in the plane of bit j of channel k, bit i
+    of byte b is bit j of code (8 b + i, k). Rows past T count as zero.
     """
     octets = -(-codes.shape[0] // 8)
     padded = _pad_last(codes.t(), 8 * octets, 0).view(len(widths), octets, 8)
@@ -345,7 +348,7 @@ class FloatFields:
         return self.rest % 8
 
     def exponents(self, word: Tensor) -> Tensor:
-        return (word >> self.mantissa) & (2**self.exponent - 1)
+        return (word >> self.mantissa).bitwise_and(2**self.exponent - 1)
 
 
 EXACT_FIELDS = {
@@ -360,11 +363,12 @@ class ExactCodes:
     """A flat float tensor of `numel` elements, losslessly.
 
     `book` uint8 [15]: the most frequent exponents (ties: the smaller first; unused entries 0). `codes` uint8
-    [ceil(n / 2)]: 4-bit index into `book`, element 2i in the low half; 15 escapes. `escapes` uint8 [*]: exponents of
-    the escaped elements in order; `counts` int16 [ceil(n / 1024)]: escapes in each block of 1024 elements, so that
-    blocks decode independently. `planes` uint8 [stored, n]: the byte planes of sign << mantissa_bits | mantissa,
-    lowest first, without those in `zero_planes` (bit p set: plane p is zero everywhere and not stored). `odd` uint8:
-    the bits of the rest above its byte planes (float16 has 3), as bit planes of ceil(n / 8) bytes, lowest first.
+    [ceil(n / 2)]: 4-bit index into `book`, element 2i in the low half; 15 escapes. `escapes` uint8 [*]:
+    exponents of the escaped elements in order; `counts` int16 [ceil(n / 1024)]: escapes in each block of 1024
+    elements, so that blocks decode independently. `planes` uint8 [stored, n]: the byte planes of sign <<
+    mantissa_bits | mantissa, lowest first, without those in `zero_planes` (bit p set: plane p is zero
+    everywhere and not stored). `odd` uint8: the bits of the rest above its byte planes (float16 has 3), as
+    bit planes of ceil(n / 8) bytes, lowest first.
     """
 
     book: Tensor
@@ -383,7 +387,7 @@ class ExactCodes:
 
 
 def exact_book(histogram: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the counts [256] of exponents: `ExactCodes.book` and its inverse, uint8 [256], exponent -> 4-bit code."""
+    """Of the counts [256] of exponents: `ExactCodes.book` and its inverse, exponent -> code, uint8 [256]."""
     order = torch.argsort(histogram, descending=True, stable=True)[:EXACT_ESCAPE]
     book = torch.where(histogram[order] > 0, order, 0)
     index = torch.full((256,), EXACT_ESCAPE, dtype=torch.uint8, device=histogram.device)
@@ -392,9 +396,10 @@ def exact_book(histogram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exact_encode_ref(x: Tensor) -> ExactCodes | None:
-    """Code the exponents of flat bf16, fp16 or fp32 [n], n >= 1; None when the result would not be smaller than x."""
+    """Code the exponents of flat bf16, fp16 or fp32 [n], n >= 1; None when that would not make x smaller."""
     f = EXACT_FIELDS[x.dtype]
-    chunks = x.view(f.word).split(EXACT_CHUNK)
+    words = x.view(f.word)
+    chunks = [words[i : i + EXACT_CHUNK] for i in range(0, x.numel(), EXACT_CHUNK)]
     histogram = torch.stack([torch.bincount(f.exponents(word), minlength=256) for word in chunks]).sum(0)
     book, index = exact_book(histogram)
     parts = zip(*(_encode_chunk(word, f, index) for word in chunks), strict=True)
@@ -435,7 +440,7 @@ def _encode_chunk(
 
 
 def exact_decode_ref(codes: ExactCodes, dtype: torch.dtype) -> Tensor:
-    """The flat tensor [numel] that was encoded, bit for bit. Raises LaneError where escapes are missing or left over."""
+    """The flat tensor [numel] that was encoded, bit for bit. LaneError if escapes are missing or left."""
     f = EXACT_FIELDS[dtype]
     out = torch.empty(codes.numel, dtype=f.word, device=codes.codes.device)
     stored = [p for p in range(f.planes) if not codes.zero_planes >> p & 1]

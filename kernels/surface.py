@@ -142,9 +142,9 @@ def _project(
     tokens, depth = x.shape
     cells = x if components is None else components
     padded_t, padded_k = (g.length, g.lines) if flags["CHANNEL_LINES"] else (g.lines, g.length)
-    block_t, block_k, warps = _blocks(padded_t, padded_k)
+    block_t, block_k, warps = _blocks(padded_t, padded_k, x.device)
     grid = cdiv(padded_t, block_t) * cdiv(padded_k, block_k) + cdiv(g.unused, FILL_BLOCK)
-    half = x.dtype == cells.dtype and x.dtype in (torch.float16, torch.bfloat16)
+    native = x.dtype == cells.dtype and x.dtype in (torch.float16, torch.bfloat16) and not _interpreted()
     clamped = torch.zeros(1, dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         project_quantize_kernel[(grid,)](
@@ -162,12 +162,11 @@ def _project(
             cells.stride(),
             g,
             PROJECT=components is not None,
-            NATIVE=half
-            and not triton.knobs.runtime.interpret,  # the interpreter multiplies bfloat16 bit patterns
+            NATIVE=native,
             FILL=fill,
             BLOCK_T=block_t,
             BLOCK_K=block_k,
-            BLOCK_D=_side(depth, 64 if half else 32),
+            BLOCK_D=_side(depth, 128 // max(x.element_size(), cells.element_size())),
             BLOCK_FILL=FILL_BLOCK,
             num_warps=warps,
             num_stages=3,
@@ -191,7 +190,8 @@ def _restore(
     depth, channels = bias.numel(), scale.numel()
     cells = scale[:, None] if components is None else components
     out = torch.empty((tokens, depth), dtype=dtype, device=codes.device)
-    block_t, block_d, warps = _blocks(tokens, depth)
+    native = cells.dtype == torch.bfloat16 and not _interpreted()
+    block_t, block_d, warps = _blocks(tokens, depth, codes.device)
     with torch.cuda.device_of(codes):  # type: ignore[no-untyped-call]
         dequantize_project_kernel[(cdiv(tokens, block_t) * cdiv(depth, block_d),)](
             codes,
@@ -205,9 +205,10 @@ def _restore(
             cells.stride(),
             g,
             PROJECT=components is not None,
+            NATIVE=native,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
-            BLOCK_K=_side(channels, 32),
+            BLOCK_K=_side(channels, 128 // max(cells.element_size(), 2 if native else 4)),
             num_warps=warps,
             num_stages=3,
             enable_fp_fusion=False,  # a fused multiply-add would round otherwise than the reference
@@ -216,16 +217,28 @@ def _restore(
     return out
 
 
-def _blocks(rows: int, columns: int) -> tuple[int, int, int]:
-    """Tile sides and warps: 128 where that still makes about a hundred tiles, enough to fill a GPU."""
-    side = 128 if rows * columns >= 2**21 else 64
-    block_m, block_n = _side(rows, side), _side(columns, side)
-    return block_m, block_n, 8 if block_m * block_n > 64 * 64 else 4
+def _blocks(rows: int, columns: int, device: torch.device) -> tuple[int, int, int]:
+    """Tile sides and warps for [rows, columns]: the larger where about 128 of them are left to fill a GPU."""
+    if rows * columns >= 128 * 128 * 256 and _wide(device):
+        return 128, 256, 8
+    if rows * columns >= 128 * 128 * 128:
+        return _side(rows, 128), _side(columns, 128), 8
+    return _side(rows, 64), _side(columns, 64), 4
+
+
+def _wide(device: torch.device) -> bool:
+    """Whether shared memory holds three stages of operands of a 128 x 256 tile: capability 9 and 10."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _side(size: int, largest: int) -> int:
     """A power of two that covers `size`, from 16 (the least side of a tensor-core product) to `largest`."""
     return max(16, min(largest, int(triton.next_power_of_2(size))))
+
+
+def _interpreted() -> bool:
+    """True under the Triton interpreter, whose dot multiplies the bit patterns of bfloat16."""
+    return bool(triton.knobs.runtime.interpret)
 
 
 def _flags(layout: SurfaceLayout) -> dict[str, Any]:

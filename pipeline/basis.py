@@ -188,6 +188,10 @@ class Basis:
             "dropped": str(self.dropped),
         }
 
+    @property
+    def _metadata(self) -> dict[str, str]:
+        return {"format": FORMAT, "digest": self.digest.hex(), **self._numbers}
+
     @cached_property
     def _copies(self) -> dict[torch.device, Basis]:
         return {}
@@ -199,7 +203,7 @@ class Basis:
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file with the numbers and the digest in its metadata."""
         tensors = {name: t.detach().cpu().contiguous() for name, t in self._tensors.items()}
-        save_file(tensors, fspath(path), {"format": FORMAT, "digest": self.digest.hex(), **self._numbers})
+        save_file(tensors, fspath(path), self._metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Basis:
@@ -220,7 +224,7 @@ class Basis:
             if isinstance(error, BasisError):
                 raise
             raise BasisError(f"{name} is not an intact basis file: {error}") from error
-        if basis.digest.hex() != metadata.get("digest"):
+        if metadata != basis._metadata:
             raise BasisError(f"{name} is corrupted: its digest does not match")
         return basis
 

@@ -41,9 +41,8 @@ def checkpoint(
         preserve_rng_state: run again with the random states of the first run (CPU, and the CUDA devices of
             the inputs).
 
-    Raises OffloadError when `fn` changes an input in place. In backward: for `torch.autograd.grad`, `inputs=`
-    and double backward, which `torch.utils.checkpoint.checkpoint(use_reentrant=False)` inside `offload` can
-    do.
+    Raises OffloadError when `fn` changes an input in place; in backward for `torch.autograd.grad`, `inputs=`
+    and double backward: use `torch.utils.checkpoint.checkpoint(use_reentrant=False)` inside `offload` there.
     """
     if not torch.is_grad_enabled():
         return fn(*args, **kwargs)
@@ -52,9 +51,8 @@ def checkpoint(
     with ExitStack() as stack:
         if lane is not None or max_rel_error is not None or offload.current() is None:
             stack.enter_context(_context(lane, max_rel_error))
-        # Outputs of a Function require grad only if an input does: the anchor makes gradients reach
-        # parameters.
-        anchor = torch.empty(0, requires_grad=True)
+        # Outputs of a Function require grad only if an input does; with the anchor, parameters get theirs.
+        anchor = torch.empty(0, device="cpu", requires_grad=True)
         outputs = OffloadedCheckpoint.apply(call, anchor, *tensors)  # type: ignore[no-untyped-call]
     return cast(Out, call.result(outputs))
 

@@ -36,6 +36,12 @@ def element_set(size: tuple[int, ...], stride: tuple[int, ...]) -> Pairs | None:
     return tuple(merged)
 
 
+def distinct_bytes(tensor: Tensor) -> int:
+    """Bytes of the elements of `tensor`, those of expanded dimensions counted once."""
+    numel = prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step or n < 2)
+    return numel * tensor.dtype.itemsize
+
+
 @dataclass(frozen=True)
 class View:
     """A strided tensor without its memory. `offset` and `stride` are in elements of `dtype`."""
@@ -45,6 +51,8 @@ class View:
     stride: tuple[int, ...]
     compact: tuple[int, ...]  # `stride` with the gaps closed
     offset: int
+    pairs: Pairs | None  # see `element_set`
+    nbytes: int  # see `distinct_bytes`
     conj: bool
     neg: bool
 
@@ -56,22 +64,10 @@ class View:
             tensor.stride(),
             compact_strides(tensor),
             int(tensor.storage_offset()),
+            element_set(tuple(tensor.shape), tensor.stride()),
+            distinct_bytes(tensor),
             tensor.is_conj(),
             tensor.is_neg(),
-        )
-
-    @property
-    def pairs(self) -> Pairs | None:
-        return element_set(self.size, self.stride)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the distinct elements."""
-        if 0 in self.size:
-            return 0
-        return (
-            prod(n for n, step in zip(self.size, self.stride, strict=True) if step or n == 1)
-            * self.dtype.itemsize
         )
 
     def over(self, storage: torch.UntypedStorage) -> Tensor:

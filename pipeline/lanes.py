@@ -161,7 +161,7 @@ def _video_lane() -> type[Lane]:
     return VideoLane
 
 
-LANES: dict[str, Callable[[], type[Lane]]] = {
+LANE_CLASSES: dict[str, Callable[[], type[Lane]]] = {
     "raw": lambda: RawLane,
     "exact": lambda: ExactLane,
     "packed": lambda: PackedLane,
@@ -174,9 +174,9 @@ def open_lane(name: str, **options: Any) -> Lane:
 
     Raises LaneError for an unknown name or option, LaneUnavailable when this machine cannot run the lane.
     """
-    if name not in LANES:
-        raise LaneError(f"unknown lane {name!r}: use one of {', '.join(LANES)}")
-    factory = LANES[name]()
+    if name not in LANE_CLASSES:
+        raise LaneError(f"unknown lane {name!r}: use one of {', '.join(LANE_CLASSES)}")
+    factory = LANE_CLASSES[name]()
     known = list(inspect.signature(factory).parameters)
     for option in options:
         if option not in known:
@@ -228,7 +228,7 @@ def _decode_own(packet: Packet, *lanes: str, basis: Basis | None = None) -> Tens
 
 def _encode_raw(packet: Packet, flat: Tensor) -> Packet:
     """`packet` with a copy of `flat`: the caller may change its tensor afterwards."""
-    return packet.with_(lane="raw", sections={"data": as_bytes(flat.clone())})
+    return packet.with_(lane="raw", sections={"data": as_bytes(flat).clone()})
 
 
 def _decode_raw(packet: Packet) -> Tensor:
@@ -236,7 +236,7 @@ def _decode_raw(packet: Packet) -> Tensor:
     packet.check_sections("data")
     data = packet.section("data", packet.dtype, packet.flat_numel)
     # A byte of a bool that is neither 0 nor 1 would be undefined.
-    return data.view(torch.uint8).ne(0) if packet.dtype == torch.bool else data.clone()
+    return as_bytes(data).ne(0) if packet.dtype == torch.bool else as_bytes(data).clone().view(packet.dtype)
 
 
 def _or_raw(packet: Packet, flat: Tensor) -> Packet:

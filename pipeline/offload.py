@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import inf
 from types import TracebackType
@@ -23,15 +23,16 @@ from sidelane.errors import BudgetError, LaneError, OffloadError
 from sidelane.kernels.reference import GROUP_BITS
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.compress import compress, relative_error
-from sidelane.pipeline.extent import WHOLE_SHARE, View, whole_storage, without_flags
+from sidelane.pipeline.extent import WHOLE_SHARE, View, distinct_bytes, whole_storage, without_flags
 from sidelane.pipeline.lanes import decode_packet, open_lane
-from sidelane.pipeline.policy import may_lose_bits, view_of, why_kept
+from sidelane.pipeline.policy import NOT_PLAIN, may_lose_bits, why_kept
 from sidelane.pipeline.report import Report, Tally
 from sidelane.pipeline.stash import (
     Budget,
     Home,
     Index,
     Kept,
+    Key,
     Resident,
     Spilled,
     Stash,
@@ -45,7 +46,7 @@ from sidelane.pipeline.wire import DeviceCopy, HostCopy, Wire
 MIN_BYTES = 256 << 10
 POLICIES = ("keep", "spill", "error")
 
-_active = threading.local()  # .stack: contexts entered by this thread, innermost last
+_active = threading.local()  # the contexts a thread is inside of, innermost last: see _stack
 
 
 class offload:
@@ -72,8 +73,9 @@ class offload:
         min_bytes: smaller tensors are kept.
         host_budget: bytes of packets in host memory, as allocated; None for no limit.
         gpu_budget: bytes this context holds on the device of the tensors: packets on their way, fetched
-            ahead, or kept because the host budget is full; None for no limit. One packet in the middle of
-            being encoded or decoded is not counted.
+            ahead, or kept because the host budget is full. At the limit the compute stream waits for the
+            wire; with None, no limit, packets pile up on the device when they are made faster than the wire
+            takes them. One packet in the middle of being encoded or decoded is not counted.
         on_full: when the host budget is full: "keep" the packet on its device, "spill" it to a file, which
             waits for the device and falls back to "keep" when the disk is full, or raise an "error".
         keep_last: newest packets whose device copy stays after it was copied out, because backward starts
@@ -169,13 +171,18 @@ class offload:
         )
 
     def _pack(self, tensor: Tensor) -> Ticket | Kept:
-        view = view_of(tensor)
-        reason = why_kept(tensor, view, self._min_bytes)
-        if view is None or reason is not None:
-            self._tally.kept(reason or "", 0 if view is None else view.nbytes)
+        reason = why_kept(tensor, self._min_bytes)
+        if reason is not None:
+            self._tally.kept(reason, 0 if reason == NOT_PLAIN else distinct_bytes(tensor))
             return Kept(tensor)
+        view = View.of(tensor)
         with _quiet(tensor.device):
-            stash = self._find(tensor, view) or self._encode(tensor, view)
+            keys = self._keys(tensor, view)
+            stash = self._index.find(*keys)
+            if stash is None:
+                stash = self._encode(tensor, view, keys[0])
+            else:
+                self._reuse(stash, tensor, view)
         return Ticket(stash, view, self._tickets.claim(1))
 
     def _unpack(self, packed: Ticket | Kept) -> Tensor:
@@ -183,8 +190,7 @@ class offload:
             return packed.open()
         stash, view = packed.stash, packed.view
         self._tally.add("unpacks")
-        device = stash.device
-        with _quiet(device):
+        with _quiet(stash.device):
             storage = stash.alive()
             if storage is None:
                 storage = self._decode(stash).untyped_storage()
@@ -193,40 +199,29 @@ class offload:
                 _verify(storage, stash.truth, view)
             return view.over(storage) if stash.whole else view.over_elements(storage)
 
-    def _keys(self, tensor: Tensor, view: View) -> tuple[Hashable, ...]:
-        """Keys of the stashes that can give `tensor` back, the one that is made when there is none first."""
+    def _keys(self, tensor: Tensor, view: View) -> tuple[Key, ...]:
+        """Keys of the stashes that can give `tensor` back; the first is that of the stash to make."""
         data = data_key(tensor)
-        whole = (data, "whole")
-        if self._lossy(tensor, view):
+        whole = Key(data, "whole")
+        if not self._lane.exact and may_lose_bits(tensor):
             # The error bound is of this tensor, so only views of the same elements may share its packet.
-            return (data, "lossy", view.dtype, view.offset, view.pairs), whole
-        nbytes = tensor.untyped_storage().nbytes()
-        if view.pairs is None or view.nbytes * WHOLE_SHARE >= nbytes:
+            return Key(data, "lossy", view.dtype, view.offset, view.pairs), whole
+        if view.pairs is None or view.nbytes * WHOLE_SHARE >= tensor.untyped_storage().nbytes():
             return (whole,)
-        return (data, "elements", view.dtype, view.offset, view.pairs), whole
+        return Key(data, "elements", view.dtype, view.offset, view.pairs), whole
 
-    def _lossy(self, tensor: Tensor, view: View) -> bool:
-        return not self._lane.exact and may_lose_bits(tensor, view)
-
-    def _find(self, tensor: Tensor, view: View) -> Stash | None:
-        stash = self._index.find(*self._keys(tensor, view))
-        if stash is None:
-            return None
-        if stash.truth is not None:
-            now = _elements(tensor, stash.whole)
-            if not _same_bits(now, stash.truth.packed):
-                raise OffloadError(
-                    f"{describe(tensor)} changed since it was first saved, and its version counter did not: "
-                    "clone it before the change"
-                )
+    def _reuse(self, stash: Stash, tensor: Tensor, view: View) -> None:
+        """Count `tensor` as stored already."""
+        if stash.truth is not None and not _same_bits(_elements(tensor, stash.whole), stash.truth.packed):
+            raise OffloadError(
+                f"{describe(tensor)} changed since it was first saved, and its version counter did not: "
+                "clone it before the change"
+            )
         self._tally.add("deduplicated", view.nbytes)
-        return stash
 
-    def _encode(self, tensor: Tensor, view: View) -> Stash:
-        key = self._keys(tensor, view)[0]
-        lossy = self._lossy(tensor, view)
-        whole = key[1] == "whole"  # type: ignore[index]
-        if lossy:
+    def _encode(self, tensor: Tensor, view: View, key: Key) -> Stash:
+        whole = key.kind == "whole"
+        if key.kind == "lossy":
             packet = compress(without_flags(tensor), lane=self._lane, max_rel_error=self._max_rel_error)
         else:
             packet = self._exact.encode(_elements(tensor, whole))

@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import Parameter
 
-from sidelane.pipeline.extent import View
+from sidelane.codec.packet import DTYPES
+from sidelane.pipeline.extent import distinct_bytes, element_set
 from sidelane.pipeline.packed import LOSSY_DTYPES
 
 DEVICES = ("cuda", "cpu")
+NOT_PLAIN = "not a plain tensor"
 
 # Nodes whose output is the same elements as their input, or a cast of them.
 _VIEWS = {
@@ -40,40 +42,40 @@ _VIEWS = {
 _DEPTH = 8  # nodes from a cast weight to its parameter
 
 
-def why_kept(tensor: Tensor, view: View | None, min_bytes: int) -> str | None:
-    """The reason to leave a saved tensor alone, or None. `view` is None for what has no plain strides."""
-    if view is None:
-        return "not a plain tensor"
+def why_kept(tensor: Tensor, min_bytes: int) -> str | None:
+    """The reason to leave a saved tensor alone, or None."""
+    if not is_plain(tensor):
+        return NOT_PLAIN
     if tensor.device.type not in DEVICES:
         return "other device"
+    if tensor.dtype not in DTYPES:
+        return "other dtype"
     # What a backward pass saves (the recompute of a checkpoint, a graph for double backward) is used before
     # the pass ends: moving it out would only bring it straight back.
     if torch._C._current_graph_task_id() != -1:
         return "saved in backward"
     if is_weight(tensor):
         return "weight"
-    if view.nbytes < min_bytes or 0 in view.size:
+    if tensor.numel() == 0 or distinct_bytes(tensor) < min_bytes:
         return "small"
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         return "graph capture"
     return None
 
 
-def view_of(tensor: Tensor) -> View | None:
-    """The strides of a plain tensor; None for subclasses (DTensor, fake, quantized), nested, sparse and
-    functorch tensors, which have none or must not be taken apart."""
-    if (
-        type(tensor) not in (Tensor, Parameter)
-        or tensor.layout != torch.strided
-        or tensor.is_meta
-        or tensor.is_nested
-        or tensor.is_quantized
-        or tensor.is_inference()
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        or torch._is_functional_tensor(tensor)
-    ):
-        return None
-    return View.of(tensor)
+def is_plain(tensor: Tensor) -> bool:
+    """False for subclasses (DTensor, fake, quantized), nested, sparse and functorch tensors, which have no
+    strides or must not be taken apart."""
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_meta
+        and not tensor.is_nested
+        and not tensor.is_quantized
+        and not tensor.is_inference()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not torch._is_functional_tensor(tensor)
+    )
 
 
 def is_weight(tensor: Tensor) -> bool:
@@ -93,16 +95,17 @@ def is_weight(tensor: Tensor) -> bool:
     return isinstance(getattr(node, "variable", None), Parameter)
 
 
-def may_lose_bits(tensor: Tensor, view: View) -> bool:
+def may_lose_bits(tensor: Tensor) -> bool:
     """True for activations: floats of two dimensions or more that gradients flow through.
 
     What requires no grad is data that other values are derived from (logsumexp, random states, masks,
-    tables), and a last dimension of 1 marks the statistics of a norm: both stay exact.
+    tables), and a last dimension of 1 marks the statistics of a norm: both stay exact. So does what a
+    compiled region saves inside: autograd does not tell the two apart there.
     """
     return (
-        view.dtype in LOSSY_DTYPES
+        tensor.dtype in LOSSY_DTYPES
         and tensor.requires_grad
-        and len(view.size) >= 2
-        and view.size[-1] > 1
-        and view.pairs is not None
+        and tensor.ndim >= 2
+        and tensor.shape[-1] > 1
+        and element_set(tuple(tensor.shape), tensor.stride()) is not None
     )

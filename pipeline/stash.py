@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError, PacketError
-from sidelane.pipeline.extent import View
+from sidelane.pipeline.extent import Pairs, View
 
 
 class Claim:
@@ -188,24 +188,38 @@ class Kept:
         return tensor
 
 
+class Key(NamedTuple):
+    """What a stash was made from.
+
+    `data` is from `data_key`. `kind` is "whole" for a whole storage, else "elements" or "lossy" for the
+    elements of one view, given by dtype, offset and `element_set`.
+    """
+
+    data: Hashable
+    kind: str
+    dtype: torch.dtype | None = None
+    offset: int = 0
+    pairs: Pairs | None = None
+
+
 class Index:
-    """Live stashes by the data they were made from. Thread-safe."""
+    """Live stashes by what they were made from. Thread-safe."""
 
     def __init__(self) -> None:
-        self._stashes: WeakValueDictionary[Hashable, Stash] = WeakValueDictionary()
+        self._stashes: WeakValueDictionary[Key, Stash] = WeakValueDictionary()
         self._lock = RLock()
 
     def __len__(self) -> int:
         return len(self._stashes)
 
-    def find(self, *keys: Hashable) -> Stash | None:
+    def find(self, *keys: Key) -> Stash | None:
         with self._lock:
             for key in keys:
                 if (stash := self._stashes.get(key)) is not None:
                     return stash
         return None
 
-    def add(self, key: Hashable, stash: Stash) -> None:
+    def add(self, key: Key, stash: Stash) -> None:
         with self._lock:
             self._stashes[key] = stash
 

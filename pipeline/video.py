@@ -21,7 +21,6 @@ from sidelane.layout import (
     MAPPINGS,
     MAX_SIDE,
     MIN_SIDE,
-    SurfaceFormat,
     SurfaceLayout,
     plan_surface,
 )
@@ -63,9 +62,9 @@ class SurfaceQuantizer(NamedTuple):
 class VideoLane:
     """Codes bf16, fp16 and fp32 with loss as HEVC; NaN and Inf, and every other dtype, exactly.
 
-    Rows [T, D] in memory order are projected on `basis` where they are rows of it; else they are coded as they
-    are, with a scale per channel where there are enough rows. Rows with NaN, Inf or magnitudes near the end of
-    the range are stored raw beside the stream. What does not become smaller is stored raw as a whole.
+    Rows [T, D] in memory order are projected on `basis` where they are rows of it; else they are coded as
+    they are, with a scale per channel where there are enough rows. Rows with NaN, Inf or magnitudes near the
+    end of the range are stored raw beside the stream. What does not become smaller is stored raw as a whole.
 
     Args:
         basis: principal components of the rows, or None.
@@ -107,9 +106,11 @@ class VideoLane:
         return FORMATS[self.format].bits
 
     def encode(self, tensor: Tensor) -> Packet:
-        """Sections of a video packet: bitstream; rows int32 [E] in rising order and escapes [E, D] of the dtype
-        of the tensor, the rows stored raw; without a basis scale and bias, float32 [D] or [1]. Params: width,
-        height, frames, max_side.
+        """A packet of lane "video", or a raw or exact one (see the class).
+
+        Sections: bitstream; rows int32 [E] in rising order and escapes [E, D] of the dtype of the tensor, the
+        rows stored raw; without a basis scale and bias, float32 [D] or [1]. Params: width, height, frames,
+        max_side.
         """
         tensor = plain(tensor)
         packet, flat = Packet.like("video", tensor), flatten(tensor)
@@ -128,7 +129,8 @@ class VideoLane:
             q = channel_quantizer(scale, bias, x.shape[1])
         else:
             q = basis_quantizer(basis.to(x.device), self.bits)
-        layout = _plan(FORMATS[self.format], self.mapping, len(x), len(q.scale), self.max_side)
+        fmt = FORMATS[self.format]
+        layout = plan_surface(fmt, self.mapping, len(x), len(q.scale), max_side=self.max_side)
         surface = torch.zeros(layout.shape, dtype=torch.uint8, device=x.device)
         levels = torch.full_like(q.scale, 2**self.bits - 1)
         project_quantize_pack(x, q.components, q.offset, q.inv_scale, levels, surface, layout)
@@ -158,9 +160,8 @@ class VideoLane:
         if packet.digest == NO_DIGEST:
             return decode_video(packet, None)
         if self.basis is None or self.basis.digest != packet.digest:
-            raise BasisError(
-                f"packet needs the basis with digest {packet.digest.hex()}: open the lane with it"
-            )
+            digest = packet.digest.hex()
+            raise BasisError(f"packet needs the basis with digest {digest}: open the lane with it")
         return decode_video(packet, self.basis)
 
     def finer(self) -> Lane | None:
@@ -173,7 +174,10 @@ class VideoLane:
 
 
 def decode_video(packet: Packet, basis: Basis | None) -> Tensor:
-    """The tensor of a video packet that was coded with `basis`. Raises PacketError when its parts do not fit."""
+    """The tensor of a video packet that was coded with `basis`.
+
+    Raises PacketError when the fields do not fit together or the stream does not hold the frames they need.
+    """
     check_lossy_dtype(packet)
     packet.check_sections("bitstream", "rows", "escapes", *(("scale", "bias") if basis is None else ()))
     if not packet.flat_numel or (basis is not None and not fits(basis, packet)):
@@ -187,8 +191,8 @@ def decode_video(packet: Packet, basis: Basis | None) -> Tensor:
     if len(rows) and not (rows[0] >= 0 and rows[-1] < tokens and (rows.diff() > 0).all()):
         raise PacketError("rows", f"the indices do not rise within 0..{tokens - 1}")
     # Decode first: what follows allocates what the header says, so the frames must really be there.
-    stream = packet.section("bitstream").cpu().numpy()
-    surface = decode_hevc(memoryview(stream), layout).to(packet.device)
+    stream = packet.section("bitstream").cpu().numpy().tobytes()
+    surface = decode_hevc(stream, layout).to(packet.device)
     if basis is None:
         q = channel_quantizer(*_packet_scales(packet, length), length)
     else:
@@ -200,22 +204,25 @@ def decode_video(packet: Packet, basis: Basis | None) -> Tensor:
 
 
 def basis_quantizer(basis: Basis, bits: int) -> SurfaceQuantizer:
-    """One step for all coefficients, so that the widest of them fills the codes: reverse water-filling (T. Cover
-    and J. Thomas, Elements of Information Theory, section 10.3) with the entropy coder to collect the gain.
+    """One step for all coefficients, such that the widest of them fills the codes.
+
+    Equal noise in all coefficients costs least for its squared error (reverse water-filling: T. Cover and
+    J. Thomas, Elements of Information Theory, section 10.3); the entropy coder collects the gain.
     """
     q = basis.quantizer(bits)
     middle = 2 ** (bits - 1)
     limit = q.scale * q.levels / 2
     scale = (limit.amax() / (middle - 1)).expand_as(limit).contiguous()
     offset = q.offset + limit - scale * middle
-    return SurfaceQuantizer(q.components, scale, offset, basis.mean - scale[0] * middle * q.components.sum(1))
+    bias = basis.mean - scale[0] * middle * q.components.sum(1)
+    return SurfaceQuantizer(q.components, scale, offset, bias)
 
 
 def channel_scales(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and bias of the channels of finite x [T, D], float32 [D], or [1] for fewer than MIN_TOKENS rows.
 
-    A step is the geometric mean of the channel's own range and the widest one, over the levels: half-way between
-    the same step for all, which costs least for its squared error, and the same relative precision for all.
+    A step is the geometric mean of the channel's own range and the widest one, over the levels: half-way
+    between equal steps, which cost least for their squared error, and equal relative precision.
     """
     if len(x) < MIN_TOKENS:
         x = x.reshape(-1, 1)
@@ -247,10 +254,6 @@ def _as_rows(flat: Tensor, length: int) -> Tensor:
     return torch.cat((flat, flat[-1:].expand(-len(flat) % length))).view(-1, length)
 
 
-def _plan(fmt: SurfaceFormat, mapping: str, tokens: int, channels: int, max_side: int) -> SurfaceLayout:
-    return plan_surface(fmt, mapping, tokens, channels, max_side=max_side)
-
-
 def _packet_layout(packet: Packet, tokens: int, channels: int) -> SurfaceLayout:
     """The layout of codes [tokens, channels], which the fields of the packet must agree with."""
     if packet.surface not in FORMATS:
@@ -263,7 +266,7 @@ def _packet_layout(packet: Packet, tokens: int, channels: int) -> SurfaceLayout:
     width, height, frames, max_side = packet.numbers(4)
     if not MIN_SIDE <= max_side <= MAX_SIDE:
         raise PacketError("params", f"max_side {max_side} is outside {MIN_SIDE}..{MAX_SIDE}")
-    layout = _plan(fmt, packet.mapping, tokens, channels, max_side)
+    layout = plan_surface(fmt, packet.mapping, tokens, channels, max_side=max_side)
     plan = (layout.width, layout.height, layout.frames)
     if (width, height, frames) != plan:
         found = f"{frames} frames of {width}x{height}"

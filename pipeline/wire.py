@@ -68,7 +68,8 @@ class HostCopy:
     def write(self, packet: Packet) -> None:
         """Enqueue the copy out on the current stream."""
         self._blocks = [
-            torch.empty(n, dtype=torch.uint8, pin_memory=True) for n in pinned_blocks(self.nbytes)
+            torch.empty(n, dtype=torch.uint8, device="cpu", pin_memory=True)
+            for n in pinned_blocks(self.nbytes)
         ]
         for name, part in packet.sections.items():
             for block, low, high in self._ranges(self.starts[name], self.sizes[name]):
@@ -141,9 +142,9 @@ class Transit:
 
     @contextmanager
     def use(self) -> Iterator[Packet]:
-        local = self._wire.acquire(self)
+        local, packet = self._wire.acquire(self)
         try:
-            yield local.open()
+            yield packet
         finally:
             local.close()
             self._wire.release(self, local)
@@ -203,21 +204,23 @@ class Wire:
                 self._leaving.append(ref(transit))
             return transit
 
-    def acquire(self, transit: Transit) -> DeviceCopy:
-        """A device copy of the packet; those packed before it are fetched ahead."""
+    def acquire(self, transit: Transit) -> tuple[DeviceCopy, Packet]:
+        """A device copy, opened for the current stream; what was packed before it is fetched ahead."""
         with self._lock:
             local = transit.local
             if local is None:
                 self.fetched += 1
                 local = transit.fetch(self._make_room(transit.host.nbytes))
             stream = torch.cuda.current_stream(transit.device)
-            if local.owner != stream:
+            if local.owner == stream:
+                packet = local.open()
+            else:
                 begin = stream.record_event(_timed_event())
-                stream.wait_event(local.ready)
+                packet = local.open()
                 self._waits.append((begin, stream.record_event(_timed_event())))
                 self._fold(block=False)
             self._prefetch(transit)
-            return local
+            return local, packet
 
     def release(self, transit: Transit, local: DeviceCopy) -> None:
         """Forget a fetched copy after its use; the encoder's copy stays until it is retired."""

@@ -1,8 +1,8 @@
-"""A stand-in for libcuda and libnvcuvid: C function pointers with the real signatures, made by ctypes from Python.
+"""A stand-in for libcuda and libnvcuvid: C function pointers with the real signatures, made from Python.
 
-It decodes a toy format (`toy_stream`) and breaks what careless callers break: a call without a current context
-fails, copies happen only when their stream is synchronized, an unmapped frame is overwritten, a decode surface that
-is reused is overwritten, one frame can be mapped at a time. `live` holds every handle that was not destroyed.
+It decodes a toy format (`toy_stream`) and punishes what a driver punishes: a call without a current context
+fails, copies happen only when their stream is synchronized, an unmapped frame is overwritten, no more frames
+can be mapped than there are output surfaces. `live` holds every handle that was not destroyed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 from sidelane.codec._abi import Abi
 from sidelane.layout import SurfaceLayout
 
-_HEADER = struct.Struct("<4sHHBBH")  # magic, width, height, chroma format, bits, frames
-_MAGIC = b"toy0"
+_VPS = b"\x00\x00\x01\x40\x01"  # so that the frames of a stream can be found as in HEVC
+_UNIT = struct.Struct(f"<{len(_VPS)}sHHBBHIB")  # _VPS, width, height, chroma, bits, cut, bytes, status
 GOOD, DAMAGED = 2, 8  # cuvidDecodeStatus
 MIN_SIDE, MAX_SIDE = 144, 8192
 
@@ -32,37 +32,43 @@ def toy_stream(
     width: int | None = None,
     bits: int | None = None,
     chroma: int | None = None,
-    status: dict[int, int] | None = None,
+    damaged: int | None = None,
+    cut: int = 0,
 ) -> bytes:
-    """A stream of raw frames, each `layout.format.rows(height)` rows of `width` samples without pitch."""
+    """A stream of raw frames, each `layout.format.rows(height)` rows of `width` samples without pitch.
+
+    Frame number `damaged` is reported so; `cut` samples more than needed are coded to the right.
+    """
     fmt = layout.format
-    head = _HEADER.pack(
-        _MAGIC,
+    sequence = (
         width or layout.width,
         layout.height,
         chroma or (1 if fmt.subsampled else 3),
         bits or (8 if fmt.itemsize == 1 else fmt.bits),
-        len(frames),
+        cut,
     )
-    size = struct.pack("<I", len(frames[0]) + 1 if frames else 0)
-    return head + size + b"".join(bytes([(status or {}).get(i, GOOD)]) + f for i, f in enumerate(frames))
+    return b"".join(
+        _UNIT.pack(_VPS, *sequence, len(frame), DAMAGED if i == damaged else GOOD) + frame
+        for i, frame in enumerate(frames)
+    )
 
 
 class FakeDriver:
-    """State of the stand-in. `fail[name]` holds statuses that the next calls of `name` return; `calls` logs names."""
+    """State of the stand-in. `fail[name]`: statuses the next calls of `name` return; `calls`: all names."""
 
     def __init__(self) -> None:
         self.live: dict[int, tuple[str, Any]] = {}
         self.calls: list[str] = []
         self.fail: dict[str, deque[int]] = {}
         self.engines = 3
+        self.reuse = 0  # which of the free decode surfaces the parser takes: 0 the oldest, -1 the newest
         self._handles = itertools.count(0x1000)
         self._stacks = threading.local()
         self._abi: dict[str, Abi] = {}
 
-    def open(self, abi: Abi) -> Any:
+    def open(self, abi: Abi, soname: str) -> Any:
         """The library of `abi`, as `Library` expects it from dlopen."""
-        self._abi[abi.soname] = abi
+        self._abi[soname] = abi
         return SimpleNamespace(
             **{name: self._export(abi, name) for name in dir(self) if name.startswith("cu")}
         )
@@ -190,21 +196,19 @@ class FakeDriver:
             outputs=info.ulNumOutputSurfaces,
             mapped={},
         )
-        self._size_decoder(state, info)
-        return self._new("decoder", state, decoder)
+        return self._size_decoder(state, info) or self._new("decoder", state, decoder)
 
-    def _size_decoder(self, state: Any, info: Any) -> None:
+    def _size_decoder(self, state: Any, info: Any) -> int:
         state.surfaces = [b""] * info.ulNumDecodeSurfaces
         state.size = (info.ulTargetWidth, info.ulTargetHeight)
         area = info.display_area
-        assert state.size == (area.right - area.left, area.bottom - area.top)
+        return 0 if state.size == (area.right - area.left, area.bottom - area.top) else 1
 
     def cuvidReconfigureDecoder(self, decoder: int, pointer: Any) -> int:
         info, state = pointer.contents, self.live[decoder][1]
         if info.ulWidth > state.limit[0] or info.ulHeight > state.limit[1]:
             return 1
-        self._size_decoder(state, info)
-        return 0
+        return self._size_decoder(state, info)
 
     def cuvidDestroyDecoder(self, decoder: int) -> int:
         return self._drop("decoder", decoder)
@@ -263,13 +267,45 @@ class FakeDriver:
         on_sequence = abi.callback("PFNVIDSEQUENCECALLBACK")(params.pfnSequenceCallback)
         on_decode = abi.callback("PFNVIDDECODECALLBACK")(params.pfnDecodePicture)
         on_display = abi.callback("PFNVIDDISPLAYCALLBACK")(params.pfnDisplayPicture)
-        if len(data) < _HEADER.size + 4 or not data.startswith(_MAGIC):
-            return
-        _, width, height, chroma, bits, count = _HEADER.unpack_from(data)
-        (size,) = struct.unpack_from("<I", data, _HEADER.size)
+        shown: deque[int] = deque()
+        free: list[int] = []
+        sequence: tuple[int, ...] = ()
+
+        def show() -> None:
+            index = shown.popleft()
+            on_display(None, ctypes.byref(abi.struct("CUVIDPARSERDISPINFO")(picture_index=index)))
+            free.append(index)
+
+        while len(data) >= _UNIT.size:
+            _, *found, size, _ = _UNIT.unpack_from(data)
+            if len(data) < _UNIT.size + size:
+                break
+            if sequence != tuple(found):
+                sequence = tuple(found)
+                surfaces = on_sequence(None, ctypes.byref(self._sequence(abi, *sequence)))
+                if surfaces < 2:
+                    return
+                free = list(range(surfaces))
+            # The status byte and the samples are what the "hardware" gets.
+            buffer = ctypes.create_string_buffer(data[_UNIT.size - 1 : _UNIT.size + size], size + 1)
+            picture = abi.struct("CUVIDPICPARAMS")(
+                CurrPicIdx=free.pop(self.reuse),
+                nBitstreamDataLen=size + 1,
+                pBitstreamData=ctypes.addressof(buffer),
+            )
+            if not on_decode(None, ctypes.byref(picture)):
+                return
+            shown.append(picture.CurrPicIdx)
+            while len(shown) > params.ulMaxDisplayDelay:
+                show()
+            data = data[_UNIT.size + size :]
+        while shown:
+            show()
+
+    def _sequence(self, abi: Abi, width: int, height: int, chroma: int, bits: int, cut: int) -> Any:
         sequence = abi.struct("CUVIDEOFORMAT")(
             codec=8,
-            coded_width=-(-width // 8) * 8,
+            coded_width=-(-width // 8) * 8 + cut,
             coded_height=-(-height // 8) * 8,
             chroma_format=chroma,
             bit_depth_luma_minus8=bits - 8,
@@ -277,29 +313,4 @@ class FakeDriver:
             min_num_decode_surfaces=1,
         )
         sequence.display_area.right, sequence.display_area.bottom = width, height
-        surfaces = on_sequence(None, ctypes.byref(sequence))
-        if surfaces < 2:
-            return
-        shown: deque[int] = deque()
-        free = list(range(surfaces))
-
-        def show() -> None:
-            index = shown.popleft()
-            on_display(None, ctypes.byref(abi.struct("CUVIDPARSERDISPINFO")(picture_index=index)))
-            free.append(index)
-
-        for number in range(count):
-            start = _HEADER.size + 4 + number * size
-            if start + size > len(data):
-                break
-            buffer = ctypes.create_string_buffer(data[start : start + size], size)
-            picture = abi.struct("CUVIDPICPARAMS")(
-                CurrPicIdx=free.pop(), nBitstreamDataLen=size, pBitstreamData=ctypes.addressof(buffer)
-            )
-            if not on_decode(None, ctypes.byref(picture)):
-                return
-            shown.append(picture.CurrPicIdx)
-            while len(shown) > params.ulMaxDisplayDelay:
-                show()
-        while shown:
-            show()
+        return sequence

@@ -1,4 +1,4 @@
-"""The driver tables: consistent in themselves, with known numbers, and (marker abi_probe) with the C headers."""
+"""The driver tables agree with themselves, with known numbers and (marker abi_probe) with the C headers."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_every_nvenc_function_is_a_slot_or_an_export(version: str) -> None:
 def test_importing_builds_and_opens_nothing(tmp_path: Path) -> None:
     code = (
         "import sys, sidelane\n"
-        "assert not any(m.startswith('sidelane.codec._') for m in sys.modules), 'sidelane imports the driver'\n"
+        "assert not any(m.startswith('sidelane.codec._') for m in sys.modules), 'driver imported'\n"
         "import sidelane.codec.nvdec\n"
         "from sidelane.codec import _abi, _driver\n"
         "assert not _abi._tables and not _driver._libraries, 'nvdec opens the driver at import'\n"
@@ -263,7 +263,7 @@ def test_importing_builds_and_opens_nothing(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
-# The headers of Debian's libffmpeg-nvenc-dev are API 11.1; the CUDA structures have not changed since CUDA 4.
+# Debian's libffmpeg-nvenc-dev has the headers of API 11.1 and the CUDA declarations NVENC needs.
 HEADERS = {
     "nvenc-11.1": "ffnvcodec/nvEncodeAPI.h",
     "cuvid-11.1": "ffnvcodec/dynlink_nvcuvid.h",

@@ -216,7 +216,7 @@ def test_every_damaged_archive_is_refused(
     save_file({"a": torch.randn(40, 8), "b": torch.arange(5)}, small)
     assert cli.run(["compress", str(small), str(packed)]) == 0
     data = packed.read_bytes()
-    flips = [*range(300), *range(300, len(data), 7)]
+    flips = [*range(300), *range(300, len(data), 29)]
     capsys.readouterr()
     for at in flips:
         packed.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
@@ -306,6 +306,18 @@ def test_write_error_names_the_output(weights: Path, tmp_path: Path, fails: Call
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert line == f"sidelane: {tmp_path / 'out'}: File too large\n"
     assert others(weights) == []
+
+
+def test_directory_that_takes_no_file_is_one_line(
+    weights: Path, tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(prefix: str, dir: Path) -> tuple[int, str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir / prefix))
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    assert (
+        fails("compress", weights, tmp_path / "out") == f"sidelane: {tmp_path / 'out'}: Permission denied\n"
+    )
 
 
 def test_memory_holds_one_tensor_not_the_file(tmp_path: Path) -> None:

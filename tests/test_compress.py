@@ -143,6 +143,17 @@ def test_layouts_under_a_bound():
         assert measured(x, y) <= 0.05
 
 
+@pytest.mark.parametrize("basis", [None, hadamard_basis()], ids=["channels", "basis"])
+def test_the_bound_holds_for_video(basis):
+    x = torch.randn(600, 4)
+    x[5, 1] = nan
+    for bound in (0.9, 0.05, 1e-5):
+        packet = Packet.from_bytes(compress(x, lane="video-cpu", max_rel_error=bound, basis=basis).to_bytes())
+        y = decompress(packet, basis=basis)
+        assert measured(x, y) <= bound * ROUNDING
+        assert torch.equal(bits_of(y[~x.isfinite()]), bits_of(x[~x.isfinite()]))
+
+
 def test_defaults():
     x = torch.randn(N)
     packet = compress(x)

@@ -52,7 +52,7 @@ LAYOUTS = {
 
 
 def rounding_bound(x: Tensor, bits: int) -> float:
-    """Largest error of the group code: half of the widest scale that a group of `x` can have, and the rounding
+    """Largest error of the group code: half of the widest scale that a group of `x` can have, and rounding
     to the dtype of `x`; see `group_quantize_pack_ref`."""
     wide = x.double()
     low, top = wide.min().item(), wide.max().item()
@@ -67,6 +67,23 @@ def test_golden_packets(name):
     packet = lane.encode(x)
     if name == "basis":
         packet = packet.with_(digest=DIGEST)
+    assert packet.to_bytes().hex() == assemble(name).hex()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_packets_of_kernels(name, device):
+    lane, x = ENCODED[name]
+    packet = lane.encode(x.to(device))
+    assert packet.device.type == device.type
+    y = lane.decode(packet)
+    expected = lane.decode(packet.to("cpu"))
+    assert y.device.type == device.type
+    if name == "basis":  # the sums of a matrix product depend on their order
+        torch.testing.assert_close(y.cpu(), expected, rtol=1e-5, atol=1e-5)
+        packet = packet.with_(digest=DIGEST)
+    else:
+        assert torch.equal(bits_of(y.cpu()), bits_of(expected))
     assert packet.to_bytes().hex() == assemble(name).hex()
 
 

@@ -1,4 +1,4 @@
-"""NVDEC: the real decoder code against a stand-in for the driver (no GPU), and bit-exactness on a GPU."""
+"""NVDEC: the decoder code against a stand-in for the driver; test_nvdec_gpu.py has the real one."""
 
 from __future__ import annotations
 
@@ -6,29 +6,20 @@ import gc
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from fake_nvdec import DAMAGED, FakeDriver, toy_stream
 from torch import Tensor
 
+from fake_nvdec import FakeDriver, toy_stream
 from sidelane.codec import _driver, nvdec
 from sidelane.codec._abi import CUVID_VERSION, load
-from sidelane.codec.hevc import encode_hevc
+from sidelane.codec._nvdec import PIPELINE_DEPTH
 from sidelane.codec.nvdec import NvDecoder, NvDecoderPool, decode_nvdec, release_idle_decoders
-from sidelane.codec.probe import decoder_caps, probe_nvdec
+from sidelane.codec.probe import probe_nvdec
 from sidelane.errors import DriverError, LaneError, LaneUnavailable, PacketError
-from sidelane.layout import (
-    FORMATS,
-    NV12,
-    P010,
-    TOKEN_ROWS,
-    YUV444,
-    SurfaceFormat,
-    SurfaceLayout,
-    plan_surface,
-)
+from sidelane.layout import FORMATS, NV12, P010, TOKEN_ROWS, YUV444, SurfaceFormat, SurfaceLayout
 
 
 def layout_of(
@@ -38,7 +29,7 @@ def layout_of(
 
 
 def samples(layout: SurfaceLayout, seed: int = 0) -> Tensor:
-    """A surface [rows, pitch] of random samples of the layout's depth; the padding up to the pitch is zero."""
+    """A surface [rows, pitch] of random samples of the layout's depth; the padding is zero."""
     generator = torch.Generator().manual_seed(seed)
     fmt = layout.format
     codes = torch.randint(
@@ -62,10 +53,8 @@ def frames_of(surface: Tensor, layout: SurfaceLayout) -> list[bytes]:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     """A stand-in driver whose device memory is host memory; every handle must be gone at the end."""
     fake = FakeDriver()
-    libraries = {
-        name: _driver.Library(load(name), open=lambda _, abi=load(name): fake.open(abi))
-        for name in ("cuda", f"cuvid-{CUVID_VERSION}")
-    }
+    names = ("cuda", f"cuvid-{CUVID_VERSION}")
+    libraries = {name: _driver.Library(load(name), open=partial(fake.open, load(name))) for name in names}
     monkeypatch.setattr(_driver, "_libraries", libraries)
     monkeypatch.setattr(_driver, "_contexts", {})
     monkeypatch.setattr(_driver, "torch_device", lambda index: torch.device("cpu"))
@@ -78,7 +67,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
-def test_frames_arrive_in_order_and_place(driver: FakeDriver, format: SurfaceFormat) -> None:
+@pytest.mark.parametrize("reuse", [0, -1])
+def test_frames_arrive_in_order_and_place(driver: FakeDriver, format: SurfaceFormat, reuse: int) -> None:
+    driver.reuse = reuse
     layout = layout_of(format, width=162, height=150, frames=9)
     want = samples(layout)
     out = torch.full(layout.shape, 0xA5, dtype=torch.uint8)
@@ -88,6 +79,16 @@ def test_frames_arrive_in_order_and_place(driver: FakeDriver, format: SurfaceFor
     used = layout.width * format.itemsize
     assert torch.equal(got[:, :used], want[:, :used])
     assert (got[:, used:] == 0xA5).all()
+
+
+def test_the_engine_has_pictures_to_do_while_the_host_waits(driver: FakeDriver) -> None:
+    layout = layout_of(NV12, frames=3 * PIPELINE_DEPTH)
+    decode_nvdec(toy_stream(frames_of(samples(layout), layout), layout), layout, "cuda:0")
+    queued, most = 0, 0
+    for call in driver.calls:
+        queued += (call == "cuvidDecodePicture") - (call == "cuvidMapVideoFrame64")
+        most = max(most, queued)
+    assert (most, queued) == (PIPELINE_DEPTH + 1, 0)
 
 
 def test_a_stream_may_be_a_tensor(driver: FakeDriver) -> None:
@@ -112,16 +113,30 @@ def test_the_copy_waits_for_the_callers_stream(driver: FakeDriver) -> None:
         ({"width": 176}, "the stream is 176x144 420 8 bit, the packet says 160x144 420 8 bit"),
         ({"bits": 10}, "160x144 420 10 bit, the packet says"),
         ({"chroma": 3}, "160x144 444 8 bit, the packet says"),
-        ({"status": {1: DAMAGED}}, "cuvidDecodeStatus_Error: the stream is damaged"),
+        ({"cut": 64}, "160x144 420 8 bit are cut out of frames 64 samples larger"),
+        ({"damaged": 1}, "cuvidDecodeStatus_Error: the stream is damaged"),
     ],
 )
 def test_a_stream_unlike_its_packet_is_refused(
     driver: FakeDriver, changes: dict[str, int], problem: str
 ) -> None:
     layout = layout_of(NV12, frames=2)
-    stream = toy_stream(frames_of(samples(layout), layout), layout, **changes)  # type: ignore[arg-type]
+    stream = toy_stream(frames_of(samples(layout), layout), layout, **changes)
     with pytest.raises(PacketError, match=f"'bitstream'.*{problem}"):
         decode_nvdec(stream, layout, "cuda:0")
+
+
+def test_a_stream_may_change_its_coded_size_midway(driver: FakeDriver) -> None:
+    layout = layout_of(NV12, frames=6)
+    want = samples(layout)
+    frames = frames_of(want, layout)
+    parts = [
+        toy_stream(frames[:2], layout),
+        toy_stream(frames[2:4], layout, cut=8),
+        toy_stream(frames[4:], layout),
+    ]
+    got = decode_nvdec(b"".join(parts), layout, "cuda:0")
+    assert torch.equal(got[:, :160], want[:, :160])
 
 
 @pytest.mark.parametrize("present", [0, 1, 2, 4, 9])
@@ -294,6 +309,23 @@ def test_a_pool_keeps_the_order(driver: FakeDriver) -> None:
         for i, (got, layout) in enumerate(zip(pool.decode(jobs), layouts, strict=True)):
             assert torch.equal(got[:, : layout.width], samples(layout, i)[:, : layout.width])
     assert driver.kinds() == []
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 7])
+def test_a_pool_spreads_the_frames_of_a_surface(driver: FakeDriver, frames: int) -> None:
+    layout = layout_of(P010, frames=frames)
+    want = samples(layout)
+    stream = toy_stream(frames_of(want, layout), layout)
+    with NvDecoderPool("cuda:0") as pool:
+        got = pool.decode_surface(stream, layout)
+        assert torch.equal(got[:, :320], want[:, :320])
+        assert driver.calls.count("cuvidCreateVideoParser") == min(frames, pool.engines)
+        tensor = torch.frombuffer(bytearray(stream), dtype=torch.uint8)
+        assert torch.equal(pool.decode_surface(tensor, layout)[:, :320], want[:, :320])
+        with pytest.raises(PacketError, match=r"\d of \d frames were decoded"):
+            pool.decode_surface(stream, layout_of(P010, frames=frames + 1))
+        with pytest.raises(PacketError, match=r"\d of \d frames were decoded"):
+            pool.decode_surface(stream[:-1], layout)
 
 
 def test_a_pool_survives_a_bad_stream(driver: FakeDriver) -> None:

@@ -193,6 +193,39 @@ def test_unpacked_tensors_do_not_alias_the_packet():
     assert node.saved_tensors[0].eq(1).all()
 
 
+@pytest.mark.parametrize("min_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("name", ["relu_", "sigmoid_", "tanh_", "exp_"])
+def test_operators_that_save_what_they_changed_in_place(name, min_bytes):
+    x = torch.randn(8, 8, requires_grad=True)
+    grads = []
+    for context in (torch.enable_grad(), offload(min_bytes=min_bytes, checker=True)):
+        with context:
+            y = getattr(x * 2, name)().square().sum()
+        grads.append(torch.autograd.grad(y, x)[0])
+    assert torch.equal(*grads)
+
+
+def test_a_change_after_packing_does_not_reach_the_gradient():
+    x = torch.randn(8, 8, requires_grad=True)
+    with offload(min_bytes=0):
+        h = x * 1
+        y = (h * h).sum()
+    with torch.no_grad():
+        h.zero_()
+    assert torch.equal(torch.autograd.grad(y, x)[0], 2 * x)
+
+
+def test_an_unpack_under_inference_mode_does_not_spoil_later_ones():
+    x = torch.randn(64)
+    node = save(offload(min_bytes=0), x)
+    with torch.inference_mode():
+        held = node.saved_tensors[0]
+    assert not held.is_inference()
+    again = node.saved_tensors[0]
+    assert again.data_ptr() == held.data_ptr()
+    again.add_(0)
+
+
 # What is left alone
 
 
@@ -218,6 +251,10 @@ def test_weights_and_leaves_stay():
 def test_small_tensors_stay():
     tensors = (torch.randn(15), torch.rand(63) > 0.5, torch.arange(7))
     assert kept_reasons(*tensors, min_bytes=64) == ["small"]
+
+
+def test_dtypes_without_a_place_in_packets_stay():
+    assert kept_reasons(torch.empty(64, dtype=torch.bits8)) == ["other dtype"]
 
 
 class Doubled(Tensor):
@@ -473,7 +510,9 @@ def test_a_damaged_spill_file_is_an_error(tmp_path):
 
 def test_a_full_disk_falls_back_to_keeping(tmp_path, monkeypatch):
     def full(handle, mode):
-        os.dup2(os.open("/dev/full", os.O_WRONLY), handle)
+        device = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(device, handle)
+        os.close(device)
         return fdopen(handle, mode)
 
     fdopen = os.fdopen

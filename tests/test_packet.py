@@ -24,7 +24,7 @@ from sidelane.layout import FORMATS, MAPPINGS
 
 # Checksums computed with another implementation of CRC-32C, in test_golden_checksums.
 GOLDEN = bytes.fromhex(
-    "89534c414e450d0a 0100 0000 d0000000 4801000000000000"  # magic, version, reserved, bytes of header, packet
+    "89534c414e450d0a 0100 0000 d0000000 4801000000000000"  # magic, version, reserved, bytes of header, all
     "02 02 01 01 04 01 02 02"  # lane, dtype, stride class, mapping, bits, surface, ndim, sections
     "000000000000c03f"  # rel_error
     "40000000 01000000 00000000 00000000 00000000 00000000 00000000 00000000"  # params

@@ -7,8 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from sidelane.errors import (
+    AbiError,
     BasisError,
     BudgetError,
+    DriverError,
     LaneError,
     LaneUnavailable,
     OffloadError,
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AbiError",
     "Basis",
     "BasisError",
     "BudgetError",
+    "DriverError",
     "LaneError",
     "LaneUnavailable",
     "OffloadError",

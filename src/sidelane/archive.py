@@ -162,7 +162,7 @@ def decompress_file(
                 ):
                     raise PacketError("shape", "differs from the header of the file")
                 tensor = decompress(packet).contiguous()
-            out.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            out.write(tensor.view(-1).view(torch.uint8).numpy().data)
             if not isnan(packet.rel_error):
                 summary.worst_error = max(summary.worst_error, packet.rel_error)
             done += entry.nbytes

@@ -84,7 +84,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for the table as JSON and the figure as PNG.")] = Path(
         "demo-results"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of every run.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of every run.")] = 40,
     device: Annotated[str, typer.Option(help="cpu or cuda; a GPU if there is one.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model and a few steps, in seconds.")] = False,
@@ -105,13 +105,25 @@ def compress(
     max_rel_error: Annotated[
         float | None, typer.Option(help="Largest relative Frobenius error of a tensor.")
     ] = None,
-    bits: Annotated[int | None, typer.Option(help="Code width of the packed and video lanes.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Code width of the packed lane: 2, 4 or 8.")] = None,
+    surface: Annotated[
+        str | None, typer.Option("--format", help="Surface format of the video-cpu lane, as nv12 or p010.")
+    ] = None,
+    qp: Annotated[
+        int | None, typer.Option(help="HEVC quantizer of the video-cpu lane; lossless without.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Compress a safetensors file tensor by tensor."""
     from sidelane.archive import compress_file
 
-    given: dict[str, Any] = {"lane": lane, "max_rel_error": max_rel_error, "bits": bits}
+    given: dict[str, Any] = {
+        "lane": lane,
+        "max_rel_error": max_rel_error,
+        "bits": bits,
+        "format": surface,
+        "qp": qp,
+    }
     options = {name: value for name, value in given.items() if value is not None}
     with _progress("compress") as progress:
         summary = compress_file(source, target, force=force, progress=progress, **options)

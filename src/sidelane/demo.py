@@ -12,14 +12,14 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
+from rich.table import Table
 
 from sidelane import __version__
 from sidelane.demo_model import FULL, QUICK, Corpus
@@ -70,7 +70,7 @@ def _run(trainer: Trainer, steps: int, console: Console) -> list[Result]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for setting in SETTINGS:
             task = progress.add_task(setting.name, total=steps)
-            model, result = trainer.train(setting, steps, lambda task=task: progress.advance(task))
+            model, result = trainer.train(setting, steps, partial(progress.advance, task))
             models.append(model)
             results.append(result)
             if not console.is_terminal:
@@ -120,16 +120,17 @@ def _environment(device: torch.device) -> dict[str, Any]:
 
 def _table(results: list[Result]) -> Table:
     numbers = "ratio", "worst\nerror", "gradient\ncosine", "last\nloss", "held\nMiB", "ms per\nstep"
-    columns = Column("lane", no_wrap=True), *(Column(name, justify="right") for name in numbers)
-    table = Table(
-        *columns, "compared with\nno offload", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("lane", no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("against\nno offload", no_wrap=True)
     for result in results:
         table.add_row(
             result.name,
             f"{result.ratio:.2f}",
             f"{result.worst_error:.1e}" if result.worst_error else "0",
-            f"{result.cosine:.6f}",
+            f"{result.cosine:.5f}",
             f"{result.losses[-1]:.4f}",
             f"{result.held_bytes / 2**20:.2f}",
             f"{result.seconds * 1e3:.0f}",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -19,7 +18,6 @@ _SMOOTH = 5  # steps averaged in the loss curves
 def draw(record: dict[str, Any], path: Path) -> None:
     """Loss curves, ratio against error, and bytes held, of the record that the demo writes as JSON."""
     figure = Figure(figsize=(15, 5.6), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     loss, error, held = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
     runs = [{**run, "color": color} for run, color in zip(record["runs"], _COLORS, strict=False)]
     _loss(loss, runs)
@@ -32,7 +30,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         fontsize=11,
     )
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    canvas.print_png(path)
+    figure.savefig(path, format="png")
 
 
 def _loss(axes: Axes, runs: list[dict[str, Any]]) -> None:

@@ -45,9 +45,10 @@ SETTINGS = (
     Setting("packed, 8 bits", "packed", {"bits": 8}),
     Setting("packed, 4 bits", "packed", {"bits": 4}),
     Setting("packed, 2 bits", "packed", {"bits": 2}),
-    Setting("packed, error <= 10%", "packed", {"max_rel_error": 0.1}),
+    Setting("packed, error <= 5%", "packed", {"max_rel_error": 0.05}),
     Setting("checkpoint, exact", "exact", recompute=True),
     Setting("checkpoint, 4 bits", "packed", {"bits": 4}, recompute=True),
+    Setting("checkpoint, video", "video-cpu", {"format": "yuv444"}, recompute=True),
 )
 
 
@@ -61,7 +62,7 @@ class Result:
         ratio: bytes of the saved tensors over their bytes on the wire.
         worst_error: largest relative Frobenius error of a saved tensor.
         cosine: of the gradient with the one without offload, same weights and batch.
-        held_bytes: most bytes of saved activations at one time.
+        held_bytes: most bytes at one time of packets, and of the layer that is being recomputed.
         bitwise: every loss and the gradient equal those without offload bit for bit.
     """
 
@@ -96,7 +97,7 @@ class Trainer:
             start = perf_counter()
             optimizer.zero_grad()
             loss = self._loss(model, step, setting, context)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             losses.append(loss.item())
             seconds.append(perf_counter() - start)
@@ -106,21 +107,23 @@ class Trainer:
     def gradient(self, model: GPT, batch: int) -> Tensor:
         """The flat gradient of one batch without offload."""
         model.zero_grad()
-        self._loss(model, batch, SETTINGS[0], None).backward()
+        self._loss(model, batch, SETTINGS[0], None).backward()  # type: ignore[no-untyped-call]
         return _flat_gradient(model)
 
     def measure(self, setting: Setting, result: Result, model: GPT, batch: int, reference: Tensor) -> None:
         """Fill in what one batch on the weights of `model` shows; `reference`: gradient without offload."""
         context = setting.context() if setting.exact else setting.context(max_rel_error=UNBOUNDED)
         model.zero_grad()
-        self._loss(model, batch, setting, context).backward()
+        self._loss(model, batch, setting, context).backward()  # type: ignore[no-untyped-call]
         gradient = _flat_gradient(model)
-        report = context.report()
-        result.ratio = report.total.bytes_in / report.total.bytes_wire if setting.lane else 1.0
-        result.worst_error = report.total.worst_error
+        total = context.report().total
+        packets = total.bytes_wire if setting.lane else total.bytes_in
+        result.ratio = total.bytes_in / packets
+        result.worst_error = total.worst_error
         result.cosine = float(torch.cosine_similarity(gradient, reference, dim=0))
         result.bitwise = torch.equal(gradient, reference)
-        result.held_bytes = report.host_peak + (self._layer_bytes(model, batch) if setting.recompute else 0)
+        # All packets of a step exist at the end of its forward.
+        result.held_bytes = packets + (self._layer_bytes(model, batch) if setting.recompute else 0)
 
     def _loss(self, model: GPT, batch: int, setting: Setting, context: offload | None) -> Tensor:
         tokens = self.corpus.batch(self.shape, self.seed, batch).to(self.device)
@@ -133,10 +136,8 @@ class Trainer:
         tokens = self.corpus.batch(self.shape, self.seed, batch).to(self.device)
         x = model.embed(tokens[:, :-1])
         with SETTINGS[0].context() as context, torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
-            saved = model.layers[0](x)  # holds what is counted
-        peak = context.report().host_peak
-        del saved
-        return peak
+            model.layers[0](x)
+        return context.report().total.bytes_in
 
 
 def _flat_gradient(model: GPT) -> Tensor:

@@ -16,6 +16,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sidelane import __version__
+from sidelane.codec.hevc import hevc_support
+from sidelane.codec.probe import probe_nvdec, probe_nvenc
+from sidelane.errors import DriverError, LaneUnavailable
 
 _STYLES = {"yes": "green", "no": "red", "not probed": "yellow"}
 
@@ -33,10 +36,14 @@ class Finding:
 def report() -> Table:
     """Everything that was found, as a table."""
     title = f"sidelane {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    table = Table(Column("", no_wrap=True), "works", "found", "remedy", title=title, title_justify="left")
+    table = Table(
+        Column("", no_wrap=True), "works", "found, and what to do", title=title, title_justify="left"
+    )
     for finding in findings():
-        state = Text(finding.state, style=_STYLES[finding.state])
-        table.add_row(finding.subject, state, Text(finding.detail), Text(finding.remedy))
+        text = Text(finding.detail)
+        if finding.remedy:
+            text.append(f"\n-> {finding.remedy}", style="bold")
+        table.add_row(finding.subject, Text(finding.state, style=_STYLES[finding.state]), text)
     return table
 
 
@@ -45,8 +52,8 @@ def findings() -> Iterator[Finding]:
     yield _triton()
     yield Finding("lanes raw, exact, packed", "yes", _kernel_path())
     yield from _video_cpu()
-    yield _library("NVENC", "libnvidia-encode.so.1")
-    yield _library("NVDEC", "libnvcuvid.so.1")
+    yield _nvenc()
+    yield _nvdec()
     yield _nvcomp()
     yield _memory()
     yield Finding("PCIe", "not probed", "transfer rates are not measured")
@@ -100,24 +107,44 @@ def _kernel_path() -> str:
 
 def _video_cpu() -> Iterator[Finding]:
     try:
-        import av
-
-        from sidelane.codec.hevc import hevc_support
-    except ImportError as error:
-        yield Finding("lane video-cpu", "no", str(error), "pip install av")
+        support = hevc_support()
+    except LaneUnavailable as error:
+        yield Finding("lane video-cpu", "no", str(error), "install the PyAV wheel from PyPI")
         return
-    support = hevc_support()
+    if works := [name for name, reason in support.items() if reason is None]:
+        yield Finding("lane video-cpu", "yes", f"HEVC surfaces {', '.join(works)}")
     for name, reason in support.items():
-        if reason:
-            yield Finding(f"lane video-cpu, {name}", "no", reason, "install a PyAV built with libx265")
-    if works := [name for name, reason in support.items() if not reason]:
-        yield Finding("lane video-cpu", "yes", f"PyAV {av.__version__}, libx265: {', '.join(works)}")
+        if reason is not None:
+            yield Finding(f"lane video-cpu, {name}", "no", reason, "install the PyAV wheel from PyPI")
+
+
+def _nvenc() -> Finding:
+    if not torch.cuda.is_available():
+        return _library("NVENC", "libnvidia-encode.so.1")
+    probe = probe_nvenc()
+    if probe.available:
+        return Finding("NVENC", "yes", f"a session opens, API {probe.driver_api}")
+    return Finding("NVENC", "no", probe.reason, "the video-cpu lane encodes in software")
+
+
+def _nvdec() -> Finding:
+    if not torch.cuda.is_available():
+        return _library("NVDEC", "libnvcuvid.so.1")
+    try:
+        caps = [c for c in probe_nvdec() if c.supported]
+    except (LaneUnavailable, DriverError) as error:
+        return Finding("NVDEC", "no", str(error), "install the NVIDIA driver with its video libraries")
+    if not caps:
+        return Finding("NVDEC", "no", "this GPU decodes nothing", "the video-cpu lane decodes in software")
+    kinds = ", ".join(f"{c.codec} {c.chroma} {c.bits} bit" for c in caps)
+    return Finding("NVDEC", "yes", f"{max(c.engines for c in caps)} engines: {kinds}")
 
 
 def _library(engine: str, name: str) -> Finding:
+    """An engine that cannot be asked, since no CUDA device works."""
     if reason := _load_error(name):
         return Finding(engine, "no", reason, "install the NVIDIA driver with its video libraries")
-    return Finding(engine, "not probed", f"{name} found; the engines themselves are not probed")
+    return Finding(engine, "not probed", f"{name} is here, but no CUDA device to ask")
 
 
 def _load_error(library: str) -> str:

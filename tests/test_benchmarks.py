@@ -1,0 +1,112 @@
+"""The benchmarks on small synthetic tensors: what they measure is what they say."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sidelane.pipeline.lanes import open_lane
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def activations(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import activations
+
+    return activations
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import common
+
+    return common
+
+
+def correlated(rows: int, seed: int) -> Tensor:
+    """bfloat16 [rows, 32] with Laplacian coefficients of falling scale in a random orthonormal frame."""
+    frame = np.linalg.qr(np.random.default_rng(5).standard_normal((32, 32)))[0]
+    z = np.random.default_rng(seed).laplace(size=(rows, 32)) * np.logspace(0, -2, 32)
+    return torch.from_numpy(z @ frame.T).bfloat16()
+
+
+def test_measured_rows(activations: ModuleType, tmp_path: Path) -> None:
+    bases, everything = activations.calibrated(correlated(2048, 0))
+    x = correlated(512, 1)
+    rows = list(activations.measure("t", x, activations.methods(bases, everything)))
+    rows += activations.yardsticks("t", x, bases[activations.VIDEO_BITS])
+    by_name = {(row["method"], row["setting"]): row for row in rows}
+    assert len(by_name) == len(rows)
+    assert len({tuple(row) for row in rows}) == 1
+    for row in rows:
+        assert row["raw_bytes"] == 512 * 32 * 2
+        assert row["ratio"] == pytest.approx(row["raw_bytes"] / row["wire_bytes"], rel=1e-3)
+    assert by_name["exact", ""]["rel_error"] == 0
+    for bits in ("8.5 bit", "4.5 bit", "2.5 bit"):
+        ours, cut = by_name["pca allocated", bits], by_name["pca truncated", bits]
+        assert ours["rel_error"] < cut["rel_error"]
+        assert ours["wire_bytes"] < cut["wire_bytes"] + 512 * 32 / 8  # widths are whole bits
+    lossless = [row for row in rows if row["method"] == "nv12 lossless"]
+    assert len(lossless) == 3
+    assert len({row["rel_error"] for row in lossless}) == 1
+    assert lossless[0]["rel_error"] == by_name["entropy", "nv12 codes"]["rel_error"]
+    for mapping in {row["setting"] for row in lossless}:
+        sizes = [
+            by_name[f"nv12 {rate}", mapping]["wire_bytes"] for rate in ("lossless", "QP 10", "QP 18", "QP 28")
+        ]
+        assert sizes == sorted(sizes, reverse=True)
+    activations.draw(tmp_path / "f.png", {"t": everything}, rows)
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    assert activations.summary(rows).row_count == len(rows)
+
+
+def test_a_row_needs_its_check(activations: ModuleType) -> None:
+    """A lossy lane that claims to be exact stops the benchmark."""
+    honest = activations.Method("exact", "", open_lane("exact"), activations.identical)
+    liar = replace(honest, lane=open_lane("packed", bits=2))
+    x = correlated(256, 0)
+    assert len(list(activations.measure("t", x, [honest]))) == 1
+    with pytest.raises(RuntimeError, match="t: the round trip of 'exact"):
+        list(activations.measure("t", x, [liar]))
+
+
+def test_group_check_has_teeth(activations: ModuleType) -> None:
+    x = correlated(256, 0)
+    lane = open_lane("packed", bits=4, group=64)
+    restored = lane.decode(lane.encode(x))
+    assert activations.within_half_a_step(4)(x, restored)
+    step = (x.float().view(-1, 64).amax(1) - x.float().view(-1, 64).amin(1)).amax() / 15
+    restored[0, 0] = x[0, 0] + step
+    assert not activations.within_half_a_step(4)(x, restored)
+
+
+def test_entropy_of_known_histograms(activations: ModuleType) -> None:
+    assert activations.entropy_bytes(torch.zeros(800)) == 0
+    assert activations.entropy_bytes(torch.arange(16).repeat(100)) == pytest.approx(1600 * 4 / 8)
+
+
+def test_rows_are_appended_under_one_header(common: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.csv"
+    common.append_rows(path, [{"a": 1, "b": "x, y"}])
+    common.append_rows(path, [{"a": 2, "b": ""}])
+    with path.open(newline="") as file:
+        assert list(csv.DictReader(file)) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": ""}]
+    with pytest.raises(ValueError, match="other columns"):
+        common.append_rows(path, [{"b": 1, "a": 2}])
+
+
+def test_environment_names_the_machine_and_versions(common: ModuleType) -> None:
+    env = common.environment()
+    assert list(env) == ["date", "commit", "cpu", "gpu", "driver", "python", "torch", "triton", "av"]
+    assert env["torch"] == torch.__version__
+    assert bool(env["gpu"]) == torch.cuda.is_available()

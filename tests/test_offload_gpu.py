@@ -1,0 +1,305 @@
+"""Offload on a real device: races are provoked with sleeping kernels, never waited for."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models import MIN_BYTES, assert_same, build, gradients, loss_of
+from sidelane.errors import BudgetError
+from sidelane.pipeline.checkpoint import checkpoint
+from sidelane.pipeline.offload import offload
+from sidelane.pipeline.wire import HostCopy, side_streams
+
+pytestmark = pytest.mark.gpu
+
+SLEEP = 100_000_000  # cycles, 50 ms at 2 GHz
+exact = partial(offload, min_bytes=MIN_BYTES)
+
+
+@pytest.fixture(autouse=True)
+def _math_attention():
+    """The one attention whose backward repeats bit for bit."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def step(model, tokens, context=None, **options):
+    return gradients(model, tokens, context, **options)
+
+
+def garbage(device) -> None:
+    """Overwrite memory that the current stream's pool has free."""
+    for size in (1 << 12, 1 << 14, 1 << 16, 1 << 20):
+        for block in [torch.empty(size, device=device) for _ in range(16)]:
+            block.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("lane", ["raw", "exact"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("gpu_budget", [None, 20_000, 0])
+def test_gradients_are_bitwise_unchanged(cuda, lane, autocast, gpu_budget):
+    model, tokens = build(cuda)
+    expected = step(model, tokens, autocast=autocast)
+    assert_same(step(model, tokens, autocast=autocast), expected)  # the step repeats
+    context = exact(lane, gpu_budget=gpu_budget)
+    for inside in (False, True):
+        assert_same(step(model, tokens, context, autocast=autocast, backward_inside=inside), expected)
+    report = context.report()
+    assert report.total.count > 40
+    assert (report.host_bytes, report.device_bytes, report.tickets) == (0, 0, 0)
+    assert gpu_budget is None or report.device_peak <= gpu_budget
+    if gpu_budget == 0:
+        assert report.fetched > 0 and report.prefetched == 0
+
+
+@pytest.mark.parametrize("where", ["compute", "out", "in"])
+@pytest.mark.parametrize("gpu_budget", [None, 20_000, 0])
+def test_no_order_of_streams_changes_gradients(cuda, monkeypatch, where, gpu_budget):
+    model, tokens = build(cuda)
+    expected = step(model, tokens)
+    write, read = HostCopy.write, HostCopy.read
+    copies = iter(range(1 << 30))
+
+    def slow(copy, self, *args):
+        if next(copies) % 8 == 0:
+            torch.cuda._sleep(SLEEP)
+        return copy(self, *args)
+
+    if where == "out":
+        monkeypatch.setattr(HostCopy, "write", lambda self, p: slow(write, self, p))
+    if where == "in":
+        monkeypatch.setattr(HostCopy, "read", lambda self, d: slow(read, self, d))
+    if where == "compute":
+        plain = model.wrap
+
+        def wrap(block, x, **kwargs):
+            torch.cuda._sleep(SLEEP)
+            return plain(block, x, **kwargs)
+
+        model.wrap = wrap
+    for _ in range(2):
+        context = exact(gpu_budget=gpu_budget, keep_last=0)
+        model.zero_grad()
+        with context:
+            loss = loss_of(model, tokens)
+            garbage(cuda)
+        loss.backward()
+        garbage(cuda)
+        assert_same([p.grad for p in model.parameters()], expected)
+
+
+def test_model_on_another_stream(cuda):
+    model, tokens = build(cuda)
+    expected = step(model, tokens)
+    context = exact(gpu_budget=20_000)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(SLEEP)
+        got = step(model, tokens, context)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same(got, expected)
+
+
+def test_a_function_that_launches_on_its_own_stream(cuda):
+    other = torch.cuda.Stream()
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            current = torch.cuda.current_stream()
+            other.wait_stream(current)
+            with torch.cuda.stream(other):
+                torch.cuda._sleep(SLEEP)
+                y = x * x
+            current.wait_stream(other)
+            y.record_stream(current)
+            ctx.save_for_backward(x, y)
+            return y
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, y = ctx.saved_tensors
+            return 2 * x * grad + 0 * y
+
+    x = torch.randn(256, 256, device=cuda, requires_grad=True)
+    grads = []
+    for context in (nullcontext(), exact(gpu_budget=0)):
+        with context:
+            y = Square.apply(Square.apply(x * 2).sin()).sum()
+        garbage(cuda)
+        grads.append(torch.autograd.grad(y, x)[0])
+    assert torch.equal(*grads)
+
+
+def test_views_of_unpacked_tensors_outlive_their_node(cuda):
+    class ReturnsSaved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, table):
+            ctx.save_for_backward(table)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            (table,) = ctx.saved_tensors
+            return table[1:-1].t().t(), None
+
+    table = torch.randn(258, 256, device=cuda)
+    x = torch.zeros(256, 256, device=cuda, requires_grad=True)
+    for gpu_budget in (None, 0):
+        context = exact(gpu_budget=gpu_budget, keep_last=0)
+        with context:
+            y = ReturnsSaved.apply(x, table).sum()
+        assert context.report().total.count == 1
+        (grad,) = torch.autograd.grad(y, x)
+        del y
+        garbage(cuda)
+        assert torch.equal(grad, table[1:-1])
+
+
+def test_a_change_in_place_after_packing_does_not_reach_the_gradient(cuda):
+    x = torch.randn(512, 512, device=cuda, requires_grad=True)
+    with torch.cuda.stream(side_streams(x.device)[0]):
+        torch.cuda._sleep(SLEEP)  # the copy out comes after the change
+    with exact("raw", gpu_budget=None):
+        h = x * 1
+        y = (h * h).sum()
+    with torch.no_grad():
+        h.zero_()
+    y.backward()
+    assert torch.equal(x.grad, 2 * x)
+
+
+def test_device_memory_returns_to_its_level(cuda):
+    model, tokens = build(cuda)
+    context = exact()
+    step(model, tokens, context)
+    torch.cuda.synchronize()
+    level = torch.cuda.memory_allocated()
+    for i in range(20):
+        with context:
+            loss = loss_of(model, tokens)
+        if i % 2:
+            loss.backward()
+        del loss
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == level
+        assert context.report().host_bytes == 0
+
+
+def test_offloading_lowers_peak_memory(cuda):
+    layers = torch.nn.Sequential(*(torch.nn.Tanh() for _ in range(16)))
+    peaks = []
+    for context in (nullcontext(), exact("raw", gpu_budget=32 << 20)):
+        x = torch.randn(8 << 20, device=cuda, requires_grad=True)  # 32 MiB
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        with context:
+            y = layers(x).sum()
+        y.backward()
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated())
+        del x, y
+    assert peaks[1] < peaks[0] - (200 << 20)
+
+
+def test_full_budgets(cuda):
+    x = torch.randn(1 << 20, device=cuda, requires_grad=True)
+    with pytest.raises(BudgetError), exact(host_budget=0, gpu_budget=0):
+        (x * 2).exp()
+    context = exact(host_budget=5 << 20, gpu_budget=64 << 20)
+    with context:
+        y = (x * 2).exp().sin().cos().sum()
+    report = context.report()
+    assert report.over_budget.count >= 1 and report.host_peak <= 5 << 20
+    (got,) = torch.autograd.grad(y, x)
+    assert torch.equal(got, torch.autograd.grad((x * 2).exp().sin().cos().sum(), x)[0])
+
+
+def test_spill(cuda, tmp_path):
+    x = torch.randn(1 << 18, device=cuda, requires_grad=True)
+    context = exact(host_budget=0, on_full="spill", spill_dir=str(tmp_path))
+    with context:
+        y = (x * 2).exp().sin().sum()
+    assert context.report().spilled.count == 1
+    (got,) = torch.autograd.grad(y, x)
+    assert torch.equal(got, torch.autograd.grad((x * 2).exp().sin().sum(), x)[0])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_checkpoint_restores_device_random_state(cuda, inside):
+    model, tokens = build(cuda, wrap=lambda block, x, **kw: checkpoint(block, x, **kw))
+    expected = step(build(cuda)[0], tokens)
+    context = exact(gpu_budget=0)
+    state = torch.cuda.get_rng_state()
+    assert_same(step(model, tokens, context, backward_inside=inside), expected)
+    assert context.report().total.count > 0 and state.shape == torch.cuda.get_rng_state().shape
+
+
+def test_threads_with_their_own_streams(cuda):
+    xs = [torch.randn(256, 256, device=cuda, requires_grad=True) for _ in range(3)]
+    torch.cuda.synchronize()
+
+    def loss(x):
+        return (x * 2).exp().sin().cos().sum()
+
+    expected = [torch.autograd.grad(loss(x), x)[0] for x in xs]
+    torch.cuda.synchronize()
+    context = exact(gpu_budget=1 << 20)
+    got = {}
+
+    def work(i):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                with context:
+                    y = loss(xs[i])
+                (got[i],) = torch.autograd.grad(y, xs[i])
+        stream.synchronize()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(xs))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i, e in enumerate(expected):
+        assert torch.equal(got[i], e)
+
+
+def test_graph_capture_keeps_tensors(cuda):
+    x = torch.randn(256, 256, device=cuda, requires_grad=True)
+    context = exact()
+
+    def run():
+        with context:
+            return torch.autograd.grad((x * 2).exp().sin().sum(), x)[0]
+
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        run()
+    torch.cuda.current_stream().wait_stream(warm)
+    packed = context.report().total.count
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grad = run()
+    assert context.report().total.count == packed and context.report().kept["graph capture"].count > 0
+    with torch.no_grad():
+        x.mul_(0.5)
+    graph.replay()
+    assert torch.equal(grad, torch.autograd.grad((x * 2).exp().sin().sum(), x)[0])
+
+
+def test_lossy_gradients_equal_those_of_a_synchronous_round_trip(cuda):
+    model, tokens = build(cuda)
+    options = {"max_rel_error": 0.05, "min_bytes": MIN_BYTES}
+    kept_on_device = step(model, tokens, offload(host_budget=0, **options))
+    context = offload(gpu_budget=0, **options)
+    assert_same(step(model, tokens, context), kept_on_device)
+    assert 0 < context.report().total.worst_error <= 0.05

@@ -1,0 +1,184 @@
+"""Bookkeeping of the offload engine: geometry of views, byte budgets, ownership."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sidelane.codec.packet import flatten
+from sidelane.errors import OffloadError
+from sidelane.pipeline.extent import View, element_set, whole_storage, without_flags
+from sidelane.pipeline.stash import Budget, Index, Kept, Key, Stash, data_key
+
+
+@st.composite
+def strided(draw) -> Tensor:
+    """A random view, by slicing, permuting and expanding, of a storage that counts up."""
+    dims = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    x = torch.arange(torch.Size(dims).numel(), dtype=torch.int32).view(dims)
+    for d, n in enumerate(dims):
+        start = draw(st.integers(0, n - 1))
+        part = slice(start, start + draw(st.integers(1, n - start)), draw(st.integers(1, 2)))
+        x = x[(slice(None),) * d + (part,)]
+    x = x.permute(draw(st.permutations(range(x.ndim))))
+    if draw(st.booleans()):
+        x = x.unsqueeze(0).expand(3, *x.shape)
+    return x
+
+
+def occupied(x: Tensor) -> list[int]:
+    """Offsets of the distinct elements, from the first: the values count up with the address."""
+    values = x.reshape(-1).unique()
+    return (values - values[0]).tolist()
+
+
+@given(strided())
+@settings(max_examples=200, deadline=None)
+def test_views_are_laid_over_both_kinds_of_storage(x):
+    view = View.of(x)
+    assert view.nbytes == 4 * x.reshape(-1).unique().numel()
+    whole = whole_storage(x).clone().untyped_storage()
+    elements = flatten(x).clone().untyped_storage()
+    for got in (view.over(whole), view.over_elements(elements)):
+        assert torch.equal(got, x) and got.stride() == x.stride()
+
+
+@given(strided(), strided())
+@settings(max_examples=300, deadline=None)
+def test_element_sets_are_equal_exactly_for_equal_elements(a, b):
+    same = occupied(a) == occupied(b)
+    assert (View.of(a).pairs == View.of(b).pairs) == same
+
+
+@pytest.mark.parametrize(
+    "size, stride, pairs",
+    [
+        ((4, 8), (8, 1), ((1, 32),)),
+        ((8, 4), (1, 8), ((1, 32),)),
+        ((4, 8), (16, 1), ((1, 8), (16, 4))),
+        ((4, 2, 4), (16, 4, 1), ((1, 8), (16, 4))),
+        ((3, 4, 8), (0, 8, 1), ((1, 32),)),
+        ((5, 1), (1, 77), ((1, 5),)),
+        ((), (), ()),
+        ((4, 3), (1, 1), None),
+        ((4, 4), (2, 1), None),
+    ],
+)
+def test_element_set_merges_dimensions(size, stride, pairs):
+    assert element_set(size, stride) == pairs
+
+
+def test_without_flags_shows_memory():
+    z = torch.tensor([1 + 2j, 3 - 4j])
+    assert without_flags(z.conj()).tolist() == z.tolist()
+    imag = z.conj().imag
+    assert imag.is_neg() and without_flags(imag).tolist() == [2, -4]
+
+
+def test_budget_never_exceeds_its_limit():
+    budget = Budget(100)
+    a, b = budget.claim(60), budget.claim(40)
+    assert budget.claim(1) is None and budget.held == 100
+    assert a is not None and b is not None
+    del a
+    assert budget.held == 40
+    assert budget.claim(61) is None
+    assert budget.claim(0) is not None
+    del b
+    assert (budget.held, budget.peak) == (0, 100)
+
+
+def test_budget_under_threads():
+    budget = Budget(1000)
+    seen: list[int] = []
+
+    def work():
+        for n in range(300):
+            claim = budget.claim(n % 400)
+            seen.append(budget.held)
+            del claim
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert budget.held == 0 and 0 < max(seen) <= budget.peak <= 1000
+
+
+def stash_of(x: Tensor) -> Stash:
+    return Stash(x, home=None, whole=True, truth=None)  # type: ignore[arg-type]
+
+
+def test_index_forgets_a_stash_with_its_last_ticket():
+    x = torch.randn(4)
+    index = Index()
+    key = Key(data_key(x), "whole")
+    stash = stash_of(x)
+    index.add(key, stash)
+    assert index.find(key._replace(kind="lossy"), key) is stash and len(index) == 1
+    gc.disable()
+    try:
+        del stash
+        assert index.find(key) is None and len(index) == 0
+    finally:
+        gc.enable()
+
+
+def test_keys_name_storage_and_version():
+    x = torch.randn(4, 4)
+    assert data_key(x) == data_key(x.t()) == data_key(x[1:].view(torch.int32))
+    before = data_key(x)
+    x.add_(1)
+    assert data_key(x) != before
+    assert data_key(x.clone()) != data_key(x)
+
+
+def test_the_address_of_a_storage_object_is_not_reused_while_its_stash_lives():
+    stashes, keys = [], set()
+    for _ in range(50):
+        x = torch.randn(4)
+        keys.add(data_key(x)[0])
+        stashes.append(stash_of(x))
+        del x
+    assert len(keys) == 50
+
+
+def test_decoded_storage_is_found_while_somebody_holds_it():
+    stash = stash_of(torch.randn(4))
+    assert stash.alive() is None
+    decoded = torch.randn(4)
+    stash.remember(decoded.untyped_storage())
+    view = decoded[1:]
+    del decoded
+    found = stash.alive()
+    assert found is not None and found.data_ptr() == view.untyped_storage().data_ptr()
+    del found, view
+    assert stash.alive() is None
+
+
+def test_kept_tensors_are_checked_for_changes():
+    x = torch.ones(3)
+    kept = Kept(x)
+    assert kept.open() is x
+    x[0] = 2
+    with pytest.raises(OffloadError, match=r"float32 \[3\] is at version 1, it was saved at 0; clone it"):
+        kept.open()
+
+
+def test_kept_tensors_carry_no_graph_but_leaves_are_themselves():
+    leaf = torch.ones(3, requires_grad=True)
+    assert Kept(leaf).open() is leaf
+    inner = leaf * 2
+    back = Kept(inner).open()
+    assert back.grad_fn is None and back.data_ptr() == inner.data_ptr()
+    leaf.data = torch.zeros(3)  # as wrappers do that gather a parameter before backward
+    kept = Kept(leaf)
+    leaf.data = torch.full((3,), 7.0)
+    assert kept.open().tolist() == [7, 7, 7]
