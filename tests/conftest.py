@@ -1,5 +1,8 @@
-"""Test tiers: unmarked tests need no GPU; `kernel` tests run compiled where there is a GPU and through the Triton
-interpreter elsewhere; `gpu` tests need a GPU and fail without one."""
+"""Test tiers.
+
+Unmarked tests need no GPU. `kernel` tests run compiled where there is a GPU and in the Triton interpreter
+elsewhere. `gpu` tests need a GPU and fail without one.
+"""
 
 from __future__ import annotations
 

@@ -176,6 +176,14 @@ def test_constant_groups_come_back_within_the_offset_step() -> None:
     assert float((x - y).abs().max()) <= 1.2345 * 2.0**-10
 
 
+def test_codes_do_not_hold_the_graph_of_their_input() -> None:
+    x = torch.tensor([1.0, nan]).repeat(32).requires_grad_()
+    codes = group_quantize_pack(x, 4, 32)
+    assert not any(
+        part.requires_grad for part in (codes.scale, codes.offset, codes.escapes) if part is not None
+    )
+
+
 def test_escaped_groups_keep_every_bit() -> None:
     payload = torch.tensor([0x7FC0, 0x7F81, -0x007F, 0x7F80, -0x0080, 1, 0, -0x8000], dtype=torch.int16)
     x = payload.repeat(8).view(torch.bfloat16)

@@ -81,7 +81,8 @@ class Forward:
         levels = 2.0**bits - 1 - torch.randint(0, 2, (k,)).float()
         # In half of the channels zero clamps: it stands beyond the edges of x, where nothing must be counted.
         offset = dyadic((k,), 1 / 32) + torch.where(torch.arange(k) % 2 == 0, 0.5, -3.0)
-        return cls(dyadic((tokens, depth), 1 / 4, dtype), components, offset, inv_scale, levels)
+        x = dyadic((tokens, depth), 1.0 if components is None else 1 / 4, dtype)
+        return cls(x, components, offset, inv_scale, levels)
 
     def to(self, device: torch.device) -> tuple[Any, ...]:
         components = None if self.components is None else self.components.to(device)
@@ -127,17 +128,6 @@ def test_pack(
 
 
 @pytest.mark.kernel
-def test_inputs_clamp_at_both_ends(device: torch.device) -> None:
-    """The cases above would not see a wrong clamp or counter if nothing clamped."""
-    args = Forward.make(*SHAPES[0], bits=8)
-    codes, clamped = args.codes()
-    assert 0 < clamped < codes.numel()
-    assert (codes == 0).any() and (codes.float() == args.levels).any()
-    counted = project_quantize(*args.to(device))[1]
-    assert counted.item() == clamped
-
-
-@pytest.mark.kernel
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_pack_model_shape(device: torch.device, mapping: str) -> None:
     """Tokens and width of a small transformer, on a planned surface."""
@@ -149,27 +139,17 @@ def test_pack_model_shape(device: torch.device, mapping: str) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(
-    ("dtype", "components_dtype"),
-    [
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float16),
-        (torch.float64, torch.float64),
-        (torch.bfloat16, None),
-        (torch.float16, None),
-        (torch.float64, None),
-    ],
-)
+@pytest.mark.parametrize("components_dtype", [torch.bfloat16, torch.float16, torch.float32, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_plain_codes(device: torch.device, dtype: torch.dtype, components_dtype: torch.dtype | None) -> None:
     channels = None if components_dtype is None else 67
-    args = Forward.make(70, 45, channels, 12, dtype, components_dtype or torch.float32)
+    args = Forward.make(70, 45, channels, 8, dtype, components_dtype or torch.float32)
     codes, clamped = project_quantize(*args.to(device))
     expected, changed = args.codes()
+    assert (expected == 0).any() and (expected.float() == args.levels).any()
     assert codes.dtype == torch.int16 and codes.is_contiguous()
     assert torch.equal(codes.cpu(), expected)
-    assert clamped.tolist() == [changed]
+    assert clamped.tolist() == [changed] != [0]
 
 
 @pytest.mark.kernel

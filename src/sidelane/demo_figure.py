@@ -29,7 +29,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         f"({machine['device']}, torch {machine['torch']}, sidelane {machine['sidelane']})",
         fontsize=11,
     )
-    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, format="png")
 
 

@@ -33,7 +33,7 @@ class Setting:
 
     @property
     def exact(self) -> bool:
-        return self.lane in (None, "exact")
+        return self.lane in (None, "raw", "exact")
 
     def context(self, **extra: Any) -> offload:
         return offload(self.lane or "raw", min_bytes=MIN_BYTES, **{**extra, **self.options})
@@ -41,6 +41,7 @@ class Setting:
 
 SETTINGS = (
     Setting("no offload", None),
+    Setting("raw", "raw"),
     Setting("exact", "exact"),
     Setting("packed, 8 bits", "packed", {"bits": 8}),
     Setting("packed, 4 bits", "packed", {"bits": 4}),
