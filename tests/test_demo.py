@@ -54,7 +54,7 @@ def test_every_setting_has_a_row_in_the_table(output: tuple[Path, str], runs: di
 def test_exact_lanes_are_bitwise_equal_and_lossy_ones_are_not(runs: dict[str, Run]) -> None:
     plain = runs["no offload"]
     for name, run in runs.items():
-        exact = name in ("no offload", "exact", "checkpoint, exact")
+        exact = name in ("no offload", "raw", "exact", "checkpoint, exact")
         assert run["bitwise"] is run["exact"] is exact
         assert (run["losses"] == plain["losses"]) is exact
         assert (run["worst_error"] == 0) is exact

@@ -10,8 +10,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-_COLORS = "#222222", "#0072b2", "#009e73", "#e69f00", "#d55e00", "#56b4e9", "#cc79a7", "#8c8c8c", "#c8b400"
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and three more.
+_COLORS = (
+    "#222222",
+    "#8c8c8c",
+    "#0072b2",
+    "#e69f00",
+    "#d55e00",
+    "#56b4e9",
+    "#cc79a7",
+    "#009e73",
+    "#c8b400",
+    "#7b3294",
+)
 _SMOOTH = 5  # steps averaged in the loss curves
 
 
@@ -19,7 +30,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     """Loss curves, ratio against error, and bytes held, of the record that the demo writes as JSON."""
     figure = Figure(figsize=(15, 5.6), dpi=120, layout="constrained")
     loss, error, held = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
-    runs = [{**run, "color": color} for run, color in zip(record["runs"], _COLORS, strict=False)]
+    runs = [{**run, "color": color} for run, color in zip(record["runs"], _COLORS, strict=True)]
     _loss(loss, runs)
     _error(error, runs)
     _held(held, runs)

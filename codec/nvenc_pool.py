@@ -1,0 +1,266 @@
+"""NVENC sessions side by side, as many as the GPU has engines, behind one ring of surfaces.
+
+No machine with NVENC has run this code: it is tested against an emulated driver only (tests/emulated_driver).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+
+import torch
+from torch import Tensor
+
+from sidelane.codec import _driver
+from sidelane.codec._nvenc_ring import EncodedSurface, Ring, Surface
+from sidelane.codec.nvenc import Encoder, check_source, release_idle_encoders
+from sidelane.errors import DriverError, LaneError, LaneUnavailable
+from sidelane.layout import SurfaceLayout
+
+ATTEMPTS = 3  # sessions that may fail over one surface
+
+
+@dataclass(eq=False)
+class _Job:
+    surface: Surface
+    tries: int = 0
+    future: Future[EncodedSurface] = field(default_factory=Future)
+
+
+class EncoderPool:
+    """Encodes surfaces of one size on all engines at once; every surface has its own result.
+
+    A session that fails is replaced, or left out where none can be opened; what it had is encoded by the
+    others, from the same memory. Use it as a context manager or call `close`.
+    """
+
+    def __init__(
+        self,
+        layout: SurfaceLayout,
+        *,
+        qp: int | None = None,
+        device: torch.device | str = "cuda",
+        sessions: int | None = None,
+        surfaces: int = 2,
+        preset: int = 1,
+    ) -> None:
+        """Open the sessions.
+
+        Args:
+            sessions: how many, by default one per engine; fewer are opened where the system allows fewer.
+            surfaces: slots of the ring for each session.
+            layout, qp, device, preset: as for `Encoder`.
+
+        Raises as `Encoder`.
+        """
+        if sessions is not None and sessions < 1:
+            raise LaneError(f"{sessions} sessions encode nothing; sessions must be at least 1")
+        self.layout = layout
+        self._ring: Ring = SimpleQueue()
+        self._open = partial(
+            Encoder,
+            layout,
+            qp=qp,
+            device=device,
+            preset=preset,
+            make_room=release_idle_encoders,
+            ring=self._ring,
+        )
+        self._lock = threading.Lock()  # of the two that follow
+        self._encoders: deque[Encoder] = deque([self._open(surfaces=surfaces)])
+        self._closed = False
+        wanted = sessions or self._encoders[0].caps.engines
+        try:
+            while len(self._encoders) < wanted:
+                self._encoders.append(self._open(surfaces=surfaces))
+        except LaneUnavailable:
+            pass  # no session is left: go on with those there are
+        except BaseException:
+            for encoder in self._encoders:
+                _close_quietly(encoder)
+            raise
+        self._running: set[Future[EncodedSurface]] = set()
+        self._repairs = ThreadPoolExecutor(1, thread_name_prefix="nvenc-repair")
+
+    @property
+    def sessions(self) -> int:
+        """Sessions that are open."""
+        return len(self._encoders)
+
+    def acquire(self, timeout: float | None = None) -> Surface:
+        """A free surface of the ring; waits for one.
+
+        Raises LaneError after `timeout` seconds or if the pool is closed, LaneUnavailable or DriverError when
+        no session is left.
+        """
+        try:
+            surface = self._ring.get(timeout=timeout) if timeout != 0 else self._ring.get_nowait()
+        except Empty:
+            raise LaneError(f"no surface came free in {timeout} s: submit those acquired before") from None
+        if surface is None:
+            self._ring.put(None)
+            raise LaneError("this pool is closed; make a new one")
+        try:
+            encoder = self._owner(surface)
+            if encoder is not None:
+                try:
+                    return encoder.take(surface)
+                except (DriverError, LaneError):
+                    if not encoder.failed:
+                        raise
+            return self._move(surface)[1]
+        except BaseException:
+            self._ring.put(surface)  # whoever waits next shall hear of it too
+            raise
+
+    def submit(self, surface: Surface) -> Future[EncodedSurface]:
+        """Encode an acquired surface after the work of the current stream; it returns to the ring by itself.
+
+        Raises LaneError for a surface that is not acquired or a closed pool; the future raises what stopped
+        the last of `ATTEMPTS` sessions.
+        """
+        if not surface.held:
+            raise LaneError("this surface is not acquired: acquire it before submit")
+        job = _Job(surface)
+        with self._lock:
+            if self._closed:
+                raise LaneError("this pool is closed; make a new one")
+            self._running.add(job.future)
+        job.future.set_running_or_notify_cancel()
+        job.future.add_done_callback(self._running.discard)
+        self._start(job)
+        return job.future
+
+    def encode(self, sources: Iterable[Tensor]) -> Iterator[EncodedSurface]:
+        """Encode copies of surfaces, uint8 [layout.rows, layout.pitch]; results come in their order.
+
+        Encoding starts when the first result is asked for and runs up to the size of the ring ahead. The
+        error of a surface is raised at its place.
+        """
+        running: deque[Future[EncodedSurface]] = deque()
+        for source in sources:
+            check_source(source, self.layout)
+            surface = self.acquire()
+            surface.tensor.copy_(source)
+            running.append(self.submit(surface))
+            while running and running[0].done():
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+    def close(self) -> None:
+        """Deliver what was submitted, then free the sessions and the ring. Further calls do nothing.
+
+        Raises the first DriverError of a call that failed in between; everything is freed nonetheless.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        wait(list(self._running))
+        self._repairs.shutdown()
+        errors = []
+        for encoder in self._encoders:
+            try:
+                encoder.close()
+            except DriverError as error:
+                errors.append(error)
+        self._encoders.clear()
+        while not self._ring.empty():
+            self._ring.get()
+        self._ring.put(None)
+        if errors:
+            raise errors[0]
+
+    def __enter__(self) -> EncoderPool:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except DriverError:
+            if error is None:
+                raise
+
+    def _start(self, job: _Job) -> None:
+        """Submit the surface of `job` to its session, or to others as long as sessions fail."""
+        try:
+            encoder = self._owner(job.surface)
+            while True:
+                if encoder is None or encoder.failed:
+                    encoder, job.surface = self._move(job.surface)
+                job.tries += 1
+                try:
+                    encoder.submit(job.surface).add_done_callback(partial(self._finish, job))
+                    return
+                except (DriverError, LaneError) as error:
+                    if not encoder.failed or not _worth_repeating(error, job.tries):
+                        raise
+        except BaseException as error:
+            self._give_up(job, error)
+
+    def _finish(self, job: _Job, done: Future[EncodedSurface]) -> None:
+        """Runs on the thread that collects the pictures of a session, which must not wait for the session."""
+        error = done.exception()
+        if error is None:
+            job.future.set_result(done.result())
+        elif _worth_repeating(error, job.tries):
+            self._repairs.submit(self._start, job)
+        else:
+            self._give_up(job, error)
+
+    def _give_up(self, job: _Job, error: BaseException) -> None:
+        self._ring.put(job.surface)
+        job.future.set_exception(error)
+
+    def _owner(self, surface: Surface) -> Encoder | None:
+        """The session of `surface`; None if it was retired."""
+        with self._lock:
+            return next((e for e in self._encoders if e.owns(surface)), None)
+
+    def _move(self, surface: Surface) -> tuple[Encoder, Surface]:
+        """A live session and an acquired surface of it on the memory of `surface`."""
+        tries = 0
+        while True:
+            encoder = self._live_encoder()
+            tries += 1
+            try:
+                return encoder, encoder.adopt(surface)
+            except (DriverError, LaneError) as error:
+                if not encoder.failed or not _worth_repeating(error, tries):
+                    raise
+
+    def _live_encoder(self) -> Encoder:
+        """The next session in turn, after those that failed are closed and replaced."""
+        with self._lock:
+            for encoder in [e for e in self._encoders if e.failed]:
+                with suppress(DriverError):
+                    encoder.settle()  # others may read its surfaces from now on
+                _close_quietly(encoder)
+                self._encoders.remove(encoder)
+                try:
+                    self._encoders.append(self._open(surfaces=0))
+                except (LaneUnavailable, DriverError):
+                    if not self._encoders:
+                        raise
+            if not self._encoders:
+                raise LaneUnavailable("no encode session is left; encode in software")
+            self._encoders.rotate(1)
+            return self._encoders[0]
+
+
+def _worth_repeating(error: BaseException, tries: int) -> bool:
+    lost = isinstance(error, DriverError) and error.status in _driver.CUDA_STICKY
+    return isinstance(error, (DriverError, LaneError)) and not lost and tries < ATTEMPTS
+
+
+def _close_quietly(encoder: Encoder) -> None:
+    """Close a session of which the first error is known."""
+    with suppress(DriverError):
+        encoder.close()
