@@ -37,18 +37,7 @@ def compress(
 
     Raises LaneError for an unknown lane or option, a bound below 0, and tensors without dense elements.
     """
-    if max_rel_error is not None and not 0 <= max_rel_error < inf:
-        raise LaneError(f"max_rel_error={max_rel_error!r} is not a number from 0 up")
-    if basis is not None:
-        options["basis"] = basis
-    if lane is None:
-        lane = "exact" if max_rel_error is None else "packed"
-    if isinstance(lane, str):
-        if lane == "packed" and max_rel_error is not None:
-            options.setdefault("bits", min(GROUP_BITS))
-        lane = open_lane(lane, **options)
-    elif options:
-        raise LaneError(f"{', '.join(options)} cannot be set on a lane that is open: set them in open_lane")
+    lane = choose_lane(lane, max_rel_error, basis, options)
     if max_rel_error is None:
         return lane.encode(tensor)
     tensor = plain(tensor)
@@ -64,6 +53,25 @@ def compress(
             return packet.with_(rel_error=error)
         attempt = attempt.finer()
     raise LaneError(f"{lane.name} has no exact lane behind it: no code keeps {max_rel_error}")
+
+
+def choose_lane(
+    lane: str | Lane | None, max_rel_error: float | None, basis: Basis | None, options: dict[str, Any]
+) -> Lane:
+    """The lane that the arguments of `compress` ask for. Raises LaneError when they do not fit each other."""
+    if max_rel_error is not None and not 0 <= max_rel_error < inf:
+        raise LaneError(f"max_rel_error={max_rel_error!r} is not a number from 0 up")
+    if basis is not None:
+        options = options | {"basis": basis}
+    if lane is None:
+        lane = "exact" if max_rel_error is None else "packed"
+    if isinstance(lane, str):
+        if lane == "packed" and max_rel_error is not None:
+            options = {"bits": min(GROUP_BITS)} | options
+        return open_lane(lane, **options)
+    if options:
+        raise LaneError(f"{', '.join(options)} cannot be set on a lane that is open: set them in open_lane")
+    return lane
 
 
 def decompress(

@@ -20,9 +20,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sidelane.codec.lane import Lane
 from sidelane.codec.packet import Packet, flatten
 from sidelane.errors import BudgetError, LaneError, OffloadError
-from sidelane.kernels.reference import GROUP_BITS
 from sidelane.pipeline.basis import Basis
-from sidelane.pipeline.compress import compress, relative_error
+from sidelane.pipeline.compress import choose_lane, compress, relative_error
 from sidelane.pipeline.extent import WHOLE_SHARE, View, distinct_bytes, whole_storage, without_flags
 from sidelane.pipeline.lanes import decode_packet, open_lane
 from sidelane.pipeline.policy import NOT_PLAIN, may_lose_bits, why_kept
@@ -111,9 +110,7 @@ class offload:
         _check_size("keep_last", keep_last)
         if on_full not in POLICIES:
             raise LaneError(f"on_full={on_full!r} is not one of {', '.join(POLICIES)}")
-        if max_rel_error is not None and not 0 <= max_rel_error < inf:
-            raise LaneError(f"max_rel_error={max_rel_error!r} is not a number from 0 up")
-        self._lane = _open(lane, max_rel_error, basis, lane_options)
+        self._lane = choose_lane(lane, max_rel_error, basis, lane_options)
         self._exact = self._lane if self._lane.exact else open_lane("exact")
         self._basis: Basis | None = getattr(self._lane, "basis", None)
         self._max_rel_error = max_rel_error
@@ -320,22 +317,6 @@ def _verify(storage: torch.UntypedStorage, truth: Truth, view: View) -> None:
             f"{describe(view)} differs from what was packed: a transfer failed, or an operator overwrote "
             "a saved tensor"
         )
-
-
-def _open(
-    lane: str | Lane | None, max_rel_error: float | None, basis: Basis | None, options: dict[str, Any]
-) -> Lane:
-    if basis is not None:
-        options["basis"] = basis
-    if lane is None:
-        lane = "exact" if max_rel_error is None else "packed"
-    if isinstance(lane, str):
-        if lane == "packed" and max_rel_error is not None:
-            options.setdefault("bits", min(GROUP_BITS))
-        return open_lane(lane, **options)
-    if options:
-        raise LaneError(f"{', '.join(options)} cannot be set on a lane that is open: set them in open_lane")
-    return lane
 
 
 def _check_size(name: str, value: object, optional: bool = False) -> None:
