@@ -17,7 +17,7 @@ demo: $(STAMP) ## train a small GPT through every lane; results go to demo-resul
 	$(BIN)/sidelane demo
 
 test: $(STAMP) ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not abi_probe" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not abi_probe and not soak" $(PYTEST_ARGS)
 
 test-abi: $(STAMP) ## the driver structures against the C headers (Debian: libffmpeg-nvenc-dev)
 	$(BIN)/python -m pytest -m abi_probe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +20,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def environment() -> dict[str, str]:
-    """Machine, versions, commit and date, the same columns everywhere; "" for what this machine lacks."""
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
-    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    """Machine, versions, commit and date, the same columns everywhere; "" for what this machine lacks.
+
+    SIDELANE_COMMIT names the commit where the sources come without their history.
+    """
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit + ("+changes" if changed else ""),
+        "commit": os.environ.get("SIDELANE_COMMIT") or _commit(),
         "cpu": _cpu(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "driver": _first_line(Path("/sys/module/nvidia/version")),
@@ -60,6 +62,12 @@ def figure(path: Path, columns: int) -> Iterator[Sequence[Any]]:
     yield drawing.subplots(1, columns, squeeze=False)[0]
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=130)
+
+
+def _commit() -> str:
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return commit + ("+changes" if changed else "")
 
 
 def _output(*command: str) -> str:

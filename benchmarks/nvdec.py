@@ -1,18 +1,24 @@
-"""NVDEC throughput: one decoder, the pool over all engines, and PyNvVideoCodec where it is installed.
+"""NVDEC throughput: streams in memory, video files, and PyNvVideoCodec on the same files if it is installed.
 
-    python benchmarks/nvdec.py --out FILE [--cache DIR] [--frames N] [--repeat N] [--engines N] [--only NAME]
+    python benchmarks/nvdec.py --out FILE [--cache DIR] [--distinct N] [--repeat N] [--engines N]
+        [--only NAME]
 
-Every workload is a few distinct frames (smooth waves under Gaussian noise), coded by libx265 and decoded
-again and again. The streams are kept in --cache, since encoding them takes far longer than decoding. Nothing
-is timed before NVDEC's samples of that very stream were equal to FFmpeg's; of PyNvVideoCodec only the frames
-are counted. Rates in pixels count luma only, those in samples all planes.
+A workload is a few distinct pictures (smooth waves under Gaussian noise), coded by libx265 as all-intra HEVC
+and repeated until every decoder has frames for a good part of a second. `NvDecoder` and `NvDecoderPool` read
+the stream from memory; the other rows read an MP4 file of the same frames, one pass per decoder. Frames end
+in CUDA tensors; those of PyNvVideoCodec are DLPack views that its next call overwrites, ours stay. Its
+decoders are kept from run to run; `open_video` makes a new one each time, which its rows include.
+
+Each kind of decoder is timed only after its samples were equal to FFmpeg's. Rates in pixels count luma only,
+those in samples all planes.
 """
 
 from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -20,20 +26,23 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
+import av
 import torch
 from common import environment
 from torch import Tensor
 
-from sidelane.codec.hevc import decode_hevc, encode_hevc
+from sidelane.codec.hevc import END_OF_BITSTREAM, decode_hevc, encode_hevc
 from sidelane.codec.nvdec import NvDecoder, NvDecoderPool
+from sidelane.codec.video_file import Frame, open_video
 from sidelane.layout import FORMATS, TOKEN_ROWS, SurfaceLayout
 
+Reader = Callable[[], Iterator[Tensor]]  # one pass over a file: surfaces [rows of a frame, width] of samples
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is decoded. `noise`: standard deviation in code steps; `qp` None is lossless."""
+    """What every decoder decodes. `noise`: standard deviation in code steps; `qp` None is lossless."""
 
     name: str
     format: str
@@ -41,6 +50,7 @@ class Workload:
     height: int
     noise: float
     qp: int | None
+    frames: int
 
     def layout(self, frames: int) -> SurfaceLayout:
         fmt = FORMATS[self.format]
@@ -49,11 +59,11 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload("lossless-8bit", "nv12", 4096, 4096, 3.5, None),
-    Workload("lossless-10bit", "yuv444_10", 2048, 2048, 3.5, None),
-    Workload("low-rate-8bit", "nv12", 4096, 4096, 3.5, 27),
-    Workload("low-rate-10bit", "p010", 4096, 4096, 14.0, 27),
-    Workload("small-frames", "nv12", 256, 256, 3.5, 27),
+    Workload("lossless-8bit", "nv12", 1536, 1536, 3.5, None, 60),
+    Workload("lossless-10bit", "yuv444_10", 1024, 1024, 3.5, None, 60),
+    Workload("low-rate-8bit", "nv12", 2048, 2048, 3.5, 27, 120),
+    Workload("low-rate-10bit", "p010", 2048, 2048, 14.0, 27, 120),
+    Workload("small-frames", "nv12", 256, 256, 3.5, 27, 600),
 )
 
 
@@ -68,44 +78,109 @@ def main() -> None:
 
 def measure(workload: Workload, args: Namespace) -> list[Row]:
     """Rows of one workload. Raises RuntimeError when NVDEC and FFmpeg disagree."""
-    layout = workload.layout(args.frames)
-    stream = cached_stream(workload, layout, args.cache)
+    distinct = workload.layout(args.distinct)
+    repeats = -(-workload.frames // args.distinct)
+    layout = workload.layout(repeats * args.distinct)
+    coded = cached_stream(workload, distinct, args.cache)
+    stream = coded.removesuffix(END_OF_BITSTREAM) * repeats + END_OF_BITSTREAM
     used = layout.width * layout.format.itemsize
-    reference = decode_hevc(stream, layout)[:, :used]
+    reference = decode_hevc(coded, distinct)[:, :used].cuda()
+    whole = reference.repeat(repeats, 1)
     rows: list[Row] = []
 
-    def add(who: str, streams: int, run: Callable[[], object], checked: bool = True) -> None:
-        seconds = timed(run, args.repeat)
-        rows.append(row(workload, layout, len(stream), who, streams, seconds, checked))
-        print(
-            json.dumps({k: rows[-1][k] for k in ("workload", "decoder", "gpixel_s", "stream_mb_s")}),
-            flush=True,
-        )
+    def add(who: str, decoders: int, run: Callable[[], object]) -> None:
+        rows.append(row(workload, layout, len(stream), who, decoders, timed(run, args.repeat)))
+        told = ("workload", "decoder", "decoders", "seconds_median", "gpixel_s", "stream_mb_s")
+        print(json.dumps({key: rows[-1][key] for key in told}), flush=True)
 
     with NvDecoder("cuda") as decoder:
         out = decoder.decode(stream, layout)
-        reference = reference.to(out.device)
-        gate(workload, "NvDecoder", out, reference)
+        gate(workload, "NvDecoder", out[:, :used], whole)
         add("NvDecoder", 1, lambda: decoder.decode(stream, layout, out=out))
     with NvDecoderPool("cuda", args.engines) as pool:
-        gate(workload, "NvDecoderPool", pool.decode_surface(stream, layout), reference)
-        jobs = [(stream, layout)] * (3 * pool.engines)
+        engines = pool.engines
+        gate(workload, "NvDecoderPool", pool.decode_surface(stream, layout)[:, :used], whole)
+        jobs = [(stream, layout)] * engines
         for surface in pool.decode(jobs):
-            gate(workload, "NvDecoderPool", surface, reference)
-        add(f"NvDecoderPool({pool.engines})", len(jobs), lambda: exhaust(pool, jobs))
-        add(f"NvDecoderPool({pool.engines}).decode_surface", 1, lambda: pool.decode_surface(stream, layout))
+            gate(workload, "NvDecoderPool", surface[:, :used], whole)
+        add("NvDecoderPool", engines, lambda: exhaust(pool, jobs))
     with TemporaryDirectory() as folder:
-        path = Path(folder, "stream.hevc")
-        path.write_bytes(stream)
-        decode = peer_decoder(path)
-        try:
-            if decode is not None and (got := decode()) != layout.frames:
-                raise RuntimeError(f"{got} of {layout.frames} frames")
-            if decode is not None:
-                add("PyNvVideoCodec", 1, decode, checked=False)
-        except Exception as error:  # what a peer cannot do is a result, too
-            rows.append({"workload": workload.name, "decoder": "PyNvVideoCodec", "error": str(error)})
+        path = Path(folder, "stream.mp4")
+        write_mp4(path, stream)
+        for who, make in readers(path).items():
+            for decoders in (1, engines):
+                try:
+                    own = [make() for _ in range(decoders)]
+                    gate_frames(workload, who, own[0](), reference, layout.frames)
+                    with ThreadPoolExecutor(decoders) as threads:
+                        add(who, decoders, lambda own=own, threads=threads: list(threads.map(drain, own)))
+                except Exception as error:
+                    if who == "open_video":
+                        raise
+                    # What a peer cannot do is a result, too.
+                    rows.append({"workload": workload.name, "decoder": who, "error": str(error)})
+                    print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def readers(path: Path) -> dict[str, Callable[[], Reader]]:
+    """For everything that decodes files a function that makes a reader with a decoder of its own."""
+    found: dict[str, Callable[[], Reader]] = {"open_video": lambda: lambda: map(as_surface, open_video(path))}
+    try:
+        import PyNvVideoCodec as nvc
+    except ImportError:
+        return found
+
+    def decoder() -> Reader:
+        codec = nvc.CreateDemuxer(filename=str(path)).GetNvCodecId()
+        kept = nvc.CreateDecoder(gpuid=0, codec=codec, usedevicememory=True)
+
+        def read() -> Iterator[Tensor]:
+            for packet in nvc.CreateDemuxer(filename=str(path)):
+                for frame in kept.Decode(packet):
+                    yield torch.from_dlpack(frame)
+
+        return read
+
+    def threaded() -> Reader:
+        kept: list[Any] = []
+
+        def read() -> Iterator[Tensor]:
+            if kept:
+                kept[0].reconfigure_decoder(str(path))
+            else:
+                kept.append(nvc.ThreadedDecoder(str(path), 16, gpu_id=0, use_device_memory=True))
+            while batch := kept[0].get_batch_frames(8):
+                yield from map(torch.from_dlpack, batch)
+
+        return read
+
+    return found | {"PyNvVideoCodec decoder": decoder, "PyNvVideoCodec ThreadedDecoder": threaded}
+
+
+def as_surface(frame: Frame) -> Tensor:
+    """The samples of a frame as NVDEC lays them out, [rows, W]; no copy, as they came that way."""
+    height, width = frame.y.shape
+    chroma = frame.uv.shape[0] * 2 if frame.uv.shape[0] == height else height // 2
+    return frame.y.as_strided((height + chroma, width), frame.y.stride())
+
+
+def drain(reader: Reader) -> int:
+    """Number of frames of one pass."""
+    return sum(1 for _ in reader())
+
+
+def write_mp4(path: Path, stream: bytes) -> None:
+    """The frames of an Annex B stream in an MP4 file, not coded anew."""
+    raw = path.with_suffix(".hevc")
+    raw.write_bytes(stream)
+    with av.open(raw) as source, av.open(path, "w") as target:
+        track = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(p for p in source.demux() if p.size):
+            packet.stream = track
+            packet.pts = packet.dts = number * packet.duration
+            target.mux(packet)
+    raw.unlink()
 
 
 def cached_stream(workload: Workload, layout: SurfaceLayout, cache: Path | None) -> bytes:
@@ -139,8 +214,23 @@ def picture(layout: SurfaceLayout, noise: float) -> Tensor:
 
 
 def gate(workload: Workload, who: str, got: Tensor, reference: Tensor) -> None:
-    if not torch.equal(got[:, : reference.shape[1]], reference):
+    """Stop unless two surfaces [rows, bytes] are equal."""
+    if not torch.equal(got, reference):
         raise RuntimeError(f"{workload.name}: {who} and FFmpeg decode different samples; nothing is timed")
+
+
+def gate_frames(workload: Workload, who: str, got: Iterator[Tensor], reference: Tensor, frames: int) -> None:
+    """Stop unless there are `frames` frames, those of `reference` again and again."""
+    fmt = FORMATS[workload.format]
+    distinct = reference.chunk(reference.shape[0] // fmt.rows(workload.height))
+    count = 0
+    for frame in got:
+        if fmt.itemsize == 2 and who == "open_video":
+            frame = frame.view(torch.int16) << fmt.shift  # as NVDEC aligns the samples
+        gate(workload, who, frame.contiguous().view(torch.uint8), distinct[count % len(distinct)])
+        count += 1
+    if count != frames:
+        raise RuntimeError(f"{workload.name}: {who} decodes {count} of {frames} frames")
 
 
 def exhaust(pool: NvDecoderPool, jobs: list[tuple[bytes, SurfaceLayout]]) -> None:
@@ -166,54 +256,39 @@ def row(
     layout: SurfaceLayout,
     size: int,
     who: str,
-    streams: int,
+    decoders: int,
     seconds: list[float],
-    checked: bool,
 ) -> Row:
     middle = median(seconds)
     low, *_, high = quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else (middle, middle)
-    pixels = streams * layout.frames * layout.width * layout.height
-    samples = streams * layout.rows * layout.width
+    pixels = decoders * layout.frames * layout.width * layout.height
+    samples = decoders * layout.rows * layout.width
     return {
         "workload": workload.name,
         "decoder": who,
-        "samples_checked": checked,
-        **{k: v for k, v in asdict(workload).items() if k != "name"},
-        "frames": streams * layout.frames,
-        "stream_bytes": streams * size,
-        "bits_per_pixel": 8 * streams * size / pixels,
-        "bits_per_sample": 8 * streams * size / samples,
+        "decoders": decoders,
+        "samples_checked": True,
+        **{k: v for k, v in asdict(workload).items() if k not in ("name", "frames")},
+        "frames": decoders * layout.frames,
+        "stream_bytes": decoders * size,
+        "bits_per_pixel": 8 * decoders * size / pixels,
+        "bits_per_sample": 8 * decoders * size / samples,
         "seconds_median": middle,
         "seconds_p20": low,
         "seconds_p80": high,
         "runs": len(seconds),
         "gpixel_s": pixels / middle / 1e9,
         "gsample_s": samples / middle / 1e9,
-        "stream_mb_s": streams * size / middle / 1e6,
+        "stream_mb_s": decoders * size / middle / 1e6,
     }
-
-
-def peer_decoder(path: Path) -> Callable[[], int] | None:
-    """Decodes the file with PyNvVideoCodec and returns the number of frames; None if it is not installed."""
-    try:
-        import PyNvVideoCodec as nvc
-    except ImportError:
-        return None
-
-    def decode() -> int:
-        demuxer = nvc.CreateDemuxer(filename=str(path))
-        decoder = nvc.CreateDecoder(gpuid=0, codec=demuxer.GetNvCodecId(), usedevicememory=True)
-        return sum(len(decoder.Decode(packet)) for packet in demuxer)
-
-    return decode
 
 
 def _arguments() -> Namespace:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--cache", type=Path, help="folder that keeps the coded streams")
-    parser.add_argument("--frames", type=int, default=12, help="distinct frames of a stream")
-    parser.add_argument("--repeat", type=int, default=7, help="timed runs")
+    parser.add_argument("--distinct", type=int, default=6, help="distinct frames of a stream")
+    parser.add_argument("--repeat", type=int, default=3, help="timed runs")
     parser.add_argument("--engines", type=int, help="decoders of the pool; all engines by default")
     parser.add_argument("--only", choices=[w.name for w in WORKLOADS], help="measure one workload")
     return parser.parse_args()

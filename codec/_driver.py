@@ -215,7 +215,11 @@ class Event:
         with bound(index):
             flag = cuda().abi.number("CU_EVENT_DISABLE_TIMING")
             cuda().call("cuEventCreate", ctypes.byref(self.handle), flag)
-            cuda().call("cuEventRecord", self.handle, current_stream(index))
+            try:
+                cuda().call("cuEventRecord", self.handle, current_stream(index))
+            except DriverError:
+                cuda().call("cuEventDestroy_v2", self.handle)
+                raise
 
     def close(self) -> None:
         with bound(self._index):

@@ -1,12 +1,11 @@
-"""HEVC decoding by NVDEC through cuvid's parser: one hardware decoder, and one pass over a stream.
+"""One hardware decoder of NVDEC: made, resized, fed with pictures, emptied of frames.
 
-All functions need the CUDA context of the device to be current on the calling thread.
+All methods but `close` need the CUDA context of the device to be current on the calling thread.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,34 +13,49 @@ from typing import Any
 from sidelane.codec import _driver
 from sidelane.codec._driver import Stream, cuda, cuvid
 from sidelane.codec.probe import decoder_caps
-from sidelane.errors import DriverError, LaneUnavailable, PacketError
-from sidelane.layout import SurfaceFormat, SurfaceLayout
+from sidelane.errors import DriverError, LaneUnavailable
+from sidelane.layout import SurfaceFormat
 
 # Pictures in the hardware's queue while the host waits for the oldest, so that the engine never idles.
 PIPELINE_DEPTH = 4
-MAX_CODING_BLOCK = 64  # frames are coded in whole blocks, so less than one is cut off
 _NOT_SUPPORTED = 801
+_REPORTING = ("hevc", "h264")  # codecs for which NVDEC tells whether a picture was damaged
 
 
 @dataclass(frozen=True)
 class CodedFormat:
-    """Samples as they are coded, and the surface format NVDEC writes them in (cuvid names)."""
+    """What a decoder is made for.
 
-    chroma: str  # "4:2:0" or "4:4:4"
+    Attributes:
+        chroma, bits: of the coded samples; "4:2:0" or "4:4:4".
+        codec: "hevc", "h264", "vp9" or "av1".
+        intra: no picture refers to another one, which saves memory.
+    """
+
+    chroma: str
     bits: int
-    output: str
+    codec: str = "hevc"
+    intra: bool = True
 
     @classmethod
     def of(cls, format: SurfaceFormat) -> CodedFormat:
-        bits = 8 if format.itemsize == 1 else format.bits
-        if format.subsampled:
-            return cls("4:2:0", bits, "NV12" if bits == 8 else "P016")
-        return cls("4:4:4", bits, "YUV444" if bits == 8 else "YUV444_16Bit")
+        """All-intra HEVC of a surface format."""
+        return cls("4:2:0" if format.subsampled else "4:4:4", 8 if format.itemsize == 1 else format.bits)
+
+    @property
+    def output(self) -> str:
+        """The surface format NVDEC writes the samples in, as cuvid calls it."""
+        if self.chroma == "4:2:0":
+            return "NV12" if self.bits == 8 else "P016"
+        return "YUV444" if self.bits == 8 else "YUV444_16Bit"
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Coded frame size, the visible rectangle in it, and decode surfaces the stream needs."""
+    """Coded frame size, the visible rectangle in it, and decode surfaces the stream needs.
+
+    NVDEC writes even numbers of columns and rows: `padded_width` and `padded_height`.
+    """
 
     coded_width: int
     coded_height: int
@@ -51,6 +65,28 @@ class Geometry:
     height: int
     surfaces: int
 
+    @property
+    def padded_width(self) -> int:
+        return self.width + self.width % 2
+
+    @property
+    def padded_height(self) -> int:
+        return self.height + self.height % 2
+
+    @classmethod
+    def of(cls, sequence: Any) -> Geometry:
+        """Geometry of a CUVIDEOFORMAT, with surfaces for the queue of pictures on top."""
+        area = sequence.display_area
+        return cls(
+            sequence.coded_width,
+            sequence.coded_height,
+            area.left,
+            area.top,
+            area.right - area.left,
+            area.bottom - area.top,
+            sequence.min_num_decode_surfaces + PIPELINE_DEPTH,
+        )
+
 
 class HardwareDecoder:
     """A cuvid decoder and the stream its frames are copied on; created and resized as streams ask for it."""
@@ -58,7 +94,7 @@ class HardwareDecoder:
     def __init__(self, index: int) -> None:
         self.index = index
         self.coded: CodedFormat | None = None
-        self._geometry: Geometry | None = None
+        self.geometry: Geometry | None = None
         self._limit = (0, 0)  # coded size up to which reconfiguration works
         self._decoder = ctypes.c_void_p()
         self._stream: Stream | None = None
@@ -70,7 +106,7 @@ class HardwareDecoder:
         return self._stream
 
     def is_prepared(self, coded: CodedFormat, geometry: Geometry) -> bool:
-        return (coded, geometry) == (self.coded, self._geometry)
+        return (coded, geometry) == (self.coded, self.geometry)
 
     def prepare(self, coded: CodedFormat, geometry: Geometry) -> None:
         """Get ready for a stream by reconfiguration or, failing that, anew; decoded pictures are lost."""
@@ -79,24 +115,24 @@ class HardwareDecoder:
             self._reconfigure(geometry)
         else:
             self._create(coded, geometry)
-        self._geometry = geometry
+        self.geometry = geometry
 
     def _create(self, coded: CodedFormat, geometry: Geometry) -> None:
         self.destroy()
         device = f"cuda:{self.index}"
-        caps = decoder_caps(device, "hevc", coded.chroma, coded.bits)
+        caps = decoder_caps(device, coded.codec, coded.chroma, coded.bits)
         refusal = caps.refusal(geometry.coded_width, geometry.coded_height)
         if refusal:
             raise LaneUnavailable(f"NVDEC on {device}: {refusal}; decode in software")
         abi = cuvid().abi
         info = abi.struct("CUVIDDECODECREATEINFO")(
-            CodecType=abi.number("cudaVideoCodec_HEVC"),
-            ChromaFormat=_chroma_number(coded.chroma),
+            CodecType=codec_number(coded.codec),
+            ChromaFormat=chroma_number(coded.chroma),
             OutputFormat=abi.number(f"cudaVideoSurfaceFormat_{coded.output}"),
             DeinterlaceMode=abi.number("cudaVideoDeinterlaceMode_Weave"),
             ulCreationFlags=abi.number("cudaVideoCreate_PreferCUVID"),
             bitDepthMinus8=coded.bits - 8,
-            ulIntraDecodeOnly=1,
+            ulIntraDecodeOnly=int(coded.intra),
             ulNumOutputSurfaces=1,
             ulMaxWidth=geometry.coded_width,
             ulMaxHeight=geometry.coded_height,
@@ -115,204 +151,95 @@ class HardwareDecoder:
         """Queue a picture (pointer to CUVIDPICPARAMS); blocks while the hardware queue is full."""
         cuvid().call("cuvidDecodePicture", self._decoder, picture)
 
-    def copy_out(self, picture: int, target: int, layout: SurfaceLayout) -> None:
-        """Wait for `picture`, copy all its rows to device address `target`, return when they are there.
+    def copy_out(self, picture: int, target: int, pitch: int, row_bytes: int, rows: int) -> str | None:
+        """Wait for `picture`, copy its rows to device address `target`, return when they are there.
 
-        Raises PacketError if the decoder found the picture damaged.
+        Returns None, or what the decoder found wrong with the picture, which then is not copied.
         """
         abi = cuvid().abi
-        source, pitch = ctypes.c_uint64(), ctypes.c_uint32()
+        source, source_pitch = ctypes.c_uint64(), ctypes.c_uint32()
         how = abi.struct("CUVIDPROCPARAMS")(progressive_frame=1, output_stream=self.stream.handle)
-        addresses = ctypes.byref(source), ctypes.byref(pitch)
+        addresses = ctypes.byref(source), ctypes.byref(source_pitch)
         cuvid().call("cuvidMapVideoFrame64", self._decoder, picture, *addresses, ctypes.byref(how))
         try:
-            self._check_status(picture)
+            if (damage := self._damage(picture)) is not None:
+                return damage
             copy = cuda().abi.struct("CUDA_MEMCPY2D")(
                 srcMemoryType=cuda().abi.number("CU_MEMORYTYPE_DEVICE"),
                 srcDevice=source,
-                srcPitch=pitch.value,
+                srcPitch=source_pitch.value,
                 dstMemoryType=cuda().abi.number("CU_MEMORYTYPE_DEVICE"),
                 dstDevice=target,
-                dstPitch=layout.pitch,
-                WidthInBytes=layout.width * layout.format.itemsize,
-                Height=layout.format.rows(layout.height),
+                dstPitch=pitch,
+                WidthInBytes=row_bytes,
+                Height=rows,
             )
             cuda().call("cuMemcpy2DAsync_v2", ctypes.byref(copy), self.stream.handle)
             # The mapped frame goes back to the decoder below, so its copy has to be over.
             self.stream.synchronize()
+            return None
         finally:
             cuvid().call("cuvidUnmapVideoFrame64", self._decoder, source)
 
-    def _check_status(self, picture: int) -> None:
+    def _damage(self, picture: int) -> str | None:
+        if self.coded is None or self.coded.codec not in _REPORTING:
+            return None
         abi = cuvid().abi
         report = abi.struct("CUVIDGETDECODESTATUS")()
         call = "cuvidGetDecodeStatus"
         status = cuvid().function(call)(self._decoder, picture, ctypes.byref(report))
         if status == _NOT_SUPPORTED:  # GPUs before Maxwell cannot tell
-            return
+            return None
         _driver.check(call, status)
         bad = (abi.number("cuvidDecodeStatus_Error"), abi.number("cuvidDecodeStatus_Error_Concealed"))
-        if report.decodeStatus in bad:
-            name = abi.enumerator("cuvidDecodeStatus", report.decodeStatus)
-            raise PacketError("bitstream", f"the hardware decoder reports {name}: the stream is damaged")
+        if report.decodeStatus not in bad:
+            return None
+        name = abi.enumerator("cuvidDecodeStatus", report.decodeStatus)
+        return f"the hardware decoder reports {name}: the stream is damaged"
 
     def destroy(self) -> None:
         """Destroy the decoder, if there is one; `prepare` makes a new one."""
         if self._decoder:
             decoder, self._decoder = self._decoder, ctypes.c_void_p()
-            self.coded, self._geometry, self._limit = None, None, (0, 0)
+            self.coded, self.geometry, self._limit = None, None, (0, 0)
             cuvid().call("cuvidDestroyDecoder", decoder)
 
     def close(self) -> None:
         """Destroy the decoder and the stream; binds the context itself and forgives a driver that is gone."""
         if not self._decoder and self._stream is None:
             return
-        try:
-            with _driver.bound(self.index):
-                self.destroy()
-                if self._stream is not None:
-                    stream, self._stream = self._stream, None
-                    stream.close()
-        except DriverError as error:
-            if error.status != _driver.CUDA_DEINITIALIZED:
-                raise
+        freeing(self.index, self._destroy_all)
+
+    def _destroy_all(self) -> None:
+        self.destroy()
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            stream.close()
 
 
-class StreamDecode:
-    """One pass of cuvid's parser over one stream.
-
-    The parser calls back on the thread that feeds it, inside the feeding call. A Python exception cannot
-    cross that C frame: the first is kept, later callbacks do nothing, and `run` raises it.
-    """
-
-    def __init__(self, hardware: HardwareDecoder, layout: SurfaceLayout, target: int, frames: int) -> None:
-        """`target`: device address of the first frame; `frames`: how many the stream must hold."""
-        self._hardware = hardware
-        self._layout = layout
-        self._expected = frames
-        self._coded = CodedFormat.of(layout.format)
-        self._target = target
-        self._frame_bytes = layout.format.rows(layout.height) * layout.pitch
-        self._frames = 0  # displayed
-        self._waiting: deque[tuple[int, int]] = deque()  # (surface, frame) displayed and not yet copied
-        self._error: BaseException | None = None
-
-    def run(self, address: int, size: int) -> None:
-        """Decode the `size` bytes at host `address` into the target surface.
-
-        Raises PacketError if the stream is damaged or differs from the layout in format, size or frames.
-        """
-        abi = cuvid().abi
-        callbacks = {
-            "pfnSequenceCallback": abi.callback("PFNVIDSEQUENCECALLBACK")(self._guarded(self._sequence)),
-            "pfnDecodePicture": abi.callback("PFNVIDDECODECALLBACK")(self._guarded(self._decode)),
-            "pfnDisplayPicture": abi.callback("PFNVIDDISPLAYCALLBACK")(self._guarded(self._display)),
-        }
-        params = abi.struct("CUVIDPARSERPARAMS")(
-            CodecType=abi.number("cudaVideoCodec_HEVC"),
-            ulMaxNumDecodeSurfaces=1,  # replaced by what the sequence callback returns
-            ulErrorThreshold=0,
-            ulMaxDisplayDelay=0,  # pictures queue up here, in _waiting
-            **{name: ctypes.cast(function, ctypes.c_void_p) for name, function in callbacks.items()},
-        )
-        parser = ctypes.c_void_p()
-        cuvid().call("cuvidCreateVideoParser", ctypes.byref(parser), ctypes.byref(params))
-        try:
-            # The parser finds the pictures itself; the end of the stream, sent at once, flushes the last one.
-            # With ENDOFPICTURE it would drop whatever follows the first picture.
-            self._feed(parser, payload=address, payload_size=size)
-            self._feed(parser, flags=abi.number("CUVID_PKT_ENDOFSTREAM"))
-            while self._waiting:
-                self._copy_oldest()
-        finally:
-            cuvid().call("cuvidDestroyVideoParser", parser)
-        if self._frames != self._expected:
-            got = f"{self._frames} of {self._expected} frames were decoded"
-            raise PacketError("bitstream", f"{got}; the stream is cut or damaged")
-
-    def _feed(self, parser: ctypes.c_void_p, **fields: int) -> None:
-        packet = cuvid().abi.struct("CUVIDSOURCEDATAPACKET")(**fields)
-        status = cuvid().function("cuvidParseVideoData")(parser, ctypes.byref(packet))
-        if self._error is not None:
-            raise self._error
-        _driver.check("cuvidParseVideoData", status)
-
-    def _guarded(self, work: Callable[[Any], int]) -> Callable[[int, Any], int]:
-        def callback(_: int, argument: Any) -> int:
-            if self._error is not None:
-                return 0
-            try:
-                return work(argument)
-            except BaseException as error:
-                self._error = error
-                return 0
-
-        return callback
-
-    def _sequence(self, pointer: Any) -> int:
-        found = pointer.contents
-        area = found.display_area
-        geometry = Geometry(
-            found.coded_width,
-            found.coded_height,
-            area.left,
-            area.top,
-            area.right - area.left,
-            area.bottom - area.top,
-            found.min_num_decode_surfaces + PIPELINE_DEPTH,
-        )
-        bits = {8 + found.bit_depth_luma_minus8, 8 + found.bit_depth_chroma_minus8}
-        chroma = cuvid().abi.enumerator("cudaVideoChromaFormat", found.chroma_format).partition("_")[2]
-        got = f"{geometry.width}x{geometry.height} {chroma} {'/'.join(map(str, sorted(bits)))} bit"
-        layout, want = self._layout, self._coded
-        if (
-            (geometry.width, geometry.height) != (layout.width, layout.height)
-            or found.chroma_format != _chroma_number(want.chroma)
-            or bits != {want.bits}
-        ):
-            size = f"{layout.width}x{layout.height} {want.chroma.replace(':', '')} {want.bits} bit"
-            raise PacketError("bitstream", f"the stream is {got}, the packet says {size}")
-        padding = max(geometry.coded_width - geometry.width, geometry.coded_height - geometry.height)
-        if padding >= MAX_CODING_BLOCK:
-            raise PacketError("bitstream", f"{got} are cut out of frames {padding} samples larger")
-        if not self._hardware.is_prepared(want, geometry):
-            while self._waiting:
-                self._copy_oldest()
-            self._hardware.prepare(want, geometry)
-        return geometry.surfaces
-
-    def _decode(self, pointer: Any) -> int:
-        # The parser may reuse a surface once it is displayed, which is before it is copied.
-        while any(surface == pointer.contents.CurrPicIdx for surface, _ in self._waiting):
-            self._copy_oldest()
-        self._hardware.submit(pointer)
-        return 1
-
-    def _display(self, pointer: Any) -> int:
-        if not pointer:  # end of stream
-            return 1
-        if self._frames >= self._expected:
-            raise PacketError("bitstream", f"holds more than the {self._expected} frames expected")
-        self._waiting.append((pointer.contents.picture_index, self._frames))
-        self._frames += 1
-        if len(self._waiting) > PIPELINE_DEPTH:
-            self._copy_oldest()
-        return 1
-
-    def _copy_oldest(self) -> None:
-        surface, frame = self._waiting.popleft()
-        self._hardware.copy_out(surface, self._target + frame * self._frame_bytes, self._layout)
+def freeing(index: int, work: Callable[[], None]) -> None:
+    """Run `work` in the context of device `index`; a driver that is gone has freed everything itself."""
+    try:
+        with _driver.bound(index):
+            work()
+    except DriverError as error:
+        if error.status != _driver.CUDA_DEINITIALIZED:
+            raise
 
 
-def _chroma_number(chroma: str) -> int:
+def codec_number(codec: str) -> int:
+    return cuvid().abi.number(f"cudaVideoCodec_{codec.upper()}")
+
+
+def chroma_number(chroma: str) -> int:
     return cuvid().abi.number(f"cudaVideoChromaFormat_{chroma.replace(':', '')}")
 
 
 def _set_geometry(info: Any, geometry: Geometry) -> None:
     """Fill the fields CUVIDDECODECREATEINFO and CUVIDRECONFIGUREDECODERINFO have in common."""
     info.ulWidth, info.ulHeight = geometry.coded_width, geometry.coded_height
-    info.ulTargetWidth, info.ulTargetHeight = geometry.width, geometry.height
+    info.ulTargetWidth, info.ulTargetHeight = geometry.padded_width, geometry.padded_height
     info.ulNumDecodeSurfaces = geometry.surfaces
     info.display_area.left, info.display_area.top = geometry.left, geometry.top
-    info.display_area.right = geometry.left + geometry.width
-    info.display_area.bottom = geometry.top + geometry.height
+    info.display_area.right = geometry.left + geometry.padded_width
+    info.display_area.bottom = geometry.top + geometry.padded_height

@@ -37,7 +37,7 @@ class Surface:
         self.tensor = _nvenc.view(memory).view(shape)
         self.session, self.memory = session, memory
         size = memory.nbytes // frames
-        self.inputs = [session.register(memory.address + i * size, shape[1]) for i in range(frames)]
+        self.inputs = [session.register(memory, i * size, shape[1]) for i in range(frames)]
         self.held = False
 
 

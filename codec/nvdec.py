@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sidelane.codec import _driver
-from sidelane.codec._nvdec import CodedFormat, HardwareDecoder, StreamDecode
+from sidelane.codec._nvdec import CodedFormat, HardwareDecoder
+from sidelane.codec._nvdec_parser import StreamDecode
 from sidelane.codec.probe import decoder_caps
 from sidelane.errors import DriverError, LaneError, LaneUnavailable
 from sidelane.layout import SurfaceLayout

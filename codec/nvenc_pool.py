@@ -100,7 +100,7 @@ class EncoderPool:
         no session is left.
         """
         try:
-            surface = self._ring.get(timeout=timeout) if timeout != 0 else self._ring.get_nowait()
+            surface = self._ring.get(timeout=timeout)
         except Empty:
             raise LaneError(f"no surface came free in {timeout} s: submit those acquired before") from None
         if surface is None:

@@ -161,16 +161,23 @@ def _video_lane() -> type[Lane]:
     return VideoLane
 
 
+def _engine_video_lane() -> type[Lane]:
+    from sidelane.pipeline.video import EngineVideoLane
+
+    return EngineVideoLane
+
+
 LANE_CLASSES: dict[str, Callable[[], type[Lane]]] = {
     "raw": lambda: RawLane,
     "exact": lambda: ExactLane,
     "packed": lambda: PackedLane,
     "video-cpu": _video_lane,
+    "video": _engine_video_lane,
 }
 
 
 def open_lane(name: str, **options: Any) -> Lane:
-    """The lane `name` ("raw", "exact", "packed" or "video-cpu") with the options of its class.
+    """The lane `name` ("raw", "exact", "packed", "video-cpu" or "video") with the options of its class.
 
     Raises LaneError for an unknown name or option, LaneUnavailable when this machine cannot run the lane.
     """

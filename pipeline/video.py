@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import nan
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sidelane.codec.engines import decode_surface, encode_surface
 from sidelane.codec.hevc import MAX_QP, decode_hevc, encode_hevc, hevc_support
 from sidelane.codec.lane import Lane
 from sidelane.codec.packet import NO_DIGEST, Packet, flatten
@@ -134,7 +136,7 @@ class VideoLane:
         surface = torch.zeros(layout.shape, dtype=torch.uint8, device=x.device)
         levels = torch.full_like(q.scale, 2**self.bits - 1)
         project_quantize_pack(x, q.components, q.offset, q.inv_scale, levels, surface, layout)
-        stream = bytearray(encode_hevc(surface.cpu(), layout, qp=self.qp))
+        stream = bytearray(self._encode_surface(surface, layout))
         sections["bitstream"] = torch.frombuffer(stream, dtype=torch.uint8).to(x.device)
         packet = packet.with_(
             sections={name: as_bytes(part) for name, part in sections.items()},
@@ -158,11 +160,11 @@ class VideoLane:
         if packet.lane != "video":
             raise PacketError("lane", f"'{packet.lane}' is not of this lane: use decode_packet")
         if packet.digest == NO_DIGEST:
-            return decode_video(packet, None)
+            return decode_video(packet, None, self._decode_surface)
         if self.basis is None or self.basis.digest != packet.digest:
             digest = packet.digest.hex()
             raise BasisError(f"packet needs the basis with digest {digest}: open the lane with it")
-        return decode_video(packet, self.basis)
+        return decode_video(packet, self.basis, self._decode_surface)
 
     def finer(self) -> Lane | None:
         """Half the QP step, at its end lossless; then formats of 10 and 12 bits; then `ExactLane`."""
@@ -172,9 +174,37 @@ class VideoLane:
             return replace(self, format=FINER_FORMAT[self.format])
         return ExactLane()
 
+    def _encode_surface(self, surface: Tensor, layout: SurfaceLayout) -> bytes:
+        return encode_hevc(surface.cpu(), layout, qp=self.qp)
 
-def decode_video(packet: Packet, basis: Basis | None) -> Tensor:
-    """The tensor of a video packet that was coded with `basis`.
+    def _decode_surface(self, stream: bytes, layout: SurfaceLayout, device: torch.device) -> Tensor:
+        return decode_hevc(stream, layout).to(device)
+
+
+@dataclass(frozen=True)
+class EngineVideoLane(VideoLane):
+    """`VideoLane` on the video engines of the GPU that holds the tensor, in software where they cannot.
+
+    Packets are of the same kind; `sidelane.codec.engines.capabilities` tells which engines work and why.
+
+    NVENC has not been run on hardware yet, only against an emulated driver.
+    """
+
+    name = "video"
+
+    def _encode_surface(self, surface: Tensor, layout: SurfaceLayout) -> bytes:
+        return encode_surface(surface, layout, qp=self.qp)
+
+    def _decode_surface(self, stream: bytes, layout: SurfaceLayout, device: torch.device) -> Tensor:
+        return decode_surface(stream, layout, device)
+
+
+def decode_video(
+    packet: Packet,
+    basis: Basis | None,
+    decode: Callable[[bytes, SurfaceLayout, torch.device], Tensor],
+) -> Tensor:
+    """The tensor of a video packet that was coded with `basis`; `decode` makes a surface of its stream.
 
     Raises PacketError when the fields do not fit together or the stream does not hold the frames they need.
     """
@@ -192,7 +222,7 @@ def decode_video(packet: Packet, basis: Basis | None) -> Tensor:
         raise PacketError("rows", f"the indices do not rise within 0..{tokens - 1}")
     # Decode first: what follows allocates what the header says, so the frames must really be there.
     stream = packet.section("bitstream").cpu().numpy().tobytes()
-    surface = decode_hevc(stream, layout).to(packet.device)
+    surface = decode(stream, layout, packet.device)
     if basis is None:
         q = channel_quantizer(*_packet_scales(packet, length), length)
     else:

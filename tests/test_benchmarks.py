@@ -110,3 +110,8 @@ def test_environment_names_the_machine_and_versions(common: ModuleType) -> None:
     assert list(env) == ["date", "commit", "cpu", "gpu", "driver", "python", "torch", "triton", "av"]
     assert env["torch"] == torch.__version__
     assert bool(env["gpu"]) == torch.cuda.is_available()
+
+
+def test_the_commit_can_be_named_from_outside(common: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIDELANE_COMMIT", "0123456789ab")
+    assert common.environment()["commit"] == "0123456789ab"

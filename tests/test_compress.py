@@ -175,7 +175,7 @@ def test_gradients_do_not_flow():
         ({"max_rel_error": -0.1}, "max_rel_error=-0.1 is not a number from 0 up"),
         ({"max_rel_error": nan}, "max_rel_error=nan is not a number from 0 up"),
         ({"max_rel_error": inf}, "max_rel_error=inf is not a number from 0 up"),
-        ({"lane": "zip"}, "unknown lane 'zip': use one of raw, exact, packed, video-cpu"),
+        ({"lane": "zip"}, "unknown lane 'zip': use one of raw, exact, packed, video-cpu, video"),
         ({"bits": 4}, "lane 'exact' has no option 'bits': it has none"),
         ({"basis": hadamard_basis()}, "lane 'exact' has no option 'basis': it has none"),
         (

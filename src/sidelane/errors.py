@@ -15,6 +15,10 @@ class PacketError(SidelaneError, ValueError):
         self.field = field
 
 
+class VideoError(SidelaneError, ValueError):
+    """A video file that is cut, damaged or holds no video."""
+
+
 class LaneError(SidelaneError, ValueError):
     """A lane was asked for something it cannot do: unknown name, option or tensor kind."""
 

@@ -1,6 +1,6 @@
 /* The part of the NVENC interface, version 11.1 on 64-bit Linux, that the emulated driver uses: structures,
- * numbers and signatures written down from the public documentation of the layout. tests/test_nvenc_emulated.py
- * compares every one of them with the public header. */
+ * numbers and signatures written down from the public documentation of the layout. tests/test_emulated.py compares
+ * every one of them with the public header. */
 #pragma once
 #include <stdint.h>
 
@@ -45,6 +45,7 @@ typedef enum {
     NV_ENC_ERR_INVALID_VERSION = 15,
     NV_ENC_ERR_MAP_FAILED = 16,
     NV_ENC_ERR_NEED_MORE_INPUT = 17,
+    NV_ENC_ERR_ENCODER_BUSY = 18,
     NV_ENC_ERR_GENERIC = 20,
     NV_ENC_ERR_RESOURCE_REGISTER_FAILED = 23,
     NV_ENC_ERR_RESOURCE_NOT_REGISTERED = 24,
