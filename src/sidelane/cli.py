@@ -100,17 +100,17 @@ def compress(
     source: Annotated[Path, typer.Argument(metavar="IN.safetensors")],
     target: Annotated[Path, typer.Argument(metavar="OUT")],
     lane: Annotated[
-        str | None, typer.Option(help="raw, exact, packed or video-cpu; exact unless an error is allowed.")
+        str | None, typer.Option(help="raw, exact, packed, video-cpu or video; exact without an error.")
     ] = None,
     max_rel_error: Annotated[
         float | None, typer.Option(help="Largest relative Frobenius error of a tensor.")
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Code width of the packed lane: 2, 4 or 8.")] = None,
     surface: Annotated[
-        str | None, typer.Option("--format", help="Surface format of the video-cpu lane, as nv12 or p010.")
+        str | None, typer.Option("--format", help="Surface format of the video lanes, as nv12 or p010.")
     ] = None,
     qp: Annotated[
-        int | None, typer.Option(help="HEVC quantizer of the video-cpu lane; lossless without.")
+        int | None, typer.Option(help="HEVC quantizer of the video lanes; lossless without.")
     ] = None,
     force: Force = False,
 ) -> None:

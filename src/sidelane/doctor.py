@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sidelane import __version__
+from sidelane.codec.engines import capabilities
 from sidelane.codec.hevc import hevc_support
 from sidelane.codec.probe import probe_nvdec, probe_nvenc
 from sidelane.errors import DriverError, LaneUnavailable
@@ -52,6 +53,7 @@ def findings() -> Iterator[Finding]:
     yield _triton()
     yield Finding("lanes raw, exact, packed", "yes", _kernel_path())
     yield from _video_cpu()
+    yield _video()
     yield _nvenc()
     yield _nvdec()
     yield _nvcomp()
@@ -118,13 +120,27 @@ def _video_cpu() -> Iterator[Finding]:
             yield Finding(f"lane video-cpu, {name}", "no", reason, "install the PyAV wheel from PyPI")
 
 
+def _video() -> Finding:
+    """Which engines the lane takes on the first GPU, or without one."""
+    try:
+        found = capabilities("cuda" if torch.cuda.is_available() else "cpu").values()
+    except (LaneUnavailable, DriverError) as error:
+        return Finding("lane video", "no", str(error), "install the PyAV wheel from PyPI")
+    encoders = sorted({e.name for c in found for e in (c.lossless, c.constant_qp)} - {"none"})
+    decoders = sorted({c.decode.name for c in found} - {"none"})
+    works = "yes" if encoders and decoders else "no"
+    return Finding(
+        "lane video", works, f"encodes with {', '.join(encoders)}, decodes with {', '.join(decoders)}"
+    )
+
+
 def _nvenc() -> Finding:
     if not torch.cuda.is_available():
         return _library("NVENC", "libnvidia-encode.so.1")
     probe = probe_nvenc()
     if probe.available:
         return Finding("NVENC", "yes", f"a session opens, API {probe.driver_api}")
-    return Finding("NVENC", "no", probe.reason, "the video-cpu lane encodes in software")
+    return Finding("NVENC", "no", probe.reason, "the video lanes encode in software")
 
 
 def _nvdec() -> Finding:
@@ -135,7 +151,7 @@ def _nvdec() -> Finding:
     except (LaneUnavailable, DriverError) as error:
         return Finding("NVDEC", "no", str(error), "install the NVIDIA driver with its video libraries")
     if not caps:
-        return Finding("NVDEC", "no", "this GPU decodes nothing", "the video-cpu lane decodes in software")
+        return Finding("NVDEC", "no", "this GPU decodes nothing", "the video lanes decode in software")
     kinds = ", ".join(f"{c.codec} {c.chroma} {c.bits} bit" for c in caps)
     return Finding("NVDEC", "yes", f"{max(c.engines for c in caps)} engines: {kinds}")
 
