@@ -241,7 +241,10 @@ class Packet:
 
         Raises PacketError naming the field that is wrong. Lengths are checked before anything is allocated.
         """
-        view = memoryview(data).cast("B")
+        try:
+            view = memoryview(data).cast("B")
+        except TypeError as error:
+            raise PacketError("bytes", f"{type(data).__name__} cannot be read as contiguous bytes") from error
         header = _parse_prefix(view)
         values = _FIELDS.unpack_from(header, _PREFIX.size)
         lane, dtype, stride_class, mapping, bits, surface, ndim, count = values[:8]

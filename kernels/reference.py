@@ -294,7 +294,7 @@ def pack_bits_ref(codes: Tensor, widths: list[int]) -> Tensor:
     """
     octets = -(-codes.shape[0] // 8)
     padded = _pad_last(codes.t(), 8 * octets, 0).view(len(widths), octets, 8)
-    weights = 2.0 ** torch.arange(8, device=codes.device)
+    weights = 2.0 ** torch.arange(8, dtype=torch.float32, device=codes.device)
     planes = torch.empty((sum(widths), octets), dtype=torch.uint8, device=codes.device)
     for j, (channel, plane) in enumerate(_bit_planes(widths, codes.device)):
         bits = (padded[channel] >> j) & 1

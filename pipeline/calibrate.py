@@ -20,6 +20,7 @@ from sidelane.kernels.reference import (
     round_half_up,
 )
 from sidelane.pipeline.basis import Basis, clip_range
+from sidelane.pipeline.lanes import undisturbed
 
 Floats = npt.NDArray[np.float64]
 
@@ -59,12 +60,22 @@ def calibrate(
         raise BasisError(f"heldout {heldout} is not above 0 and at most 0.5")
     rows = _Rows(heldout)
     for batch in samples:
-        rows.add(batch)
+        if not isinstance(batch, Tensor) or batch.is_meta:
+            raise BasisError(f"a sample is a {type(batch).__name__} without data: pass tensors [..., D]")
+        with undisturbed(batch.device):
+            rows.add(batch)
     rows.check()
+    with undisturbed(rows.mean.device):
+        return _fit(rows, rank, bits)
+
+
+def _fit(rows: _Rows, rank: int | None, bits: float) -> Basis:
     dim = rows.mean.numel()
     rank = dim if rank is None else rank
     if not 1 <= rank <= dim:
         raise BasisError(f"rank {rank} is outside 1..{dim}")
+    if not rows.scatter.isfinite().all():
+        raise BasisError("the samples are too large for a covariance in float64: scale them down")
     spectrum, components = _principal_components(rows.scatter / rows.fitted)
     components = components[:, :rank]
     kept = rows.kept.to(components.device, torch.float64)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sidelane.errors import OffloadError
+from sidelane.errors import LaneError, OffloadError
+from sidelane.pipeline.compress import check_bound
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.stash import describe
 
@@ -44,8 +45,11 @@ def checkpoint(
     Raises OffloadError when `fn` changes an input in place; in backward for `torch.autograd.grad`, `inputs=`
     and double backward: use `torch.utils.checkpoint.checkpoint(use_reentrant=False)` inside `offload` there.
     """
+    check_bound(max_rel_error)
     if not torch.is_grad_enabled():
         return fn(*args, **kwargs)
+    if "use_reentrant" in kwargs:
+        raise LaneError("checkpoint has no use_reentrant: leave it out")
     leaves, spec = pytree.tree_flatten((args, kwargs))
     call, tensors = _Call.split(fn, leaves, spec, preserve_rng_state)
     with ExitStack() as stack:
@@ -70,6 +74,11 @@ class OffloadedCheckpoint(torch.autograd.Function):
                 raise OffloadError(
                     f"checkpointed function changes input {i}, {describe(tensor)}, in place: clone it inside"
                 )
+        # Nothing is recorded here, so an output that requires grad came from outside: a parameter, say. It
+        # must not become the output of this node itself.
+        outputs = tuple(
+            t.detach() if t.requires_grad and all(t is not i for i in tensors) else t for t in outputs
+        )
         ctx.call = call
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point() and not t.is_complex()))

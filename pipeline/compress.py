@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sidelane.codec.lane import Lane
 from sidelane.codec.packet import Packet, flatten
-from sidelane.errors import LaneError
+from sidelane.errors import LaneError, PacketError
 from sidelane.kernels.reference import GROUP_BITS
 from sidelane.pipeline.basis import Basis
-from sidelane.pipeline.lanes import PackedLane, decode_packet, open_lane, plain
+from sidelane.pipeline.lanes import PackedLane, decode_packet, open_lane, plain, undisturbed
 
 CHUNK = 1 << 20  # elements measured at a time, in float64
 
@@ -38,8 +38,11 @@ def compress(
     Raises LaneError for an unknown lane or option, a bound below 0, and tensors without dense elements.
     """
     lane = choose_lane(lane, max_rel_error, basis, options)
-    if max_rel_error is None:
-        return lane.encode(tensor)
+    with undisturbed(tensor.device):
+        return lane.encode(tensor) if max_rel_error is None else _encode_within(tensor, lane, max_rel_error)
+
+
+def _encode_within(tensor: Tensor, lane: Lane, max_rel_error: float) -> Packet:
     tensor = plain(tensor)
     flat = flatten(tensor)
     tensor = Packet.like("raw", tensor).unflatten(flat)
@@ -59,8 +62,7 @@ def choose_lane(
     lane: str | Lane | None, max_rel_error: float | None, basis: Basis | None, options: dict[str, Any]
 ) -> Lane:
     """The lane that the arguments of `compress` ask for. Raises LaneError when they do not fit each other."""
-    if max_rel_error is not None and not 0 <= max_rel_error < inf:
-        raise LaneError(f"max_rel_error={max_rel_error!r} is not a number from 0 up")
+    check_bound(max_rel_error)
     if basis is not None:
         options = options | {"basis": basis}
     if lane is None:
@@ -69,9 +71,18 @@ def choose_lane(
         if lane == "packed" and max_rel_error is not None:
             options = {"bits": min(GROUP_BITS)} | options
         return open_lane(lane, **options)
+    if isinstance(lane, type) or not (hasattr(lane, "encode") and hasattr(lane, "decode")):
+        raise LaneError(f"lane={lane!r} is neither the name of a lane nor a lane that open_lane returned")
     if options:
         raise LaneError(f"{', '.join(options)} cannot be set on a lane that is open: set them in open_lane")
     return lane
+
+
+def check_bound(max_rel_error: object) -> None:
+    """Raise LaneError unless `max_rel_error` is None or a number from 0 up."""
+    number = isinstance(max_rel_error, (int, float)) and not isinstance(max_rel_error, bool)
+    if max_rel_error is not None and not (number and 0 <= max_rel_error < inf):
+        raise LaneError(f"max_rel_error={max_rel_error!r} is not a number from 0 up")
 
 
 def decompress(
@@ -79,9 +90,27 @@ def decompress(
 ) -> Tensor:
     """The tensor of a packet with its shape and dtype, strides compact, on `device` or that of the packet.
 
-    Raises PacketError for a packet whose parts do not fit together, BasisError when it needs another basis.
+    Raises PacketError for a packet whose parts do not fit together, BasisError when it needs another basis,
+    LaneError for a device that is not here.
     """
-    return decode_packet(packet if device is None else packet.to(device), basis)
+    if not isinstance(packet, Packet):
+        raise PacketError(
+            "packet", f"{type(packet).__name__} is no Packet: parse bytes with Packet.from_bytes"
+        )
+    if device is not None:
+        packet = packet.to(_present(device))
+    with undisturbed(packet.device):
+        return decode_packet(packet, basis)
+
+
+def _present(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise LaneError(f"device={device!r} is no device: use 'cpu' or 'cuda'") from error
+    if found.type == "cpu" or (found.type == "cuda" and (found.index or 0) < torch.cuda.device_count()):
+        return found
+    raise LaneError(f"device '{found}' is not here: use 'cpu' or a CUDA device that torch sees")
 
 
 def relative_error(reference: Tensor, decoded: Tensor) -> float:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sidelane.codec.lane import Lane
-from sidelane.codec.packet import DTYPES, NO_DIGEST, Packet, flatten
+from sidelane.codec.packet import DTYPES, MAX_NDIM, NO_DIGEST, Packet, flatten
 from sidelane.errors import BasisError, LaneError, PacketError
 from sidelane.kernels._launch import cdiv
 from sidelane.kernels.exact import exact_decode, exact_encode
@@ -107,10 +109,12 @@ class PackedLane:
     exact = False
 
     def __post_init__(self) -> None:
-        if self.bits not in GROUP_BITS:
+        if type(self.bits) is not int or self.bits not in GROUP_BITS:
             raise LaneError(f"bits={self.bits!r} is not one of {GROUP_BITS}")
-        if self.group not in GROUP_SIZES:
+        if type(self.group) is not int or self.group not in GROUP_SIZES:
             raise LaneError(f"group={self.group!r} is not one of {GROUP_SIZES}")
+        if not isinstance(self.symmetric, bool):
+            raise LaneError(f"symmetric={self.symmetric!r} is neither True nor False")
         if self.seed is not None and not isinstance(self.seed, int):
             raise LaneError(f"seed={self.seed!r} is neither None nor an integer")
         if self.basis is not None and not isinstance(self.basis, Basis):
@@ -214,14 +218,28 @@ def decode_packet(packet: Packet, basis: Basis | None = None) -> Tensor:
     return packet.unflatten(flat)
 
 
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """For work of our own: not recorded by autograd, not cast by autocast, not seen by dispatch modes."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        _disable_current_modes(),
+    ):
+        yield
+
+
 def plain(tensor: Tensor) -> Tensor:
     """`tensor` detached, conjugate and negative bits resolved. Raises LaneError for a kind no lane stores."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_nested:
         raise LaneError(f"{type(tensor).__name__} is not a plain tensor: pass the dense tensors inside it")
-    if tensor.layout != torch.strided or tensor.is_meta:
-        raise LaneError(
-            f"a tensor of {tensor.layout} on {tensor.device} has no dense elements: use to_dense()"
-        )
+    if tensor.is_meta:
+        raise LaneError("a tensor on the meta device has no elements: move the model to a real device")
+    if tensor.layout != torch.strided:
+        raise LaneError(f"a tensor of {tensor.layout} has no dense elements: use to_dense()")
+    if tensor.ndim > MAX_NDIM:
+        raise LaneError(f"{tensor.ndim} dimensions are more than {MAX_NDIM}: reshape the tensor")
     if tensor.dtype not in DTYPES:
         raise LaneError(f"dtype {tensor.dtype} has no place in a packet: convert it first")
     return tensor.detach().resolve_conj().resolve_neg()

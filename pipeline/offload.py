@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import inf
 from types import TracebackType
 from typing import Any
@@ -15,7 +13,6 @@ from weakref import finalize
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import _disable_current_modes
 
 from sidelane.codec.lane import Lane
 from sidelane.codec.packet import Packet, flatten
@@ -23,7 +20,7 @@ from sidelane.errors import BudgetError, LaneError, OffloadError
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.compress import choose_lane, compress, relative_error
 from sidelane.pipeline.extent import WHOLE_SHARE, View, distinct_bytes, whole_storage, without_flags
-from sidelane.pipeline.lanes import decode_packet, open_lane
+from sidelane.pipeline.lanes import decode_packet, open_lane, undisturbed
 from sidelane.pipeline.policy import NOT_PLAIN, may_lose_bits, why_kept
 from sidelane.pipeline.report import Report, Tally
 from sidelane.pipeline.stash import (
@@ -59,9 +56,11 @@ class offload:
 
     Left alone: parameters, their views and autocast casts, other leaves, tensors below `min_bytes`, what
     backward itself saves, tensor subclasses, other devices than CPU and CUDA. Data is stored once however
-    many views of it are saved. Tensors that are unpacked while another view of the same data is still in use
-    share its memory, as they did when they were saved; an operator that overwrites a saved tensor in its
-    backward changes all of them, with this context as without it.
+    many views of it are saved. Views of the same data that one node of the backward pass unpacks share their
+    memory, as they did when they were saved. Writes to a saved tensor that its version counter does not show
+    (through `.data`, by kernels of your own, to the running statistics of a norm) between two saves of it are
+    found with `checker` only. Hooks are of the thread that entered: forward passes in other threads enter the
+    context themselves.
 
     Args:
         lane: name for `open_lane`, or a lane. Default: "exact", or "packed" when `max_rel_error` is given.
@@ -117,8 +116,7 @@ class offload:
         self._min_bytes = min_bytes
         self._on_full = on_full
         self._checker = checker
-        self._spill_dir = spill_dir
-        self._spill_folder: str | None = None
+        self._spill_folder = self._make_folder(spill_dir) if on_full == "spill" else ""
         self._host = Budget(host_budget)
         self._device = Budget(gpu_budget)
         self._tickets = Budget()
@@ -173,7 +171,7 @@ class offload:
             self._tally.kept(reason, 0 if reason == NOT_PLAIN else distinct_bytes(tensor))
             return Kept(tensor)
         view = View.of(tensor)
-        with _quiet(tensor.device):
+        with undisturbed(tensor.device):
             keys = self._keys(tensor, view)
             stash = self._index.find(*keys)
             if stash is None:
@@ -187,7 +185,7 @@ class offload:
             return packed.open()
         stash, view = packed.stash, packed.view
         self._tally.add("unpacks")
-        with _quiet(stash.device):
+        with undisturbed(stash.device):
             storage = stash.alive()
             if storage is None:
                 storage = self._decode(stash).untyped_storage()
@@ -250,7 +248,7 @@ class offload:
             )
         if self._on_full == "spill":
             try:
-                home = Spilled(packet, self._folder())
+                home = Spilled(packet, self._spill_folder)
                 self._tally.add("spilled", packet.nbytes)
                 return home
             except OSError:
@@ -266,11 +264,13 @@ class offload:
             return DeviceCopy(packet, torch.cuda.current_stream(packet.device), claim)
         return Resident(packet, claim)
 
-    def _folder(self) -> str:
-        if self._spill_folder is None:
-            self._spill_folder = tempfile.mkdtemp(prefix="sidelane-", dir=self._spill_dir)
-            finalize(self, shutil.rmtree, self._spill_folder, ignore_errors=True)
-        return self._spill_folder
+    def _make_folder(self, parent: str | None) -> str:
+        try:
+            folder = tempfile.mkdtemp(prefix="sidelane-", dir=parent)
+        except (OSError, TypeError) as error:
+            raise LaneError(f"spill_dir={parent!r} takes no folder: {error}") from error
+        finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     def _truth(self, tensor: Tensor, packet: Packet, whole: bool) -> Truth:
         packed = _elements(tensor, whole).clone()
@@ -288,18 +288,6 @@ class offload:
         return Truth(packed, decoded)
 
 
-@contextmanager
-def _quiet(device: torch.device) -> Iterator[None]:
-    """Work of our own: not recorded by autograd, not cast by autocast, not seen by dispatch modes."""
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-        _disable_current_modes(),
-    ):
-        yield
-
-
 def _elements(tensor: Tensor, whole: bool) -> Tensor:
     """Flat: the storage of `tensor`, or its own distinct elements in memory order."""
     plain = without_flags(tensor)
@@ -314,8 +302,7 @@ def _verify(storage: torch.UntypedStorage, truth: Truth, view: View) -> None:
     flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     if not _same_bits(flat, truth.decoded):
         raise OffloadError(
-            f"{describe(view)} differs from what was packed: a transfer failed, or an operator overwrote "
-            "a saved tensor"
+            f"{describe(view)} differs from what was packed: a transfer failed, or its node overwrote it"
         )
 
 

@@ -57,9 +57,11 @@ def why_kept(tensor: Tensor, min_bytes: int) -> str | None:
     if is_weight(tensor):
         return "weight"
     if tensor.numel() == 0 or distinct_bytes(tensor) < min_bytes:
-        return "small"
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        return "graph capture"
+        return "below min_bytes"
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):
+            if torch.cuda.is_current_stream_capturing():
+                return "graph capture"
     return None
 
 

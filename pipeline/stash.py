@@ -125,22 +125,24 @@ class Stash:
         self.device = source.device
         # Its address is not reused while this lives.
         self._source = StorageWeakRef(source.untyped_storage())  # type: ignore[no-untyped-call]
-        self._decoded: tuple[StorageWeakRef, torch.cuda.Stream | None] | None = None
+        self._decoded: tuple[StorageWeakRef, Moment] | None = None
 
     def alive(self) -> torch.UntypedStorage | None:
-        """The decoded storage, if a user still holds it and it was decoded on the current stream."""
+        """The decoded storage, if it was decoded for the node that runs now and that node still holds it.
+
+        Nodes do not share: one may hand its memory out as a gradient, which the program then overwrites.
+        """
         if self._decoded is None:
             return None
-        ref, stream = self._decoded
+        ref, moment = self._decoded
         storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
-        if storage is not None and stream == current_stream(storage.device):
-            return storage
-        return None
+        return storage if storage is not None and moment == current_moment(storage.device) else None
 
     def remember(self, storage: torch.UntypedStorage) -> None:
-        """Let later unpacks share `storage` while somebody else holds it."""
+        """Let later unpacks of the node that runs now share `storage` while it holds it."""
+        moment = current_moment(storage.device)
         ref = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        self._decoded = ref, current_stream(storage.device)
+        self._decoded = None if moment is None else (ref, moment)
 
 
 @dataclass(frozen=True)
@@ -228,11 +230,17 @@ def data_key(tensor: Tensor) -> Hashable:
     """Identity and version of the memory behind `tensor`.
 
     The address of a storage object names it for as long as a stash of it lives, since the stash holds a weak
-    reference that keeps the address from being reused. Writes that the version counter does not see (through
-    `.data`, or by raw kernels) are not told apart; checker mode finds them.
+    reference that keeps the address from being reused. Views count versions with the tensor they are views
+    of; tensors that merely lie in one storage (`torch.unsafe_chunk`, which GRU cells use) count each their
+    own, so the bytes that the counting tensor spans are part of the key. Writes that the counter does not see
+    (through `.data`, or by raw kernels) are not told apart; checker mode finds them.
     """
     storage = tensor.untyped_storage()
-    return storage._cdata, storage.data_ptr(), storage.nbytes(), tensor._version
+    owner = tensor if tensor._base is None else tensor._base
+    first, itemsize = owner.storage_offset(), owner.dtype.itemsize
+    last = first + sum((n - 1) * step for n, step in zip(owner.shape, owner.stride(), strict=True))
+    counted = first * itemsize, (last + 1) * itemsize
+    return storage._cdata, storage.data_ptr(), storage.nbytes(), tensor._version, counted
 
 
 def describe(tensor: Tensor | View) -> str:
@@ -240,5 +248,19 @@ def describe(tensor: Tensor | View) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(shape)}"
 
 
-def current_stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+class Moment(NamedTuple):
+    """A node of a running backward pass: of which pass, which node, on which stream."""
+
+    task: int
+    node: int
+    sequence: int
+    stream: torch.cuda.Stream | None
+
+
+def current_moment(device: torch.device) -> Moment | None:
+    """The node that runs on this thread, or None outside of a backward pass."""
+    task, node = torch._C._current_graph_task_id(), torch._C._current_autograd_node()
+    if task == -1 or node is None:
+        return None
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    return Moment(task, id(node), node._sequence_nr(), stream)

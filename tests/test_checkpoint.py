@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models import MIN_BYTES, assert_same, build, gradients, loss_of
-from sidelane.errors import OffloadError
+from sidelane.errors import LaneError, OffloadError
 from sidelane.pipeline.checkpoint import checkpoint
 from sidelane.pipeline.compress import relative_error
 from sidelane.pipeline.offload import offload
@@ -229,6 +229,19 @@ def test_a_failing_function_leaves_nothing_behind(first):
     assert context.report().tickets == 0 and offload.current() is None
     checkpoint(fn, x).sum().backward()
     assert torch.equal(x.grad, 2 * x)
+
+
+def test_a_parameter_among_the_outputs_stays_a_leaf():
+    w, x = torch.nn.Parameter(torch.ones(3)), torch.full((3,), 2.0, requires_grad=True)
+    y, p = checkpoint(lambda x: (x * w, w), x)
+    assert w.is_leaf and w.grad_fn is None
+    (y.sum() + 3 * p.sum()).backward()
+    assert torch.equal(w.grad, torch.full((3,), 5.0)) and torch.equal(x.grad, torch.ones(3))
+
+
+def test_the_keyword_of_another_checkpoint_is_refused():
+    with pytest.raises(LaneError, match="use_reentrant"):
+        checkpoint(lambda x: x, torch.ones(3), use_reentrant=False)
 
 
 def test_offloaded_inputs_do_not_keep_the_tensor_alive():

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from samples import bits_of, hadamard_basis
 from sidelane.codec.packet import Packet
-from sidelane.errors import BasisError, LaneError
+from sidelane.errors import BasisError, LaneError, PacketError
+from sidelane.pipeline.calibrate import calibrate
 from sidelane.pipeline.compress import CHUNK, compress, decompress, relative_error
 from sidelane.pipeline.lanes import ExactLane, PackedLane
 
@@ -175,6 +176,11 @@ def test_gradients_do_not_flow():
         ({"max_rel_error": -0.1}, "max_rel_error=-0.1 is not a number from 0 up"),
         ({"max_rel_error": nan}, "max_rel_error=nan is not a number from 0 up"),
         ({"max_rel_error": inf}, "max_rel_error=inf is not a number from 0 up"),
+        ({"max_rel_error": "0.1"}, "max_rel_error='0.1' is not a number from 0 up"),
+        ({"max_rel_error": True}, "max_rel_error=True is not a number from 0 up"),
+        ({"lane": 5}, "lane=5 is neither the name of a lane nor a lane that open_lane returned"),
+        ({"lane": "packed", "bits": 4.0}, "bits=4.0 is not one of (2, 4, 8)"),
+        ({"lane": "packed", "symmetric": "x"}, "symmetric='x' is neither True nor False"),
         ({"lane": "zip"}, "unknown lane 'zip': use one of raw, exact, packed, video-cpu, video"),
         ({"bits": 4}, "lane 'exact' has no option 'bits': it has none"),
         ({"basis": hadamard_basis()}, "lane 'exact' has no option 'basis': it has none"),
@@ -188,6 +194,42 @@ def test_refusals(options, text):
     with pytest.raises(LaneError) as caught:
         compress(torch.randn(8), **options)
     assert str(caught.value) == text
+
+
+def test_autocast_and_default_dtype_change_nothing():
+    x = torch.randn(512, 64) @ torch.randn(64, 64)
+    basis = calibrate([x], bits=6)
+    plain = compress(x, basis=basis, max_rel_error=0.01)
+    restored, half = decompress(plain, basis=basis), compress(x.half())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calibrate([x], bits=6).digest == basis.digest
+        assert compress(x, basis=basis, max_rel_error=0.01).to_bytes() == plain.to_bytes()
+        assert torch.equal(decompress(plain, basis=basis), restored)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert compress(x.half()).to_bytes() == half.to_bytes()
+        assert torch.equal(decompress(plain, basis=basis), restored)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_is_no_packet():
+    data = compress(torch.randn(8)).to_bytes()
+    with pytest.raises(PacketError, match="parse bytes with Packet.from_bytes"):
+        decompress(data)
+    with pytest.raises(PacketError, match="str cannot be read as contiguous bytes"):
+        Packet.from_bytes("packet")
+
+
+@pytest.mark.parametrize("device", ["bogus", "meta", "cuda:99", 7.5])
+def test_a_device_that_is_not_here(device):
+    with pytest.raises(LaneError, match="use 'cpu' or"):
+        decompress(compress(torch.randn(8)), device=device)
+
+
+def test_more_dimensions_than_a_packet_holds():
+    with pytest.raises(LaneError, match="65 dimensions are more than 64"):
+        compress(torch.zeros([1] * 65))
 
 
 def test_a_missing_basis():

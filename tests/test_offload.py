@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -123,7 +124,6 @@ def test_views_of_one_storage_share_one_packet():
     for view, back in zip(views, got, strict=True):
         assert_identical(back, view)
         assert back.storage_offset() == view.storage_offset()
-    assert len({t.untyped_storage().data_ptr() for t in got}) == 1  # decoded once while in use
 
 
 def test_slices_of_a_fused_projection_share_one_packet():
@@ -147,17 +147,85 @@ def test_a_small_part_of_a_storage_is_stored_alone():
         assert_identical(back, view)
 
 
-def test_decoded_memory_is_shared_in_use_and_not_held_after():
-    x = torch.randn(256)
+def test_a_node_decodes_once_what_it_saved_twice():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x, x.view(16, 16))
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            a, b = ctx.saved_tensors
+            assert a.data_ptr() == b.data_ptr()
+            alive.append(weakref.ref(a))
+            return grad * a
+
+    alive = []
+    x = torch.randn(256, requires_grad=True) * 1
     context = offload(min_bytes=0)
-    node = save(context, x, x.view(16, 16))
-    a, b = node.saved_tensors
-    assert a.data_ptr() == b.data_ptr() and context.report().decodes == 1
-    alive = weakref.ref(a)
-    del a, b
-    assert alive() is None
-    node.saved_tensors  # noqa: B018  reading unpacks
+    with context:
+        y = Twice.apply(x)
+    y.backward(retain_graph=True)
+    assert context.report().decodes == 1 and alive[0]() is None
+    y.backward()
     assert context.report().decodes == 2
+
+
+class ReturnsWhatItSaved(torch.autograd.Function):
+    """The gradient of the first input is the saved second one itself, which `.grad` then aliases."""
+
+    @staticmethod
+    def forward(ctx, w, x):
+        ctx.save_for_backward(x)
+        return (w * x).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return x, None
+
+
+@pytest.mark.parametrize("between", [lambda w: None, lambda w: w.grad.zero_(), lambda w: w.grad.mul_(7)])
+def test_a_gradient_that_is_saved_memory_may_be_overwritten(between):
+    def run(context):
+        w, v = (torch.ones(64, requires_grad=True) for _ in range(2))
+        x = torch.full((64,), 2.0, requires_grad=True) * 1
+        with context:
+            first = ReturnsWhatItSaved.apply(w, x)
+            second = (x.detach() * v).sum() + ReturnsWhatItSaved.apply(w, x.detach())
+        first.backward()
+        between(w)
+        second.backward()
+        return w.grad, v.grad
+
+    expected = run(
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t.clone())
+    )
+    for got, want in zip(run(offload(min_bytes=0)), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
+def test_recurrent_layers_whose_cells_write_into_chunks_of_one_storage(kind, dtype):
+    module = getattr(torch.nn, kind)(32, 32).to(dtype)
+    x = torch.randn(8, 64, 32, dtype=dtype)
+
+    def run(context):
+        module.zero_grad()
+        with context:
+            loss = module(x)[0].float().square().sum()
+        loss.backward()
+        return [p.grad.clone() for p in module.parameters()]
+
+    for got, want in zip(run(offload(min_bytes=0)), run(nullcontext()), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_spill_folder_that_cannot_be_made_is_refused():
+    with pytest.raises(LaneError, match="spill_dir='/does/not/exist' takes no folder"):
+        offload(on_full="spill", spill_dir="/does/not/exist")
 
 
 def test_new_data_at_an_old_address_is_not_the_old_data():
@@ -222,8 +290,7 @@ def test_an_unpack_under_inference_mode_does_not_spoil_later_ones():
         held = node.saved_tensors[0]
     assert not held.is_inference()
     again = node.saved_tensors[0]
-    assert again.data_ptr() == held.data_ptr()
-    again.add_(0)
+    assert not again.is_inference() and torch.equal(again.add_(0), x)
 
 
 # What is left alone
@@ -250,7 +317,7 @@ def test_weights_and_leaves_stay():
 
 def test_small_tensors_stay():
     tensors = (torch.randn(15), torch.rand(63) > 0.5, torch.arange(7))
-    assert kept_reasons(*tensors, min_bytes=64) == ["small"]
+    assert kept_reasons(*tensors, min_bytes=64) == ["below min_bytes"]
 
 
 def test_dtypes_without_a_place_in_packets_stay():
@@ -540,17 +607,6 @@ def test_checker_finds_a_change_that_version_counters_hide():
     save(context, x)
 
 
-def test_checker_finds_an_operator_that_overwrites_what_it_saved():
-    context = offload(min_bytes=0, checker=True)
-    node = save(context, torch.randn(64))
-    first = node.saved_tensors[0]
-    first.mul_(2)
-    with pytest.raises(OffloadError, match=r"float32 \[64\] differs from what was packed"):
-        node.saved_tensors  # noqa: B018
-    del first
-    node.saved_tensors  # noqa: B018
-
-
 @dataclass(frozen=True)
 class Faulty(RawLane):
     """Flips a bit of what it stores."""
@@ -612,7 +668,7 @@ def test_a_graph_that_saves_its_own_output_is_freed_without_gc():
     try:
         with context:
             y = torch.randn(8, 8, requires_grad=True).exp()
-        assert context.report().kept["small"].count == 1
+        assert context.report().kept["below min_bytes"].count == 1
         memory = StorageWeakRef(y.untyped_storage())
         del y
         assert memory.expired()
@@ -687,7 +743,7 @@ def test_report_counts_classes_and_prints_them():
     ]
     assert lines[1].startswith("float32 [64, 64]  packed") and lines[1].endswith("not measured")
     assert lines[2].startswith("bool [128]") and lines[3].startswith("total")
-    assert "small 1" in lines[4]
+    assert "below min_bytes 1" in lines[4]
 
 
 def test_reports_of_many_shapes_stay_bounded():

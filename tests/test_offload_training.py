@@ -45,6 +45,37 @@ def test_exact_lanes_leave_gradients_bitwise_unchanged(lane, autocast, backward_
     assert context.report().total.count > 20 and settled(context)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_hugging_face_gradient_checkpointing(use_reentrant):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_dropout=0.1,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config).train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    tokens = torch.randint(64, (2, 48))
+
+    def step(context):
+        model.zero_grad()
+        torch.manual_seed(1)
+        with context:
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    context = exact()
+    assert_same(step(context), step(nullcontext()))
+    assert context.report().total.count >= config.num_hidden_layers and settled(context)
+
+
 def test_gradient_accumulation_over_several_contexts():
     model, tokens = build()
     context = exact()

@@ -133,7 +133,7 @@ def test_index_forgets_a_stash_with_its_last_ticket():
 
 def test_keys_name_storage_and_version():
     x = torch.randn(4, 4)
-    assert data_key(x) == data_key(x.t()) == data_key(x[1:].view(torch.int32))
+    assert data_key(x) == data_key(x.t()) == data_key(x[1:]) == data_key(x.view(torch.int32))
     before = data_key(x)
     x.add_(1)
     assert data_key(x) != before
@@ -150,17 +150,57 @@ def test_the_address_of_a_storage_object_is_not_reused_while_its_stash_lives():
     assert len(keys) == 50
 
 
-def test_decoded_storage_is_found_while_somebody_holds_it():
-    stash = stash_of(torch.randn(4))
-    assert stash.alive() is None
-    decoded = torch.randn(4)
-    stash.remember(decoded.untyped_storage())
-    view = decoded[1:]
-    del decoded
-    found = stash.alive()
-    assert found is not None and found.data_ptr() == view.untyped_storage().data_ptr()
-    del found, view
-    assert stash.alive() is None
+def test_tensors_with_counters_of_their_own_in_one_storage_differ():
+    first, second = torch.unsafe_chunk(torch.randn(4, 4) * 1, 2)
+    first.add_(1)
+    second.add_(1)
+    assert first._version == second._version and data_key(first) != data_key(second)
+
+
+def test_decoded_storage_is_shared_by_the_node_that_holds_it_alone():
+    stash, outside = stash_of(torch.randn(4)), []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            outside.append(stash.alive())  # what another node decoded
+            decoded = torch.randn(4)
+            stash.remember(decoded.untyped_storage())
+            view = decoded[1:]
+            del decoded
+            found = stash.alive()
+            assert found is not None and found.data_ptr() == view.untyped_storage().data_ptr()
+            held.append(view)
+            return grad
+
+    held = []
+    x = torch.randn(3, requires_grad=True)
+    Node.apply(Node.apply(x)).sum().backward()
+    assert len(held) == 2 and outside == [None, None] and stash.alive() is None
+
+
+def test_decoded_storage_dies_with_its_last_view():
+    stash, found = stash_of(torch.randn(4)), []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            decoded = torch.randn(4)
+            stash.remember(decoded.untyped_storage())
+            del decoded
+            found.append(stash.alive())
+            return grad
+
+    Node.apply(torch.randn(3, requires_grad=True)).sum().backward()
+    assert found == [None]
 
 
 def test_kept_tensors_are_checked_for_changes():

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from sidelane.codec.packet import MAX_NDIM, Packet, flatten
 from sidelane.errors import PacketError, SidelaneError
-from sidelane.pipeline.compress import compress, decompress, relative_error
+from sidelane.pipeline.compress import choose_lane, compress, decompress, relative_error
 
 Progress = Callable[[int, int], None]  # bytes of tensors done, bytes of all tensors
 
@@ -98,16 +98,19 @@ def compress_file(
     source: Path,
     target: Path,
     *,
+    lane: str | None = None,
+    max_rel_error: float | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
     **options: Any,
 ) -> Summary:
-    """Compress the safetensors file `source` into `target` with the `options` of `sidelane.compress`.
+    """Compress the safetensors file `source` into `target` with the arguments of `sidelane.compress`.
 
-    `progress` is called after every tensor. Raises ArchiveError and OSError; `target` is written whole or not
-    at all and replaced only with `force`.
+    `progress` is called after every tensor. Raises LaneError for a lane or option that does not exist,
+    ArchiveError and OSError for files; `target` is written whole or not at all, replaced only with `force`.
     """
-    with open(source, "rb") as file, _whole(target, force) as out:
+    opened = choose_lane(lane, max_rel_error, None, options)
+    with open(source, "rb") as file, _whole(target, force, source) as out:
         size = os.fstat(file.fileno()).st_size
         header = _read_safetensors_header(file, size)
         entries = _parse_header(header)
@@ -120,7 +123,7 @@ def compress_file(
         for entry in entries:
             with _naming(entry):
                 tensor = _read_tensor(file, entry)
-                packet = compress(tensor, **options)
+                packet = compress(tensor, lane=opened, max_rel_error=max_rel_error)
                 error = _relative_error(tensor, packet)
             data = packet.to_bytes()
             out.write(_LENGTH.pack(len(data)))
@@ -144,7 +147,7 @@ def decompress_file(
     `progress` is called after every tensor. Raises ArchiveError and OSError; `target` is written whole or not
     at all and replaced only with `force`.
     """
-    with open(source, "rb") as file, _whole(target, force) as out:
+    with open(source, "rb") as file, _whole(target, force, source) as out:
         size = os.fstat(file.fileno()).st_size
         header = _read_archive_header(file, size)
         entries = _parse_header(header)
@@ -262,10 +265,15 @@ def _naming(entry: Entry) -> Iterator[None]:
 
 
 @contextmanager
-def _whole(target: Path, force: bool) -> Iterator[BinaryIO]:
+def _whole(target: Path, force: bool, source: Path) -> Iterator[BinaryIO]:
     """A file that becomes `target` when the block succeeds and disappears when it does not."""
-    if not force and target.exists():
-        raise FileExistsError(EEXIST, "exists; --force replaces it", str(target))
+    if target.exists():
+        if target.samefile(source):
+            raise FileExistsError(EEXIST, "is the input; give the output another name", str(target))
+        if not target.is_file():
+            raise FileExistsError(EEXIST, "exists and is not a file", str(target))
+        if not force:
+            raise FileExistsError(EEXIST, "exists; --force replaces it", str(target))
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:

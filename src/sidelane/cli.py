@@ -50,6 +50,8 @@ def run(arguments: list[str]) -> int:
         message = f"{error.filename2 or error.filename}: {error.strerror}"
     except MemoryError:
         message = "not enough memory"
+    except KeyboardInterrupt:
+        return 130
     print("sidelane:", " ".join(message.split()), file=sys.stderr)
     return 2
 
@@ -86,7 +88,7 @@ def demo(
     ),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of every run.")] = 40,
     device: Annotated[str, typer.Option(help="cpu or cuda; a GPU if there is one.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of weights and batches.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model and a few steps, in seconds.")] = False,
 ) -> None:
     """Train a small GPT on Python's own sources, with its activations sent through every lane."""
