@@ -237,7 +237,7 @@ class EncoderPool:
                     raise
 
     def _live_encoder(self) -> Encoder:
-        """The next session in turn, after those that failed are closed and replaced."""
+        """The session whose turn it is, after those that failed are closed and replaced."""
         with self._lock:
             for encoder in [e for e in self._encoders if e.failed]:
                 with suppress(DriverError):
