@@ -157,49 +157,45 @@ def test_tensors_with_counters_of_their_own_in_one_storage_differ():
     assert first._version == second._version and data_key(first) != data_key(second)
 
 
+class Calls(torch.autograd.Function):
+    """Calls a function in backward, as a node that unpacks would."""
+
+    @staticmethod
+    def forward(ctx, x, function):
+        ctx.function = function
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.function()
+        return grad, None
+
+
 def test_decoded_storage_is_shared_by_the_node_that_holds_it_alone():
-    stash, outside = stash_of(torch.randn(4)), []
+    stash, held, at_start = stash_of(torch.randn(4)), [], []
 
-    class Node(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
+    def unpack():
+        at_start.append(stash.alive())  # what another node decoded
+        decoded = torch.randn(4)
+        stash.remember(decoded.untyped_storage())
+        held.append(decoded[1:])
+        del decoded
+        found = stash.alive()
+        assert found is not None and found.data_ptr() == held[-1].untyped_storage().data_ptr()
 
-        @staticmethod
-        def backward(ctx, grad):
-            outside.append(stash.alive())  # what another node decoded
-            decoded = torch.randn(4)
-            stash.remember(decoded.untyped_storage())
-            view = decoded[1:]
-            del decoded
-            found = stash.alive()
-            assert found is not None and found.data_ptr() == view.untyped_storage().data_ptr()
-            held.append(view)
-            return grad
-
-    held = []
     x = torch.randn(3, requires_grad=True)
-    Node.apply(Node.apply(x)).sum().backward()
-    assert len(held) == 2 and outside == [None, None] and stash.alive() is None
+    Calls.apply(Calls.apply(x, unpack), unpack).sum().backward()
+    assert len(held) == 2 and at_start == [None, None] and stash.alive() is None
 
 
 def test_decoded_storage_dies_with_its_last_view():
     stash, found = stash_of(torch.randn(4)), []
 
-    class Node(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
+    def unpack():
+        stash.remember(torch.randn(4).untyped_storage())
+        found.append(stash.alive())
 
-        @staticmethod
-        def backward(ctx, grad):
-            decoded = torch.randn(4)
-            stash.remember(decoded.untyped_storage())
-            del decoded
-            found.append(stash.alive())
-            return grad
-
-    Node.apply(torch.randn(3, requires_grad=True)).sum().backward()
+    Calls.apply(torch.randn(3, requires_grad=True), unpack).sum().backward()
     assert found == [None]
 
 
