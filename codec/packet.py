@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from math import copysign, inf, isnan, prod
 from typing import TypeVar
 
@@ -69,10 +70,11 @@ Key = TypeVar("Key")
 
 def compact_strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides of `tensor` without gaps: the memory order of dimensions is kept, expanded ones stay at 0."""
-    return _compact(tuple(tensor.shape), tensor.stride())
+    return compact(tuple(tensor.shape), tensor.stride())
 
 
-def _compact(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+@lru_cache(4096)
+def compact(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """`compact_strides` of numbers. Compact strides are its fixed points."""
     out, step = [0] * len(shape), 1
     # Of equal strides the dimensions of size 1 come first, so that contiguous strides are left as they are.
@@ -84,6 +86,7 @@ def _compact(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...
     return tuple(out)
 
 
+@lru_cache(4096)
 def _compact_numel(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Elements a compact tensor occupies in memory."""
     if 0 in shape:
@@ -93,7 +96,10 @@ def _compact_numel(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
 
 def flatten(tensor: Tensor) -> Tensor:
     """The distinct elements of `tensor` in memory order, 1-D and contiguous; a view of a compact tensor."""
-    strides = compact_strides(tensor)
+    if tensor.is_contiguous():
+        return tensor.as_strided((tensor.numel(),), (1,))
+    shape = tuple(tensor.shape)
+    strides = compact(shape, tensor.stride())
     dense = tensor
     if tensor.numel() and strides != tensor.stride():
         for d in range(tensor.ndim):
@@ -101,7 +107,7 @@ def flatten(tensor: Tensor) -> Tensor:
                 dense = dense.narrow(d, 0, 1)
         order = sorted(range(tensor.ndim), key=lambda d: (-strides[d], d))
         dense = dense.permute(order).contiguous()
-    return dense.as_strided((_compact_numel(tuple(tensor.shape), strides),), (1,))
+    return dense.as_strided((_compact_numel(shape, strides),), (1,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,12 +139,13 @@ class Packet:
     @classmethod
     def like(cls, lane: str, tensor: Tensor) -> Packet:
         """An empty packet of `lane` that decodes to the shape, dtype and compact strides of `tensor`."""
-        return cls(lane, tensor.dtype, tuple(tensor.shape), compact_strides(tensor))
+        shape = tuple(tensor.shape)
+        return cls(lane, tensor.dtype, shape, compact(shape, tensor.stride()))
 
     def with_(self, **changes: object) -> Packet:
         return replace(self, **changes)  # type: ignore[arg-type]
 
-    @property
+    @cached_property
     def flat_numel(self) -> int:
         """Elements that are coded: those of the tensor, expanded dimensions counted once."""
         return _compact_numel(self.shape, self.strides)
@@ -148,7 +155,7 @@ class Packet:
         """Bytes of the coded elements without compression."""
         return self.flat_numel * self.dtype.itemsize
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes on the wire: header, sections and padding."""
         end = self._header_size()
@@ -287,7 +294,7 @@ class Packet:
             )
         if any(n < 0 for n in shape) or prod(max(n, 1) for n in shape) * self.dtype.itemsize >= 2**63:
             raise PacketError("shape", f"{list(shape)[:8]} is not a shape")
-        if any(s < 0 for s in strides) or strides != _compact(shape, strides):
+        if any(s < 0 for s in strides) or strides != compact(shape, strides):
             raise PacketError("strides", f"{list(strides)[:8]} are not compact for {list(shape)[:8]}")
         if not (isnan(self.rel_error) or (copysign(1, self.rel_error) > 0 and self.rel_error < inf)):
             raise PacketError("rel_error", f"{self.rel_error} is neither NaN nor finite and positive")

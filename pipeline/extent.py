@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sidelane.codec.packet import compact_strides
+from sidelane.codec.packet import compact
 
 # A view that covers this share of its storage stands for all of it: the q, k and v of one fused projection
 # are a third each, are all saved, and so share one packet. A smaller view is stored alone, as its own
@@ -36,54 +37,82 @@ def element_set(size: tuple[int, ...], stride: tuple[int, ...]) -> Pairs | None:
     return tuple(merged)
 
 
-def distinct_bytes(tensor: Tensor) -> int:
-    """Bytes of the elements of `tensor`, those of expanded dimensions counted once."""
-    numel = prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step or n < 2)
-    return numel * tensor.dtype.itemsize
+class Geometry(NamedTuple):
+    """What sizes and strides imply; made once for each of them.
 
+    Attributes:
+        size, stride: in elements.
+        compact: `stride` with the gaps closed.
+        pairs: see `element_set`.
+        numel: distinct elements, those of expanded dimensions counted once.
+        span: elements from the first to the last, both included.
+    """
 
-@dataclass(frozen=True)
-class View:
-    """A strided tensor without its memory. `offset` and `stride` are in elements of `dtype`."""
-
-    dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    compact: tuple[int, ...]  # `stride` with the gaps closed
+    compact: tuple[int, ...]
+    pairs: Pairs | None
+    numel: int
+    span: int
+
+
+@lru_cache(4096)
+def _geometry(size: tuple[int, ...], stride: tuple[int, ...]) -> Geometry:
+    dims = list(zip(size, stride, strict=True))
+    return Geometry(
+        size,
+        stride,
+        compact(size, stride),
+        element_set(size, stride),
+        prod(n for n, step in dims if step or n < 2),
+        1 + sum((n - 1) * step for n, step in dims),
+    )
+
+
+def geometry(tensor: Tensor) -> Geometry:
+    return _geometry(tuple(tensor.shape), tensor.stride())
+
+
+def distinct_bytes(tensor: Tensor) -> int:
+    """Bytes of the elements of `tensor`, those of expanded dimensions counted once."""
+    return geometry(tensor).numel * tensor.dtype.itemsize
+
+
+class View(NamedTuple):
+    """A strided tensor without its memory; `offset` is in elements of `dtype`."""
+
+    dtype: torch.dtype
+    geometry: Geometry
     offset: int
-    pairs: Pairs | None  # see `element_set`
-    nbytes: int  # see `distinct_bytes`
     conj: bool
     neg: bool
 
     @classmethod
     def of(cls, tensor: Tensor) -> View:
         return cls(
-            tensor.dtype,
-            tuple(tensor.shape),
-            tensor.stride(),
-            compact_strides(tensor),
-            int(tensor.storage_offset()),
-            element_set(tuple(tensor.shape), tensor.stride()),
-            distinct_bytes(tensor),
-            tensor.is_conj(),
-            tensor.is_neg(),
+            tensor.dtype, geometry(tensor), int(tensor.storage_offset()), tensor.is_conj(), tensor.is_neg()
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the distinct elements."""
+        return self.geometry.numel * self.dtype.itemsize
 
     def over(self, storage: torch.UntypedStorage) -> Tensor:
         """The saved tensor over a copy of its whole storage: same size, stride, offset and bits."""
-        return self._flags(self._lay(storage, self.offset, self.stride))
+        return self._flags(self._lay(storage, self.offset, self.geometry.stride))
 
     def over_elements(self, storage: torch.UntypedStorage) -> Tensor:
         """The saved tensor from a storage of its elements alone, in memory order. Same size and stride; the
         offset is 0. Gaps between the elements are allocated again, and their content is undefined."""
-        dense = self._lay(storage, 0, self.compact)
-        if self.compact == self.stride:
+        size, stride, dense_stride = self.geometry[:3]
+        dense = self._lay(storage, 0, dense_stride)
+        if dense_stride == stride:
             return self._flags(dense)
-        span = 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
-        out = torch.empty(span, dtype=self.dtype, device=storage.device).as_strided(self.size, self.stride)
+        out = torch.empty(self.geometry.span, dtype=self.dtype, device=storage.device)
+        out = out.as_strided(size, stride)
         target, source = out, dense
-        for d, step in enumerate(self.stride):
+        for d, step in enumerate(stride):
             if step == 0:  # one element stands for all
                 target, source = target.narrow(d, 0, 1), source.narrow(d, 0, 1)
         target.copy_(source)
@@ -91,7 +120,7 @@ class View:
 
     def _lay(self, storage: torch.UntypedStorage, offset: int, stride: tuple[int, ...]) -> Tensor:
         return torch.empty(0, dtype=self.dtype, device=storage.device).set_(
-            storage, offset, self.size, stride
+            storage, offset, self.geometry.size, stride
         )
 
     def _flags(self, tensor: Tensor) -> Tensor:

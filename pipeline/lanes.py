@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class ExactLane:
 
 @dataclass(frozen=True)
 class PackedLane:
-    """Codes bf16, fp16 and fp32 with loss; NaN and Inf, and every other dtype, are restored bit for bit.
+    """Codes bf16, fp16 and fp32 with loss, every other dtype bit for bit; Inf and NaN come back as Inf and NaN.
 
     Without a basis, groups of `group` neighbours in memory share a scale (see `GroupCodes`). With one, rows
     [T, D] in memory order are projected and each coefficient takes `width` bits, or what the basis allocates;
@@ -218,16 +219,37 @@ def decode_packet(packet: Packet, basis: Basis | None = None) -> Tensor:
     return packet.unflatten(flat)
 
 
-@contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """For work of our own: not recorded by autograd, not cast by autocast, not seen by dispatch modes."""
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-        _disable_current_modes(),
-    ):
-        yield
+class undisturbed:
+    """Context for work of our own: not recorded by autograd, not cast by autocast, unseen by dispatch modes.
+
+    What is off already is not switched off again: this is entered for every saved tensor.
+    """
+
+    __slots__ = ("_device", "_grad", "_outer")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device.type
+
+    def __enter__(self) -> None:
+        self._outer: ExitStack | None = None
+        if (
+            torch.is_inference_mode_enabled()
+            or torch.is_autocast_enabled(self._device)
+            or torch._C._len_torch_dispatch_stack()
+        ):
+            self._outer = ExitStack()
+            self._outer.enter_context(torch.inference_mode(False))
+            self._outer.enter_context(torch.autocast(self._device, enabled=False))
+            self._outer.enter_context(_disable_current_modes())
+        self._grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        torch._C._set_grad_enabled(self._grad)
+        if self._outer is not None:
+            self._outer.close()
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
+from functools import partial
 from math import inf
 from types import TracebackType
 from typing import Any
@@ -37,10 +38,13 @@ from sidelane.pipeline.stash import (
     data_key,
     describe,
 )
-from sidelane.pipeline.wire import DeviceCopy, HostCopy, Wire
+from sidelane.pipeline.wire import DeviceCopy, Wire, take_pinned
 
 MIN_BYTES = 256 << 10
+GPU_BUDGET = 1 << 30
+EXACT_BYTES = 8 << 20  # smaller tensors cross faster than the host learns the size of their exact code
 POLICIES = ("keep", "spill", "error")
+RAW = open_lane("raw")
 
 _active = threading.local()  # the contexts a thread is inside of, innermost last: see _stack
 
@@ -70,14 +74,12 @@ class offload:
             (`compress`).
         min_bytes: smaller tensors are kept.
         host_budget: bytes of packets in host memory, as allocated; None for no limit.
-        gpu_budget: bytes this context holds on the device of the tensors: packets on their way, fetched
-            ahead, or kept because the host budget is full. At the limit the compute stream waits for the
-            wire; with None, no limit, packets pile up on the device when they are made faster than the wire
-            takes them. One packet in the middle of being encoded or decoded is not counted.
+        gpu_budget: bytes of packets on the device of the tensors, default 1 GiB. The newest stay there, since
+            backward starts with them; the others are on their way, fetched ahead, or there because the host
+            budget is full. At the limit the compute stream waits for the wire. With None nothing leaves the
+            device. One packet in the middle of being encoded or decoded is not counted.
         on_full: when the host budget is full: "keep" the packet on its device, "spill" it to a file, which
             waits for the device and falls back to "keep" when the disk is full, or raise an "error".
-        keep_last: newest packets whose device copy stays after it was copied out, because backward starts
-            with them.
         checker: keep a copy of all that is packed, verify every unpack, and find changes that the version
             counters of tensors do not show. Costs the memory that offloading saves, and waits for the device.
         spill_dir: where "spill" makes its temporary folder; default: the system's.
@@ -94,10 +96,9 @@ class offload:
         *,
         max_rel_error: float | None = None,
         min_bytes: int = MIN_BYTES,
-        gpu_budget: int | None = None,
+        gpu_budget: int | None = GPU_BUDGET,
         host_budget: int | None = None,
         on_full: str = "keep",
-        keep_last: int = 2,
         checker: bool = False,
         spill_dir: str | None = None,
         basis: Basis | None = None,
@@ -106,7 +107,6 @@ class offload:
         for name, value in (("gpu_budget", gpu_budget), ("host_budget", host_budget)):
             _check_size(name, value, optional=True)
         _check_size("min_bytes", min_bytes)
-        _check_size("keep_last", keep_last)
         if on_full not in POLICIES:
             raise LaneError(f"on_full={on_full!r} is not one of {', '.join(POLICIES)}")
         self._lane = choose_lane(lane, max_rel_error, basis, lane_options)
@@ -122,7 +122,7 @@ class offload:
         self._tickets = Budget()
         self._index = Index()
         self._tally = Tally()
-        self._wire = Wire(self._device, keep_last)
+        self._wire = Wire(self._device, partial(take_pinned, self._host))
         self._entered = threading.local()
 
     def __enter__(self) -> offload:
@@ -196,14 +196,14 @@ class offload:
 
     def _keys(self, tensor: Tensor, view: View) -> tuple[Key, ...]:
         """Keys of the stashes that can give `tensor` back; the first is that of the stash to make."""
-        data = data_key(tensor)
+        data, pairs = data_key(tensor), view.geometry.pairs
         whole = Key(data, "whole")
         if not self._lane.exact and may_lose_bits(tensor):
             # The error bound is of this tensor, so only views of the same elements may share its packet.
-            return Key(data, "lossy", view.dtype, view.offset, view.pairs), whole
-        if view.pairs is None or view.nbytes * WHOLE_SHARE >= tensor.untyped_storage().nbytes():
+            return Key(data, "lossy", view.dtype, view.offset, pairs), whole
+        if pairs is None or view.nbytes * WHOLE_SHARE >= tensor.untyped_storage().nbytes():
             return (whole,)
-        return Key(data, "elements", view.dtype, view.offset, view.pairs), whole
+        return Key(data, "elements", view.dtype, view.offset, pairs), whole
 
     def _reuse(self, stash: Stash, tensor: Tensor, view: View) -> None:
         """Count `tensor` as stored already."""
@@ -216,15 +216,21 @@ class offload:
 
     def _encode(self, tensor: Tensor, view: View, key: Key) -> Stash:
         whole = key.kind == "whole"
-        if key.kind == "lossy":
-            packet = compress(without_flags(tensor), lane=self._lane, max_rel_error=self._max_rel_error)
+        if key.kind != "lossy":
+            packet = self._exact_lane(tensor, view).encode(_elements(tensor, whole))
+        elif self._max_rel_error is None:
+            packet = self._lane.encode(without_flags(tensor))
         else:
-            packet = self._exact.encode(_elements(tensor, whole))
+            packet = compress(without_flags(tensor), lane=self._lane, max_rel_error=self._max_rel_error)
         truth = self._truth(tensor, packet, whole) if self._checker else None
         stash = Stash(tensor, self._place(packet, view), whole, truth)
         self._index.add(key, stash)
         self._tally.encoded(view, packet)
         return stash
+
+    def _exact_lane(self, tensor: Tensor, view: View) -> Lane:
+        small = tensor.is_cuda and view.nbytes < EXACT_BYTES and self._exact.name == "exact"
+        return RAW if small else self._exact
 
     def _decode(self, stash: Stash) -> Tensor:
         """The elements of a stash, flat, at the start of a storage of their own."""
@@ -236,14 +242,15 @@ class offload:
     def _place(self, packet: Packet, view: View) -> Home:
         """A home for `packet` within the budgets. Raises BudgetError when there is none."""
         on_gpu = packet.device.type == "cuda"
-        host = HostCopy(packet) if on_gpu else None
-        needed = packet.nbytes if host is None else host.pinned
-        claim = self._host.claim(needed)
-        if claim is not None:
-            return Resident(packet, claim) if host is None else self._wire.send(packet, host, claim)
+        if on_gpu:
+            transit = self._wire.send(packet)
+            if transit is not None:
+                return transit
+        elif (claim := self._host.claim(packet.nbytes)) is not None:
+            return Resident(packet, claim)
         if self._on_full == "error":
             raise BudgetError(
-                f"host budget: {describe(view)} needs {needed} bytes, {self._host.held} of "
+                f"host budget: {describe(view)} needs {packet.nbytes} bytes, {self._host.held} of "
                 f"{self._host.limit} are held; raise host_budget, or set on_full='keep' or 'spill'"
             )
         if self._on_full == "spill":

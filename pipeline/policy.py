@@ -8,7 +8,7 @@ from torch.autograd.graph import Node
 from torch.nn import Parameter
 
 from sidelane.codec.packet import DTYPES
-from sidelane.pipeline.extent import distinct_bytes, element_set
+from sidelane.pipeline.extent import distinct_bytes, geometry
 from sidelane.pipeline.packed import LOSSY_DTYPES
 
 DEVICES = ("cuda", "cpu")
@@ -58,11 +58,16 @@ def why_kept(tensor: Tensor, min_bytes: int) -> str | None:
         return "weight"
     if tensor.numel() == 0 or distinct_bytes(tensor) < min_bytes:
         return "below min_bytes"
-    if tensor.is_cuda:
-        with torch.cuda.device(tensor.device):
-            if torch.cuda.is_current_stream_capturing():
-                return "graph capture"
+    if tensor.is_cuda and _is_capturing(tensor.device):
+        return "graph capture"
     return None
+
+
+def _is_capturing(device: torch.device) -> bool:
+    if device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -109,5 +114,5 @@ def may_lose_bits(tensor: Tensor) -> bool:
         and tensor.requires_grad
         and tensor.ndim >= 2
         and tensor.shape[-1] > 1
-        and element_set(tuple(tensor.shape), tensor.stride()) is not None
+        and geometry(tensor).pairs is not None
     )

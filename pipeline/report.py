@@ -136,7 +136,7 @@ class Tally:
         self._counts: defaultdict[str, Count] = defaultdict(Count)
 
     def encoded(self, view: View, packet: Packet) -> None:
-        key: _Class = (view.dtype, view.size, packet.lane)
+        key: _Class = (view.dtype, view.geometry.size, packet.lane)
         with self._lock:
             if key not in self._classes and len(self._classes) >= MAX_CLASSES:
                 key = (None, None, packet.lane)

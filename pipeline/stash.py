@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError, PacketError
-from sidelane.pipeline.extent import Pairs, View
+from sidelane.pipeline.extent import Pairs, View, geometry
 
 
 class Claim:
@@ -238,13 +238,12 @@ def data_key(tensor: Tensor) -> Hashable:
     storage = tensor.untyped_storage()
     owner = tensor if tensor._base is None else tensor._base
     first, itemsize = owner.storage_offset(), owner.dtype.itemsize
-    last = first + sum((n - 1) * step for n, step in zip(owner.shape, owner.stride(), strict=True))
-    counted = first * itemsize, (last + 1) * itemsize
+    counted = first * itemsize, (first + geometry(owner).span) * itemsize
     return storage._cdata, storage.data_ptr(), storage.nbytes(), tensor._version, counted
 
 
 def describe(tensor: Tensor | View) -> str:
-    shape = tensor.size if isinstance(tensor, View) else tuple(tensor.shape)
+    shape = tensor.geometry.size if isinstance(tensor, View) else tuple(tensor.shape)
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(shape)}"
 
 

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import MIN_BYTES, assert_same, build, gradients, loss_of
 from sidelane.errors import BudgetError
+from sidelane.pipeline import offload as offload_module
 from sidelane.pipeline.checkpoint import checkpoint
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.wire import HostCopy, side_streams
@@ -20,6 +21,11 @@ pytestmark = pytest.mark.gpu
 
 SLEEP = 100_000_000  # cycles, 50 ms at 2 GHz
 exact = partial(offload, min_bytes=MIN_BYTES)
+
+
+@pytest.fixture(autouse=True)
+def _small_tensors_are_coded(monkeypatch):
+    monkeypatch.setattr(offload_module, "EXACT_BYTES", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +48,7 @@ def garbage(device) -> None:
 
 @pytest.mark.parametrize("lane", ["raw", "exact"])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("gpu_budget", [None, 20_000, 0])
+@pytest.mark.parametrize("gpu_budget", [None, 200_000, 20_000, 0])
 def test_gradients_are_bitwise_unchanged(cuda, lane, autocast, gpu_budget):
     model, tokens = build(cuda)
     expected = step(model, tokens, autocast=autocast)
@@ -54,12 +60,14 @@ def test_gradients_are_bitwise_unchanged(cuda, lane, autocast, gpu_budget):
     assert report.total.count > 40
     assert (report.host_bytes, report.device_bytes, report.tickets) == (0, 0, 0)
     assert gpu_budget is None or report.device_peak <= gpu_budget
+    if gpu_budget is None:
+        assert report.host_peak == report.fetched == 0
     if gpu_budget == 0:
         assert report.fetched > 0 and report.prefetched == 0
 
 
 @pytest.mark.parametrize("where", ["compute", "out", "in"])
-@pytest.mark.parametrize("gpu_budget", [None, 20_000, 0])
+@pytest.mark.parametrize("gpu_budget", [None, 200_000, 20_000, 0])
 def test_no_order_of_streams_changes_gradients(cuda, monkeypatch, where, gpu_budget):
     model, tokens = build(cuda)
     expected = step(model, tokens)
@@ -84,7 +92,7 @@ def test_no_order_of_streams_changes_gradients(cuda, monkeypatch, where, gpu_bud
 
         model.wrap = wrap
     for _ in range(2):
-        context = exact(gpu_budget=gpu_budget, keep_last=0)
+        context = exact(gpu_budget=gpu_budget)
         model.zero_grad()
         with context:
             loss = loss_of(model, tokens)
@@ -152,8 +160,8 @@ def test_views_of_unpacked_tensors_outlive_their_node(cuda):
 
     table = torch.randn(258, 256, device=cuda)
     x = torch.zeros(256, 256, device=cuda, requires_grad=True)
-    for gpu_budget in (None, 0):
-        context = exact(gpu_budget=gpu_budget, keep_last=0)
+    for gpu_budget in (1 << 20, 0):
+        context = exact(gpu_budget=gpu_budget)
         with context:
             y = ReturnsSaved.apply(x, table).sum()
         assert context.report().total.count == 1
@@ -167,7 +175,7 @@ def test_a_change_in_place_after_packing_does_not_reach_the_gradient(cuda):
     x = torch.randn(512, 512, device=cuda, requires_grad=True)
     with torch.cuda.stream(side_streams(x.device)[0]):
         torch.cuda._sleep(SLEEP)  # the copy out comes after the change
-    with exact("raw", gpu_budget=None):
+    with exact("raw"):
         h = x * 1
         y = (h * h).sum()
     with torch.no_grad():
@@ -303,3 +311,29 @@ def test_lossy_gradients_equal_those_of_a_synchronous_round_trip(cuda):
     context = offload(gpu_budget=0, **options)
     assert_same(step(model, tokens, context), kept_on_device)
     assert 0 < context.report().total.worst_error <= 0.05
+
+
+def test_small_tensors_of_the_exact_lane_cross_raw(cuda, monkeypatch):
+    monkeypatch.setattr(offload_module, "EXACT_BYTES", 1 << 20)
+    x = torch.randn(1 << 18, device=cuda, requires_grad=True)
+    context = exact()
+    with context:
+        y = (x * 2).exp().sum() + (torch.cat((x, x[:4])) * 2).exp().sum()
+    assert sorted(row.lane for row in context.report().classes) == ["exact", "raw"]
+    y.backward()
+
+
+def test_the_host_never_waits_for_the_device_in_the_packed_lane(cuda):
+    """The device is held up by a long kernel while a whole step is enqueued."""
+    model, tokens = build(cuda)
+    context = offload("packed", bits=4, min_bytes=MIN_BYTES, gpu_budget=100_000)
+    for _ in range(3):
+        step(model, tokens, context)  # compile, pin and learn
+    torch.cuda.synchronize()
+    torch.cuda._sleep(40 * SLEEP)
+    done = torch.cuda.Event()
+    done.record()
+    with context:
+        loss = loss_of(model, tokens)
+    loss.backward()
+    assert not done.query()

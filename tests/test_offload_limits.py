@@ -224,7 +224,7 @@ def test_the_innermost_context_applies_and_contexts_can_be_entered_again():
         ({"min_bytes": -1}, "min_bytes=-1 is not a whole number"),
         ({"host_budget": 1.5}, "host_budget=1.5 is not a whole number from 0 up or None"),
         ({"gpu_budget": True}, "gpu_budget=True"),
-        ({"keep_last": None}, "keep_last=None"),
+        ({"gpu_budget": -1}, "gpu_budget=-1 is not a whole number from 0 up or None"),
         ({"on_full": "wait"}, "on_full='wait' is not one of keep, spill, error"),
     ],
 )

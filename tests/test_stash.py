@@ -53,7 +53,7 @@ def test_views_are_laid_over_both_kinds_of_storage(x):
 @settings(max_examples=300, deadline=None)
 def test_element_sets_are_equal_exactly_for_equal_elements(a, b):
     same = occupied(a) == occupied(b)
-    assert (View.of(a).pairs == View.of(b).pairs) == same
+    assert (View.of(a).geometry.pairs == View.of(b).geometry.pairs) == same
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from sidelane.codec.packet import Packet
 from sidelane.pipeline import wire as wire_module
 from sidelane.pipeline.stash import Budget
-from sidelane.pipeline.wire import GRANULE, HostCopy, Wire, pinned_blocks
+from sidelane.pipeline.wire import HostCopy, Pinned, Wire
 
 GPU = torch.device("cuda", 0)
 POISON = -1
@@ -92,21 +92,48 @@ class Block:
 class Host:
     """Stands for HostCopy: the copies are work of the current stream."""
 
-    nbytes = 10
-
     def __init__(self, device):
         self.device = device
-        self.cell = [POISON]
+        self.nbytes = 10
+        self.pinned = None
 
     def write(self, block):
-        source, target = block.cell, self.cell
+        source, target = block.cell, self.pinned.slot.cell
         self.device.current.enqueue(lambda: target.__setitem__(0, source[0]))
 
     def read(self, _):
         block = Block(self.device)
-        source, target = self.cell, block.cell
+        source, target = self.pinned.slot.cell, block.cell
         self.device.current.enqueue(lambda: target.__setitem__(0, source[0]))
         return block
+
+    def release(self, after):
+        self.pinned.slot.released = after
+
+
+class Slots:
+    """Stands for the arena: `count` cells of memory, handed out again once their slot is dropped."""
+
+    def __init__(self, count):
+        self.budget = Budget(10 * count)
+        self.free = [([POISON], None) for _ in range(count)]
+
+    def take(self, nbytes):
+        claim = self.budget.claim(nbytes)
+        return Pinned(HostSlot(self), claim) if claim else None
+
+
+class HostSlot:
+    def __init__(self, slots):
+        self.cell, self.released = slots.free.pop(0)
+        self.slots = slots
+
+    def wait(self, stream):
+        if self.released is not None:
+            stream.wait_event(self.released)
+
+    def __del__(self):
+        self.slots.free.append((self.cell, self.released))
 
 
 @pytest.fixture
@@ -119,96 +146,144 @@ def model(monkeypatch):
         monkeypatch.setattr(torch.cuda, "stream", device.stream)
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False: Event())
         monkeypatch.setattr(wire_module, "side_streams", lambda _: device.side)
+        monkeypatch.setattr(wire_module, "HostCopy", lambda _: Host(device))
         return device
 
     return make
 
 
 @pytest.mark.parametrize("limit", [None, 0, 10, 25, 60])
-@pytest.mark.parametrize("keep_last", [0, 2])
+@pytest.mark.parametrize("slots", [12, 4])
 @pytest.mark.parametrize("streams", [1, 2])
-def test_every_use_reads_what_was_sent_in_any_order_of_work(model, limit, keep_last, streams):
+def test_every_use_reads_what_was_sent_in_any_order_of_work(model, limit, slots, streams):
     for seed in range(60):
         device = model(seed)
         rng = device.rng
-        budget, host = Budget(limit), Budget()
-        wire = Wire(budget, keep_last)
-        transits, reads = {}, []
+        budget, host = Budget(limit), Slots(slots)
+        wire = Wire(budget, host.take)
+        reads, transits = [], {}
 
         def use(value, device=device, transits=transits, reads=reads):
             with transits[value].use() as block:
                 cell = block.cell
                 device.current.enqueue(lambda: reads.append((value, cell[0])))
 
-        for value in range(12):
-            device.current = device.compute[rng.randrange(streams)]
-            transits[value] = wire.send(Block(device, value), Host(device), host.claim(10))
-            device.run(rng.randrange(8))
-            if rng.random() < 0.2:
-                use(rng.choice(list(transits)))
-            if rng.random() < 0.1:
-                del transits[rng.choice(list(transits))]
-        order = sorted(transits, reverse=True)
-        if rng.random() < 0.5:
-            rng.shuffle(order)
-        for value in order:
-            device.current = device.compute[rng.randrange(streams)]
-            for _ in range(rng.choice((0, 1, 1, 2))):
-                use(value)
-                device.run(rng.randrange(12))
-            if rng.random() < 0.7:
-                del transits[value]
+        for step in range(3):
+            for value in range(12 * step, 12 * step + 12):
+                device.current = device.compute[rng.randrange(streams)]
+                transits[value] = wire.send(Block(device, value))
+                if transits[value] is None:
+                    del transits[value]
+                    assert not host.free and limit is not None
+                device.run(rng.randrange(8))
+                if transits and rng.random() < 0.2:
+                    use(rng.choice(list(transits)))
+                if transits and rng.random() < 0.1:
+                    del transits[rng.choice(list(transits))]
+            order = sorted(transits, reverse=True)
+            if rng.random() < 0.5:
+                rng.shuffle(order)
+            for value in order:
+                device.current = device.compute[rng.randrange(streams)]
+                for _ in range(rng.choice((0, 1, 1, 2))):
+                    use(value)
+                    device.run(rng.randrange(12))
+                if rng.random() < 0.7:
+                    del transits[value]
         device.run()
         assert reads and all(sent == got for sent, got in reads), (seed, reads)
         assert limit is None or budget.peak <= limit
         transits.clear()
-        assert (budget.held, host.held) == (0, 0)
+        assert (budget.held, host.budget.held, len(host.free)) == (0, 0, slots)
+
+
+def forward(wire, device, values):
+    transits = [wire.send(Block(device, i)) for i in range(values)]
+    device.run()
+    return transits
+
+
+def backward(device, transits):
+    while transits:
+        with transits.pop().use():
+            pass
+        device.run()
 
 
 def test_packets_are_fetched_ahead_in_reverse_order(model):
     device = model(0)
-    wire = Wire(Budget(), keep_last=0)
-    host = Budget()
-    transits = [wire.send(Block(device, i), Host(device), host.claim(10)) for i in range(8)]
-    device.run()
-    wire.send(Block(device, 8), Host(device), host.claim(10))  # retires those that are out
-    for transit in reversed(transits):
-        with transit.use():
-            pass
-        device.run()
-    assert (wire.fetched, wire.prefetched) == (1, 7)
+    wire = Wire(Budget(40), Slots(8).take)
+    backward(device, forward(wire, device, 8))
+    assert (wire.fetched, wire.prefetched) == (0, 4)
 
 
-def test_copies_that_have_left_are_dropped_but_for_the_newest(model):
+def test_without_room_to_fetch_ahead_every_packet_is_fetched_on_demand(model):
     device = model(0)
-    budget, host = Budget(), Budget()
-    wire = Wire(budget, keep_last=2)
-    transits = [wire.send(Block(device, i), Host(device), host.claim(10)) for i in range(5)]
-    assert budget.held == 50  # still on their way
-    device.run()
-    transits.append(wire.send(Block(device, 5), Host(device), host.claim(10)))
-    assert budget.held == 30  # two kept, one on its way
+    wire = Wire(Budget(10), Slots(8).take)
+    backward(device, forward(wire, device, 8))
+    assert (wire.fetched, wire.prefetched) == (7, 0)
 
 
-def test_pinned_blocks_are_powers_of_two_that_add_up():
-    for nbytes in (0, 1, GRANULE, GRANULE + 1, 5 * GRANULE, 100_000_000, (1 << 30) + 1):
-        blocks = pinned_blocks(nbytes)
-        assert all(n & (n - 1) == 0 for n in blocks) and blocks == sorted(blocks, reverse=True)
-        assert nbytes <= sum(blocks) < nbytes + GRANULE
+def test_nothing_leaves_a_device_without_limit(model):
+    device = model(0)
+    host = Slots(0)
+    transits = forward(Wire(Budget(), host.take), device, 8)
+    assert all(t.copied is None for t in transits) and host.budget.peak == 0
 
 
-def test_sections_cross_pinned_blocks(monkeypatch):
-    """Pageable blocks stand for pinned ones."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kw: empty(*size, **kw))
-    sizes = {"a": 3, "empty": 0, "b": 3 * GRANULE + 17, "c": 1000}
-    sections = {name: torch.randint(0, 256, (n,), dtype=torch.uint8) for name, n in sizes.items()}
+def test_the_packets_that_backward_starts_with_are_not_copied_out_again(model):
+    device = model(0)
+    host = Slots(20)
+    wire = Wire(Budget(100), host.take)
+    backward(device, forward(wire, device, 20))
+    assert host.budget.peak == 200
+    second = forward(wire, device, 20)
+    assert [t.copied is not None for t in second] == [True] * 11 + [False] * 9
+    assert host.budget.held == 110
+    backward(device, second)
+    assert (wire.fetched, host.budget.held) == (0, 0)
+
+
+def test_a_longer_pass_than_the_last_copies_out_late(model):
+    device = model(0)
+    wire = Wire(Budget(100), Slots(40).take)
+    backward(device, forward(wire, device, 10))
+    transits = forward(wire, device, 30)
+    assert sum(t.local is not None for t in transits) == 10
+    backward(device, transits)
+
+
+def test_a_full_host_is_told_unless_the_packet_stays(model):
+    device = model(0)
+    wire = Wire(Budget(100), Slots(3).take)
+    transits = [wire.send(Block(device, i)) for i in range(4)]
+    assert [t is None for t in transits] == [False] * 3 + [True]
+
+
+class PageableSlot:
+    released = None
+
+    def __init__(self, nbytes):
+        self.tensor = torch.zeros(nbytes, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("one_block", [True, False])
+def test_sections_come_back_from_host_memory(one_block):
+    """Pageable memory stands for pinned memory."""
+    sizes = {"a": 3, "empty": 0, "b": 70_017, "c": 1000}
+    block = torch.randint(0, 256, (100_000,), dtype=torch.uint8)
+    starts = {"a": 256, "empty": 512, "b": 512, "c": 70_656}
+    sections = {name: block[starts[name] : starts[name] + n] for name, n in sizes.items()}
+    if not one_block:
+        sections = {name: part.clone() for name, part in sections.items()}
     packet = Packet("raw", torch.uint8, (8,), (1,), sections)
     host = HostCopy(packet)
-    assert host.nbytes <= host.pinned < host.nbytes + GRANULE
+    assert sum(sizes.values()) <= host.nbytes < sum(sizes.values()) + 4 * 256
+    host.pinned = Pinned(PageableSlot(host.nbytes), None)
     host.write(packet)
     back = host.read(torch.device("cpu"))
     assert back.sections.keys() == sections.keys()
     for name, part in sections.items():
         assert torch.equal(back.sections[name], part)
+        assert back.sections[name].storage_offset() % 256 == 0
     assert (back.lane, back.dtype, back.shape) == (packet.lane, packet.dtype, packet.shape)

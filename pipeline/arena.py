@@ -1,0 +1,418 @@
+"""Pinned host memory of exactly the asked size: mapped, registered with CUDA once, and reused.
+
+PyTorch's own host allocator rounds every block up to a power of two and never gives one back.
+
+Note: [Interrupts]
+Signals and the garbage collector run Python code between any two bytecodes, so no lock is taken when a slot
+dies: its weak reference appends itself to a queue, in C, and the next call under the lock reads the queue.
+Every call sets `_torn` while it changes the books. One that finds it set was preceded by an interrupted one,
+and rebuilds them from the two things that are always true: the regions, and which slots are alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from sidelane.errors import DriverError, LaneError, OffloadError
+from sidelane.pipeline.space import Block, Space
+
+GRANULE = 4096  # page, and what direct I/O aligns to
+STEP = 256 << 20  # regions are no smaller, unless a limit or the machine wants it
+RESERVE = 1 << 30  # bytes of host memory that are left alone
+PREFAULT_THREADS = 8
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
+
+_forks = 0  # how many times this process descends from a fork
+
+
+def slot_bytes(nbytes: int) -> int:
+    """What a slot of `nbytes` takes from an arena."""
+    return max(-(-nbytes // GRANULE), 1) * GRANULE
+
+
+class Slot:
+    """A piece of an arena; it returns there when it is collected, on any thread.
+
+    Attributes:
+        nbytes: as asked for.
+    """
+
+    __slots__ = ("__weakref__", "_loan", "nbytes")
+    _loan: _Loan
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+    @property
+    def tensor(self) -> Tensor:
+        """uint8 [nbytes] in pinned memory (plain memory in an arena that is not pinned). Its address is a
+        multiple of 4096, and the bytes up to the next such multiple belong to it. Not to be used after the
+        slot. Raises OffloadError in a forked process, which has none of this memory."""
+        return self._view(self.nbytes)
+
+    @property
+    def padded(self) -> Tensor:
+        """uint8 [slot_bytes(nbytes)]: `tensor` and what lies up to the next multiple of 4096."""
+        return self._view(self._loan.block.nbytes)
+
+    @property
+    def released(self) -> torch.cuda.Event | None:
+        """Reached when all that was enqueued for this memory is done: set by its last user, at once after
+        enqueuing. The memory is lent again without waiting for it."""
+        return self._loan.released
+
+    @released.setter
+    def released(self, event: torch.cuda.Event | None) -> None:
+        self._loan.released = event
+
+    def wait(self, stream: torch.cuda.Stream) -> None:
+        """Let `stream` wait for the users before, as it must before the first write."""
+        for event in self._loan.block.after:
+            stream.wait_event(event)
+
+    def synchronize(self) -> None:
+        """Wait on the host for the users before, as the first writer must if it is the host."""
+        for event in self._loan.block.after:
+            event.synchronize()
+
+    def _view(self, nbytes: int) -> Tensor:
+        block = self._loan.block
+        return block.owner.view(block.start, nbytes)  # type: ignore[no-any-return]
+
+
+class _Loan(ref[Slot]):
+    """The arena's side of a slot. See Note: [Interrupts]."""
+
+    __slots__ = ("block", "released")
+    block: Block
+    released: torch.cuda.Event | None
+
+
+class Arena:
+    """Host memory in slots, mapped and registered in large regions. Thread-safe.
+
+    Args:
+        limit: bytes mapped at most; None for what the machine has (see `available_memory`).
+        pinned: registered with CUDA; default: where there is CUDA. Plain memory otherwise.
+        step: bytes by which it grows, or the size asked for if that is larger. Registering costs the order
+            of 0.1 to 0.4 s per GiB.
+
+    Raises LaneError for a bad argument.
+    """
+
+    def __init__(self, limit: int | None = None, *, pinned: bool | None = None, step: int = STEP) -> None:
+        if limit is not None and limit < 0 or step < 1:
+            raise LaneError(f"limit={limit}, step={step}: an arena has bytes, 0 or more")
+        self.limit = limit
+        self.pinned = torch.cuda.is_available() if pinned is None else pinned
+        self._step = step
+        self._lock = Lock()
+        self._returned: deque[_Loan] = deque()
+        self._live: dict[int, _Loan] = {}  # by id: a weak reference hashes like what it refers to
+        self._regions: list[_Region] = []
+        self._space = Space()
+        self._held = self._peak = 0
+        self._torn = self._closed = False
+
+    @property
+    def held(self) -> int:
+        """Bytes of the slots that are alive, each a multiple of 4096 (`slot_bytes`)."""
+        with self._lock:
+            self._begin()
+            self._torn = False
+            return self._held
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that were ever held."""
+        return self._peak
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that are mapped and registered."""
+        return sum(region.nbytes for region in self._regions)
+
+    def take(self, nbytes: int) -> Slot | None:
+        """A slot, or None when the limit or the machine does not allow it, or the arena is closed.
+
+        Its content is undefined, and earlier users may be at work: see `Slot.wait`. Raises LaneError for a
+        negative size, DriverError when CUDA refuses to register memory for another reason than its amount.
+        """
+        if nbytes < 0:
+            raise LaneError(f"a slot of {nbytes} bytes: the size is 0 or more")
+        size = slot_bytes(nbytes)
+        with self._lock:
+            self._begin()
+            block = self._space.take(size)
+            if block is None and not self._closed and self._grow(size):
+                block = self._space.take(size)
+            slot = None if block is None else self._lend(Slot(nbytes), block)
+            self._torn = False
+        return slot
+
+    def trim(self) -> int:
+        """Unregister and unmap the regions that are free; returns their bytes. Waits for their users."""
+        with self._lock:
+            self._begin()
+            freed = self._drop_regions(wait=True)
+            self._torn = False
+        return freed
+
+    def close(self) -> None:
+        """Lend no more, and unmap what is free. What is lent is unmapped by `trim`, or when the arena and
+        the slot are gone."""
+        self._closed = True
+        self.trim()
+
+    def _begin(self) -> None:
+        """Bring the books up to date and open them for a change."""
+        if self._torn:
+            self._rebuild()
+        self._torn = True
+        while self._returned:
+            loan = self._returned.popleft()
+            if self._live.pop(id(loan), None) is not loan:
+                continue  # of a time before the books were rebuilt
+            block = loan.block
+            self._held -= block.nbytes
+            after = block.after if loan.released is None else (loan.released,)
+            pending = tuple(event for event in after if not event.query())
+            self._space.give(Block(block.owner, block.start, block.nbytes, pending))
+
+    def _lend(self, slot: Slot, block: Block) -> Slot:
+        loan = _Loan(slot, self._returned.append)
+        loan.block, loan.released = block, None
+        slot._loan = loan
+        self._live[id(loan)] = loan
+        self._held += block.nbytes
+        self._peak = max(self._peak, self._held)
+        return slot
+
+    def _rebuild(self) -> None:
+        alive = [(loan, slot) for loan in list(self._live.values()) if (slot := loan()) is not None]
+        _synchronize()  # in place of the events that were lost
+        self._live = {id(loan): loan for loan, _ in alive}
+        self._held = sum(loan.block.nbytes for loan, _ in alive)
+        self._space = Space()
+        for region in self._regions:
+            first = region.start
+            for block in sorted(
+                (loan.block for loan, _ in alive if loan.block.owner is region), key=lambda b: b.start
+            ):
+                if first < block.start:
+                    self._space.give(Block(region, first, block.start - first))
+                first = block.end
+            if first < region.end:
+                self._space.give(Block(region, first, region.end - first))
+
+    def _grow(self, size: int) -> bool:
+        """Add a region that holds `size` bytes. False when that is not allowed."""
+        for wanted in (max(size, self._step), size):
+            nbytes = min(slot_bytes(wanted), self._room())
+            if nbytes < size:
+                self._drop_regions(wait=False)
+                nbytes = min(size, self._room())
+            if nbytes >= size and available_memory() - RESERVE >= nbytes and self._add_region(nbytes):
+                return True
+        return False
+
+    def _room(self) -> int:
+        if self.limit is None:
+            return sys.maxsize
+        return (self.limit - self.reserved) // GRANULE * GRANULE
+
+    def _add_region(self, nbytes: int) -> bool:
+        region = _Region(nbytes)
+        if not region.open(self.pinned):
+            return False
+        self._regions.append(region)
+        self._space.give(Block(region, region.start, region.nbytes))
+        return True
+
+    def _drop_regions(self, wait: bool) -> int:
+        """Unmap the free regions; unless `wait`, only those whose users are done."""
+        freed = 0
+        for block in list(self._space):
+            region: _Region = block.owner
+            if block.nbytes < region.nbytes or not (wait or all(e.query() for e in block.after)):
+                continue
+            for event in block.after:
+                event.synchronize()
+            self._space.remove(block)
+            self._regions.remove(region)
+            region.close()
+            freed += region.nbytes
+        return freed
+
+
+@cache
+def shared() -> Arena:
+    """The arena of this process, without a limit of its own."""
+    return Arena()
+
+
+class _Region:
+    """One mapping, registered as a whole.
+
+    A forked child gets none of the registered pages: copying them at the fork would take as long as touching
+    them, and sharing them copy-on-write would move them away from under the device.
+    """
+
+    _registered = False
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.start = 0
+        self._forks = _forks
+
+    @property
+    def end(self) -> int:
+        return self.start + self.nbytes
+
+    def open(self, pinned: bool) -> bool:
+        """Map and, if asked to, register the memory; False when there is not enough."""
+        try:
+            self._memory = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError):
+            return False
+        with torch.inference_mode(False):  # or later writes outside of it would be refused
+            self._tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self.start = self._tensor.data_ptr()
+        if pinned:
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                _advise(self.start, self.nbytes, mmap.MADV_HUGEPAGE)
+            _advise(self.start, self.nbytes, mmap.MADV_DONTFORK)
+            _prefault(self.start, self.nbytes)
+            self._registered = True  # before the fact: an interrupt may come right after it
+            self._registered = register(self.start, self.nbytes)
+            return self._registered
+        return True
+
+    def view(self, start: int, nbytes: int) -> Tensor:
+        """uint8 [nbytes] at an address."""
+        if self._registered and self._forks != _forks:
+            raise OffloadError("memory of an arena is not there after a fork: offload in one process only")
+        return self._tensor[start - self.start : start - self.start + nbytes]
+
+    def close(self) -> None:
+        """Unregister. The memory is unmapped with the last tensor over it."""
+        if self._registered and self._forks == _forks:
+            self._registered = False
+            unregister(self.start)
+
+    def __del__(self) -> None:
+        if self._registered and self._forks == _forks and not sys.is_finalizing():
+            _synchronize()
+            self.close()
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+    shared.cache_clear()
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
+# The runtime of cuda-python keeps its own last error. A failed call through PyTorch's would be reported again
+# by the next kernel launch.
+
+
+def register(address: int, nbytes: int) -> bool:
+    """Pin memory for all devices; False when there is not enough. Raises DriverError."""
+    from cuda.bindings import runtime
+
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    (status,) = runtime.cudaHostRegister(address, nbytes, _PORTABLE)
+    if int(status) in (0, _OUT_OF_MEMORY):
+        return int(status) == 0
+    raise DriverError("cudaHostRegister", int(status), status.name, f"{nbytes} bytes cannot be pinned")
+
+
+def unregister(address: int) -> None:
+    """Undo `register`; of memory that is not registered, nothing."""
+    from cuda.bindings import runtime
+
+    runtime.cudaHostUnregister(address)
+
+
+def _synchronize() -> None:
+    """Wait for all devices in use."""
+    if torch.cuda.is_initialized():
+        for i in range(torch.cuda.device_count()):
+            if torch._C._cuda_hasPrimaryContext(i):
+                torch.cuda.synchronize(i)
+
+
+@cache
+def _madvise() -> Any:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
+
+
+def _advise(address: int, nbytes: int, advice: int) -> bool:
+    """madvise(2), without the interpreter lock, which the method of mmap keeps."""
+    return bool(_madvise()(address, nbytes, advice) == 0)
+
+
+def _prefault(address: int, nbytes: int) -> None:
+    """Touch all pages on several threads; a kernel that does not know how leaves it to `register`."""
+    share = slot_bytes(max(nbytes // PREFAULT_THREADS, 16 << 20))
+    parts = [(address + i, min(share, nbytes - i), _POPULATE_WRITE) for i in range(0, nbytes, share)]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        list(pool.map(_advise, *zip(*parts, strict=True)))
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of host memory that this process can still use: of the machine, and of its control groups (v1
+    and v2, page cache that can be dropped counted as free)."""
+    found = [sys.maxsize]
+    for line in _lines(root / "proc/meminfo"):
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            found.append(int(value.split()[0]) << 10)
+    for line in _lines(root / "proc/self/cgroup"):
+        _, kinds, path = line.split(":", 2)
+        if kinds == "":
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in kinds.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # Inside a container the path may be the host's; the group of the container is then at the root.
+        group = Path(path.strip().lstrip("/"))
+        found += [_headroom(base / part, *names) for part in (group, *group.parents)]
+    return min(found)
+
+
+def _headroom(group: Path, limit: str, usage: str, cache: str) -> int:
+    most, used = _lines(group / limit), _lines(group / usage)
+    if not most or not used or not most[0].isdigit():
+        return sys.maxsize
+    stat = dict(line.split() for line in _lines(group / "memory.stat"))
+    return max(int(most[0]) - int(used[0]) + int(stat.get(cache, 0)), 0)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
