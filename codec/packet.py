@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import copysign, inf, isnan, prod
 from typing import TypeVar
@@ -143,7 +143,13 @@ class Packet:
         return cls(lane, tensor.dtype, shape, compact(shape, tensor.stride()))
 
     def with_(self, **changes: object) -> Packet:
-        return replace(self, **changes)  # type: ignore[arg-type]
+        """A packet with other values in these attributes."""
+        other = object.__new__(Packet)
+        other.__dict__.update(self.__dict__)
+        other.__dict__.update(changes)
+        for cached in ("flat_numel", "nbytes"):
+            other.__dict__.pop(cached, None)
+        return other
 
     @cached_property
     def flat_numel(self) -> int:

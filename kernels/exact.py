@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sidelane.errors import LaneError
-from sidelane.kernels._launch import cdiv, use_triton
+from sidelane.kernels._launch import carve, cdiv, device_of, use_triton
 from sidelane.kernels.reference import (
     EXACT_BLOCK,
     EXACT_ESCAPE,
@@ -20,6 +20,7 @@ from sidelane.kernels.reference import (
     exact_encode_ref,
 )
 
+EXACT_PARTS = ("book", "codes", "counts", "escapes", "planes", "odd")
 SURVEY_TILE = 2048  # elements per step of a surveying program
 SURVEY_PROGRAMS = 1024  # at most
 
@@ -177,7 +178,7 @@ def exact_encode(x: Tensor) -> ExactCodes | None:
     if x.ndim != 1 or not x.is_contiguous() or x.numel() == 0:
         raise LaneError(f"shape {tuple(x.shape)}: flatten to one dimension of at least one element")
     if not use_triton(x):
-        return exact_encode_ref(x)
+        return _together(exact_encode_ref(x), f)
     programs = min(cdiv(x.numel(), SURVEY_TILE), SURVEY_PROGRAMS)
     table = torch.empty((programs, 256 + f.planes), dtype=torch.int32, device=x.device)
     survey_into(x, table)
@@ -194,30 +195,39 @@ def exact_encode(x: Tensor) -> ExactCodes | None:
     return codes
 
 
+def _together(codes: ExactCodes | None, f: FloatFields) -> ExactCodes | None:
+    """`codes` with its parts in one allocation."""
+    if codes is None:
+        return None
+    out = empty_exact_codes(f, codes.numel, codes.escapes.numel(), codes.zero_planes, codes.codes.device)
+    for name in EXACT_PARTS:
+        getattr(out, name).copy_(getattr(codes, name))
+    return out
+
+
 def empty_exact_codes(
     f: FloatFields, numel: int, escapes: int, zero_planes: int, device: torch.device
 ) -> ExactCodes:
-    """Uninitialized codes of the sizes that the numbers imply."""
-
-    def bytes_(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.uint8, device=device)
-
+    """Uninitialized codes of the sizes that the numbers imply, made by `carve`."""
+    stored = f.planes - zero_planes.bit_count()
+    sizes = (
+        EXACT_ESCAPE,
+        cdiv(numel, 2),
+        2 * cdiv(numel, EXACT_BLOCK),
+        escapes,
+        stored * numel,
+        f.odd_bits * cdiv(numel, 8),
+    )
+    book, codes, counts, listed, planes, odd = carve(sizes, device)
     return ExactCodes(
-        book=bytes_(EXACT_ESCAPE),
-        codes=bytes_(cdiv(numel, 2)),
-        counts=torch.empty(cdiv(numel, EXACT_BLOCK), dtype=torch.int16, device=device),
-        escapes=bytes_(escapes),
-        planes=bytes_(f.planes - zero_planes.bit_count(), numel),
-        odd=bytes_(f.odd_bits * cdiv(numel, 8)),
-        zero_planes=zero_planes,
-        numel=numel,
+        book, codes, counts.view(torch.int16), listed, planes.view(stored, numel), odd, zero_planes, numel
     )
 
 
 def survey_into(x: Tensor, table: Tensor) -> None:
     """The launch of `_exact_survey_kernel` on `x` with one program per row of `table`."""
     f = EXACT_FIELDS[x.dtype]
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+    with device_of(x):
         _exact_survey_kernel[(table.shape[0],)](
             x.view(f.word),
             table,
@@ -234,7 +244,7 @@ def exact_encode_into(x: Tensor, index: Tensor, codes: ExactCodes) -> None:
     f = EXACT_FIELDS[x.dtype]
     word, grid = x.view(f.word), (codes.counts.numel(),)
     fields = {"MANTISSA": f.mantissa, "EXPONENT": f.exponent, "ESCAPE": EXACT_ESCAPE, "BLOCK": EXACT_BLOCK}
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+    with device_of(x):
         _exact_encode_kernel[grid](
             word,
             index,
@@ -280,7 +290,7 @@ def exact_decode(codes: ExactCodes, dtype: torch.dtype) -> Tensor:
 def exact_decode_into(codes: ExactCodes, out: Tensor) -> None:
     """The launch of `exact_decode` into `out` [numel]."""
     f = EXACT_FIELDS[out.dtype]
-    with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
+    with device_of(out):
         _exact_decode_kernel[(codes.counts.numel(),)](
             codes.book,
             codes.codes,
@@ -312,7 +322,7 @@ def _check_codes(codes: ExactCodes, dtype: torch.dtype) -> None:
             f"exact codes of {codes.numel} elements with zero planes {codes.zero_planes:#b} are not possible"
         )
     like = empty_exact_codes(f, codes.numel, codes.escapes.numel(), codes.zero_planes, torch.device("meta"))
-    for name in ("book", "codes", "counts", "escapes", "planes", "odd"):
+    for name in EXACT_PARTS:
         part, want = getattr(codes, name), getattr(like, name)
         if part.shape != want.shape or part.dtype != want.dtype or not part.is_contiguous():
             raise LaneError(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sidelane.errors import LaneError
-from sidelane.kernels._launch import cdiv, use_triton
+from sidelane.kernels import reference
+from sidelane.kernels._launch import carve, cdiv, device_of, use_triton
 from sidelane.kernels.reference import (
     GROUP_BITS,
     GROUP_SIZES,
@@ -20,149 +19,267 @@ from sidelane.kernels.reference import (
 )
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_LIMITS = {  # largest number, words of Inf and NaN
+    torch.bfloat16: (torch.finfo(torch.bfloat16).max, 0x7F80, 0x7FC0),
+    torch.float16: (torch.finfo(torch.float16).max, 0x7C00, 0x7E00),
+    torch.float32: (torch.finfo(torch.float32).max, 0x7F800000, 0x7FC00000),
+}
 TILE = 2048  # elements per program, a power of two
+WIDE = tl.constexpr(reference.WIDE)
+WIDE_NONFINITE = tl.constexpr(reference.WIDE_NONFINITE)
+NOISE_BITS = tl.constexpr(reference.NOISE_BITS)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by NumPy, for the tests
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _from_words(x, BF16: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 of loaded elements; bfloat16 comes as its bits, int16."""
-    if BF16:
-        return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _to_words(v, dtype: tl.constexpr, BF16: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Inverse of `_from_words` for finite v, rounded to nearest even."""
-    if BF16:
+def _to_words(v, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The bits of finite float32 v rounded to nearest even in `dtype`."""
+    if dtype == tl.float32:
+        return v.to(tl.int32, bitcast=True)
+    elif dtype == tl.float16:
+        return v.to(tl.float16).to(tl.int16, bitcast=True)
+    elif INTERPRETED:  # it truncates
         word = v.to(tl.int32, bitcast=True)
         return ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).to(tl.int16)
     else:
-        return v.to(dtype)
+        return v.to(tl.bfloat16).to(tl.int16, bitcast=True)
 
 
 @triton.jit
-def _uniform(seed, base, local):  # type: ignore[no-untyped-def]
-    """`uniform_hash` of the indices base + local; base is a multiple of TILE: all share one high word."""
+def _hash32(seed, base, local):  # type: ignore[no-untyped-def]
+    """`hash32` of the indices base + local, none of which differs from `base` in its high word."""
     low = base.to(tl.uint32) + local.to(tl.uint32)
     h = low ^ ((base >> 32).to(tl.uint32) * 0x85EBCA6B)
     h = h * 0x9E3779B1 + seed.to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
-    return ((h ^ (h >> 16)) >> 8).to(tl.float32) * 2.0**-24
+    return h ^ (h >> 16)
 
 
-@triton.jit(do_not_specialize=["seed"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
+def _half_step(e):  # type: ignore[no-untyped-def]
+    """2^(e - 128) of e in 1..255."""
+    return tl.maximum((e - 1) << 23, 0x400000).to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _extremes(v, SYMMETRIC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Least and largest of v [G, P, C] by group, or the largest magnitude twice; NaN counts as missing."""
+    if SYMMETRIC:
+        high = tl.max(tl.max(tl.abs(v), axis=1), axis=1)
+        low = high
+    else:
+        low = tl.min(tl.min(v, axis=1), axis=1) + 0.0  # -0 becomes +0
+        high = tl.max(tl.max(v, axis=1), axis=1)
+    return low, high
+
+
+@triton.jit(do_not_specialize=["numel", "seed"])  # type: ignore[untyped-decorator]
 def _group_quantize_pack_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, packed_ptr, scale_ptr, offset_ptr, escape_count_ptr, numel, seed,
+    x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed,
     BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, STOCHASTIC: tl.constexpr,
-    BF16: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    RAGGED: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """code = clamp(floor((x - offset) / scale + noise), 0, 2^BITS - 1) per group of GROUP elements in a row.
+    """Codes, scales and offsets, BLOCK_GROUPS groups at a time. Tiles are [groups, P, C], P * C = GROUP."""
+    tiles = (numel - 1) // (BLOCK_GROUPS * GROUP) + 1
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        _quantize_tile(
+            x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed, tl.cast(tile, tl.int64) * BLOCK_GROUPS,
+            BITS, GROUP, SYMMETRIC, STOCHASTIC, RAGGED, BLOCK_GROUPS,
+        )  # fmt: skip
 
-    Element p * BYTES + c of a group goes to bits [p * BITS, (p + 1) * BITS) of its byte c; tiles are [groups,
-    p, c]. Escaped groups get scale NaN, offset 0, codes 0 and are counted.
-    """
-    PER_BYTE: tl.constexpr = 8 // BITS
-    BYTES: tl.constexpr = GROUP // PER_BYTE
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _quantize_tile(  # type: ignore[no-untyped-def]
+    x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed, first,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, STOCHASTIC: tl.constexpr,
+    RAGGED: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+):  # fmt: skip
     TOP: tl.constexpr = 2**BITS - 1
     MIDDLE: tl.constexpr = 2 ** (BITS - 1) - 1
-    first = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS
+    P: tl.constexpr = 8 // BITS
+    C: tl.constexpr = GROUP // P
     base = first * GROUP
     g = tl.arange(0, BLOCK_GROUPS)
-    p = tl.arange(0, PER_BYTE)[None, :, None]
-    c = tl.arange(0, BYTES)[None, None, :]
-    local = g[:, None, None] * GROUP + p * BYTES + c
-    exists = first + g < (numel - 1) // GROUP + 1  # [BLOCK_GROUPS]
-    inside = local < numel - base
+    p = tl.arange(0, P)[None, :, None]
+    c = tl.arange(0, C)[None, None, :]
+    local = g[:, None, None] * GROUP + p * C + c
+    exists = g < (numel - 1) // GROUP + 1 - first
 
-    x = tl.load(x_ptr + base + local, mask=inside, other=0)
-    x = tl.where(inside, x, tl.load(x_ptr + numel - 1))
-    v = _from_words(x, BF16)
-    # The magnitude as an integer orders NaN above Inf above all numbers.
-    peak = tl.max(tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2), axis=1)
-    absmax = peak.to(tl.float32, bitcast=True)
-    v = tl.where((peak < 0x7F800000)[:, None, None], v, 0.0)
+    v = _load_tile(x_ptr, local, base, numel, exists, RAGGED)
+    low, high = _extremes(v, SYMMETRIC)
     if SYMMETRIC:
-        zero = tl.zeros_like(absmax)
-        span = tl.div_rn(absmax, MIDDLE)
+        absmax = high
+        zero = tl.zeros_like(high)
+        offset = zero.to(tl.float16)
+        span = absmax * (1.0 / MIDDLE)
     else:
-        low = tl.min(tl.min(v, axis=2), axis=1) + 0.0  # -0 becomes +0
+        absmax = tl.maximum(tl.abs(low), tl.abs(high))
         offset = low.to(tl.float16)
         below = (low - tl.maximum(tl.abs(low) * 2.0**-11, 0.75 * 2.0**-24)).to(tl.float16)
         offset = tl.where(offset.to(tl.float32) > low, below, offset)
         zero = offset.to(tl.float32)
-        span = tl.div_rn(tl.max(tl.max(v, axis=2), axis=1) - zero, TOP)
-    raised = span * (1 + 2.0**-10) + 0.75 * 2.0**-24
-    scale = tl.where(span > 0, raised, 0.0).to(tl.float16)
+        span = (high - zero) * (1.0 / TOP)
+    scale = tl.where(span > 0, span * (1 + 2.0**-10) + 0.75 * 2.0**-24, 0.0).to(tl.float16)
     step = scale.to(tl.float32)
-    kept = (absmax + step + tl.abs(zero) < float("inf")) & (step * TOP <= 4 * absmax)
-    divides = kept & (step > 0)
-    inv = tl.where(divides, tl.div_rn(1.0, tl.where(divides, step, 1.0)), 0.0)
+    wide = (absmax + step + tl.abs(zero) >= float("inf")) | (step * TOP > 4 * absmax)
+    inv = tl.where(step > 0, tl.div_rn(1.0, tl.where(step > 0, step, 1.0)), 0.0)
+    at = tl.full(step.shape, MIDDLE if SYMMETRIC else 0, tl.float32)
+    scale_word = scale.to(tl.int16, bitcast=True)
 
-    t = (v - tl.where(kept, zero, 0.0)[:, None, None]) * inv[:, None, None]
-    if SYMMETRIC:
-        t += MIDDLE
+    # NaN in v or a wide group make the sum NaN; an infinity makes its group wide.
+    check = tl.sum(v, axis=1) + tl.where(wide, float("nan"), 0.0)[:, None]
+    total = tl.sum(check)
+    unusual = (tl.abs(total) < float("inf")) == 0
+    if unusual:
+        finite = (v.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+        nonfinite = 1 - tl.min(tl.min(finite.to(tl.int32), axis=1), axis=1)
+        v = tl.where(finite, v, 0.0)
+        wide = wide | (nonfinite > 0)
+        low, high = _extremes(v, SYMMETRIC)
+        levels = MIDDLE - nonfinite
+        gap = tl.maximum(tl.abs(low), tl.abs(high)).to(tl.int32, bitcast=True)
+        gap -= tl.maximum(levels, 1).to(tl.float32).to(tl.int32, bitcast=True)
+        e = tl.minimum(tl.maximum(((gap + (2**23 - 1)) >> 23) + 127, 1), 255)
+        inv = tl.where(wide, tl.where(levels > 0, tl.div_rn(0.5, _half_step(e)), 0.0), inv)
+        at = tl.where(wide, levels.to(tl.float32), at)
+        zero = tl.where(wide, 0.0, zero)
+        offset = tl.where(wide, tl.zeros_like(offset), offset)
+        scale_word = tl.where(wide, (e | nonfinite * WIDE_NONFINITE | WIDE).to(tl.int16), scale_word)
+
+    t = (v - zero[:, None, None]) * inv[:, None, None]
+    q = t + (at + (2.0**8 if STOCHASTIC else 2.0**23))[:, None, None]
+    codes = q.to(tl.int32, bitcast=True)
     if STOCHASTIC:
-        t += _uniform(seed, base, local)
-    else:
-        t += 0.5
-    codes = tl.minimum(tl.maximum(tl.floor(t), 0.0), TOP).to(tl.int32)
-    codes = tl.where(kept[:, None, None], codes, 0)
-    packed = tl.sum(codes << (p * BITS), axis=1)  # [BLOCK_GROUPS, BYTES]
+        i = p * C + c
+        h = _hash32(seed, first * (GROUP // 2), g[:, None, None] * (GROUP // 2) + i % (GROUP // 2))
+        noise = tl.where(i < GROUP // 2, h & (2**NOISE_BITS - 1), h >> (32 - NOISE_BITS)).to(tl.int32)
+        codes = (codes + noise) >> NOISE_BITS
+    codes &= TOP
+    if unusual:
+        x = _load_tile(x_ptr, local, base, numel, exists, RAGGED)
+        special = tl.where(x > 0, TOP, tl.where(x < 0, TOP - 1, TOP - 2))
+        codes = tl.where(tl.abs(x) < float("inf"), codes, special)
 
-    byte = g[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-    tl.store(packed_ptr + first * BYTES + byte, packed.to(tl.uint8), mask=exists[:, None])
-    tl.store(scale_ptr + first + g, tl.where(kept, scale, float("nan")), mask=exists)
+    if BITS == 8:
+        tl.store(codes_ptr + base + local, codes.to(tl.uint8), mask=exists[:, None, None])
+    else:
+        byte = g[:, None] * C + tl.arange(0, C)[None, :]
+        packed = tl.sum(codes << (p * BITS), axis=1).to(tl.uint8)
+        tl.store(codes_ptr + first * C + byte, packed, mask=exists[:, None])
+    tl.store(scale_ptr.to(tl.pointer_type(tl.int16)) + first + g, scale_word, mask=exists)
     if not SYMMETRIC:
-        tl.store(offset_ptr + first + g, tl.where(kept, offset, 0.0), mask=exists)
-    escaped = tl.sum((exists & ~kept).to(tl.int32), axis=0)
-    tl.atomic_add(escape_count_ptr, escaped, mask=escaped > 0)
+        word = offset.to(tl.int16, bitcast=True)
+        tl.store(offset_ptr.to(tl.pointer_type(tl.int16)) + first + g, word, mask=exists)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _group_unpack_dequantize_kernel(  # type: ignore[no-untyped-def]
-    packed_ptr, scale_ptr, offset_ptr, escapes_ptr, rank_ptr, out_ptr, numel, escape_rows, limit,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, ESCAPES: tl.constexpr,
-    BF16: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
-):  # fmt: skip
-    """x = code * scale + offset, clamped to +-limit; groups with scale NaN are rows rank[g] of the escapes.
+def _load_tile(x_ptr, local, base, numel, exists, RAGGED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Elements base + local as float32, those beyond the end of a RAGGED tensor copies of the last one."""
+    BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
+    if BF16:
+        x_ptr = x_ptr.to(tl.pointer_type(tl.int16))
+    if RAGGED:
+        inside = local < numel - base
+        x = tl.load(x_ptr + base + local, mask=inside, other=0)
+        x = tl.where(inside, x, tl.load(x_ptr + numel - 1))
+    else:
+        x = tl.load(x_ptr + base + local, mask=exists[:, None, None], other=0)
+    v = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True) if BF16 else x.to(tl.float32)
+    return v
 
-    Tiles are [groups, p, c] as in `_group_quantize_pack_kernel`.
+
+@triton.jit(do_not_specialize=["numel"])  # type: ignore[untyped-decorator]
+def _group_unpack_dequantize_kernel(  # type: ignore[no-untyped-def]
+    codes_ptr, scale_ptr, offset_ptr, out_ptr, numel,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, LIMIT: tl.constexpr, INF: tl.constexpr, NAN: tl.constexpr,
+):  # fmt: skip
+    """x = (code - bias) * scale + offset of groups, BLOCK_GROUPS at a time. Tiles are [groups, P, C],
+    P * C = GROUP.
+
+    LIMIT, INF and NAN are the largest number of the output dtype and the words of what lies beyond it.
     """
-    PER_BYTE: tl.constexpr = 8 // BITS
-    BYTES: tl.constexpr = GROUP // PER_BYTE
-    first = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS
+    tiles = (numel - 1) // (BLOCK_GROUPS * GROUP) + 1
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        _dequantize_tile(
+            codes_ptr, scale_ptr, offset_ptr, out_ptr, numel, tl.cast(tile, tl.int64) * BLOCK_GROUPS,
+            BITS, GROUP, SYMMETRIC, RAGGED, BLOCK_GROUPS, LIMIT, INF, NAN,
+        )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _dequantize_tile(  # type: ignore[no-untyped-def]
+    codes_ptr, scale_ptr, offset_ptr, out_ptr, numel, first,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, LIMIT: tl.constexpr, INF: tl.constexpr, NAN: tl.constexpr,
+):  # fmt: skip
+    TOP: tl.constexpr = 2**BITS - 1
+    MIDDLE: tl.constexpr = 2 ** (BITS - 1) - 1
+    P: tl.constexpr = 8 // BITS
+    C: tl.constexpr = GROUP // P
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    WORD: tl.constexpr = tl.int32 if dtype == tl.float32 else tl.int16
     base = first * GROUP
     g = tl.arange(0, BLOCK_GROUPS)
-    p = tl.arange(0, PER_BYTE)[None, :, None]
-    c = tl.arange(0, BYTES)[None, None, :]
-    local = g[:, None, None] * GROUP + p * BYTES + c
-    exists = first + g < (numel - 1) // GROUP + 1
-    inside = local < numel - base
+    p = tl.arange(0, P)[None, :, None]
+    c = tl.arange(0, C)[None, None, :]
+    local = g[:, None, None] * GROUP + p * C + c
+    exists = g < (numel - 1) // GROUP + 1 - first
 
-    packed = tl.load(
-        packed_ptr + first * BYTES + g[:, None, None] * BYTES + c, mask=exists[:, None, None], other=0
-    )
-    scale = tl.load(scale_ptr + first + g, mask=exists, other=0.0).to(tl.float32)
-    t = ((packed.to(tl.int32) >> (p * BITS)) & (2**BITS - 1)).to(tl.float32)
+    codes = _load_codes(codes_ptr, g, p, c, first, exists, BITS, GROUP)
+    scale_word = tl.load(scale_ptr.to(tl.pointer_type(tl.int16)) + first + g, mask=exists, other=0)
+    scale = scale_word.to(tl.float16, bitcast=True).to(tl.float32)
+    number = (codes | 0x4B000000).to(tl.float32, bitcast=True)  # 2^23 + code
     if SYMMETRIC:
-        v = (t - (2 ** (BITS - 1) - 1)) * scale[:, None, None]
+        v = (number - (2.0**23 + MIDDLE)) * scale[:, None, None]
     else:
-        offset = tl.load(offset_ptr + first + g, mask=exists, other=0.0).to(tl.float32)
-        v = t * scale[:, None, None] + offset[:, None, None]
-    v = tl.minimum(tl.maximum(v, -limit), limit)
-    out = _to_words(v, out_ptr.dtype.element_ty, BF16)
-    if ESCAPES:
-        rank = tl.load(rank_ptr + first + g, mask=exists, other=0)
-        escaped = exists & (scale != scale)
-        listed = escaped & (rank < escape_rows)
-        raw = tl.load(
-            escapes_ptr + (rank * GROUP)[:, None, None] + p * BYTES + c, mask=listed[:, None, None], other=0
-        )
-        out = tl.where(escaped[:, None, None], raw, out)
-    tl.store(out_ptr + base + local, out, mask=inside)
+        offset_word = tl.load(offset_ptr.to(tl.pointer_type(tl.int16)) + first + g, mask=exists, other=0)
+        offset = offset_word.to(tl.float16, bitcast=True).to(tl.float32)
+        v = (number - 2.0**23) * scale[:, None, None] + offset[:, None, None]
+    if dtype == tl.float16:
+        v = tl.minimum(tl.maximum(v, -LIMIT), LIMIT)
+    out = _to_words(v, dtype)
+
+    wide = (scale_word & 0x7C00) == 0x7C00
+    if tl.max(wide.to(tl.int32), axis=0) > 0:
+        again = _load_codes(codes_ptr, g, p, c, first, exists, BITS, GROUP)
+        nonfinite = (wide & ((scale_word & WIDE_NONFINITE) > 0))[:, None, None]
+        levels = tl.where(nonfinite, MIDDLE - 1, MIDDLE)
+        w = (again - levels).to(tl.float32) * _half_step(scale_word.to(tl.int32) & 255)[:, None, None] * 2.0
+        words = _to_words(tl.minimum(tl.maximum(w, -LIMIT), LIMIT), dtype)
+        beyond = tl.where(again == TOP - 1, INF - 2 ** (WORD.primitive_bitwidth - 1), NAN)
+        beyond = tl.where(again == TOP, INF, beyond).to(WORD)
+        words = tl.where(nonfinite & (again >= TOP - 2), beyond, words)
+        out = tl.where(wide[:, None, None], words, out)
+
+    out_ptr = out_ptr.to(tl.pointer_type(WORD)) + base
+    if RAGGED:
+        tl.store(out_ptr + local, out, mask=local < numel - base)
+    else:
+        tl.store(out_ptr + local, out, mask=exists[:, None, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_codes(  # type: ignore[no-untyped-def]
+    codes_ptr, g, p, c, first, exists, BITS: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """int32 codes [G, P, C] of the groups from `first` on."""
+    if BITS == 8:
+        at = g[:, None, None] * GROUP + c
+        return tl.load(codes_ptr + first * GROUP + at, mask=exists[:, None, None], other=0).to(tl.int32)
+    else:
+        BYTES: tl.constexpr = GROUP * BITS // 8
+        at = g[:, None, None] * BYTES + c
+        byte = tl.load(codes_ptr + first * BYTES + at, mask=exists[:, None, None], other=0).to(tl.int32)
+        return (byte >> (p * BITS)) & (2**BITS - 1)
+
+
+def group_sizes(numel: int, bits: int, group: int, symmetric: bool) -> tuple[int, ...]:
+    """Bytes of the parts of `GroupCodes` in order."""
+    groups = cdiv(numel, group)
+    scales = (2 * groups,) if symmetric else (2 * groups, 2 * groups)
+    return (groups * group * bits // 8, *scales)
 
 
 def group_quantize_pack(
@@ -170,7 +287,7 @@ def group_quantize_pack(
 ) -> GroupCodes:
     """Quantize flat floats [n], n >= 1, in groups of `group` in a row; see `group_quantize_pack_ref`.
 
-    On a GPU the host waits once, for the number of escaped groups; `group_quantize_pack_into` does not wait.
+    The parts are made by `carve`. On a GPU this is one launch and the host never waits for the device.
 
     Args:
         x: [n] bfloat16, float16 or float32, contiguous.
@@ -180,117 +297,81 @@ def group_quantize_pack(
 
     The codes are not differentiable. Raises LaneError for any other input.
     """
-    _check_floats(x)
-    x = x.detach()
+    if x.dtype not in FLOATS:
+        raise LaneError(f"groups of {x.dtype} are not supported: convert to bfloat16, float16 or float32")
+    numel = x.numel()
+    if x.ndim != 1 or not x.is_contiguous() or numel == 0:
+        raise LaneError(f"shape {tuple(x.shape)}: flatten to one dimension of at least one element")
     if bits not in GROUP_BITS or group not in GROUP_SIZES:
         raise LaneError(
             f"no {bits}-bit groups of {group}: use bits of {GROUP_BITS} and groups of {GROUP_SIZES}"
         )
-    if not use_triton(x):
-        return group_quantize_pack_ref(x, bits, group, symmetric=symmetric, seed=seed)
-    codes = empty_group_codes(x, bits, group, symmetric=symmetric)
-    escape_count = torch.zeros(1, dtype=torch.int32, device=x.device)
-    group_quantize_pack_into(x, codes, escape_count, seed=seed)
-    if escape_count.item():
-        codes = replace(codes, escapes=gather_escapes(x, codes))
+    parts = carve(group_sizes(numel, bits, group, symmetric), x.device)
+    codes = GroupCodes(parts[0], parts[1], None if symmetric else parts[2], bits, group, numel)
+    if use_triton(x):
+        group_quantize_pack_into(x, codes, seed=seed)
+    else:
+        want = group_quantize_pack_ref(x.detach(), bits, group, symmetric=symmetric, seed=seed)
+        for name, part in want.sections.items():
+            codes.sections[name].copy_(part)
     return codes
 
 
-def empty_group_codes(x: Tensor, bits: int, group: int, *, symmetric: bool = False) -> GroupCodes:
-    """Uninitialized codes for `x` with no escapes."""
-    groups = cdiv(x.numel(), group)
-    scale = torch.empty(groups, dtype=torch.float16, device=x.device)
-    return GroupCodes(
-        packed=torch.empty((groups, group * bits // 8), dtype=torch.uint8, device=x.device),
-        scale=scale,
-        offset=None if symmetric else torch.empty_like(scale),
-        escapes=x.new_empty((0, group)),
-        bits=bits,
-        group=group,
-        numel=x.numel(),
-    )
-
-
-def group_quantize_pack_into(
-    x: Tensor, codes: GroupCodes, escape_count: Tensor, *, seed: int | None = None
-) -> None:
-    """The launch of `group_quantize_pack`: fills `codes` and adds the escaped groups to `escape_count`.
-
-    Args:
-        escape_count: int32 [1]. Where it ends above zero, `gather_escapes` gives `codes.escapes`.
-    """
-    bf16, block = x.dtype == torch.bfloat16, TILE // codes.group
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        _group_quantize_pack_kernel[(cdiv(codes.scale.numel(), block),)](
-            _words(x),
-            codes.packed,
+def group_quantize_pack_into(x: Tensor, codes: GroupCodes, *, seed: int | None = None) -> None:
+    """The launch of `group_quantize_pack`: fills the parts of `codes`, which begin at multiples of 16."""
+    block = TILE // codes.group
+    with device_of(x):
+        _group_quantize_pack_kernel[(cdiv(codes.numel, TILE),)](
+            x,
+            codes.codes,
             codes.scale,
             codes.offset,
-            escape_count,
-            x.numel(),
-            _as_int32(seed or 0),
+            codes.numel,
+            0 if seed is None else _as_int32(seed),
             BITS=codes.bits,
             GROUP=codes.group,
             SYMMETRIC=codes.offset is None,
             STOCHASTIC=seed is not None,
-            BF16=bf16,
+            RAGGED=codes.numel % codes.group > 0,
             BLOCK_GROUPS=block,
             enable_fp_fusion=False,
         )
 
 
-def gather_escapes(x: Tensor, codes: GroupCodes) -> Tensor:
-    """Raw elements [*, group] of the groups of `x` that `codes` marks as escaped; waits for their number."""
-    rows = codes.scale.isnan().nonzero()  # [*, 1]
-    index = rows * codes.group + torch.arange(codes.group, device=x.device)
-    return x[index.clamp_max(codes.numel - 1)]
-
-
 def group_unpack_dequantize(codes: GroupCodes, dtype: torch.dtype) -> Tensor:
     """The flat tensor [numel] of `dtype` that `codes` stand for; never waits for the device.
-
-    A NaN scale beyond the rows of `codes.escapes` gives arbitrary finite values on a GPU, an error on a CPU.
 
     Raises LaneError if `dtype` is not one of FLOATS or the parts of `codes` do not fit each other.
     """
     _check_codes(codes, dtype)
-    if not use_triton(codes.packed):
-        marked = int(codes.scale.isnan().sum())
-        if marked != codes.escapes.shape[0]:
-            raise LaneError(f"{marked} groups are marked as escaped, {codes.escapes.shape[0]} are listed")
+    if not use_triton(codes.codes):
         return group_unpack_dequantize_ref(codes, dtype)
-    out = torch.empty(codes.numel, dtype=dtype, device=codes.packed.device)
+    out = torch.empty(codes.numel, dtype=dtype, device=codes.codes.device)
     group_unpack_dequantize_into(codes, out)
     return out
 
 
 def group_unpack_dequantize_into(codes: GroupCodes, out: Tensor) -> None:
     """The launch of `group_unpack_dequantize` into `out` [numel]."""
-    escape_rows, block = codes.escapes.shape[0], TILE // codes.group
-    with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
-        _group_unpack_dequantize_kernel[(cdiv(codes.scale.numel(), block),)](
-            codes.packed,
+    block = TILE // codes.group
+    limit, infinity, nan = _LIMITS[out.dtype]
+    with device_of(out):
+        _group_unpack_dequantize_kernel[(cdiv(codes.numel, TILE),)](
+            codes.codes,
             codes.scale,
             codes.offset,
-            _words(codes.escapes),
-            codes.scale.isnan().cumsum(0) - 1 if escape_rows else None,
-            _words(out),
+            out,
             codes.numel,
-            escape_rows,
-            torch.finfo(out.dtype).max,
             BITS=codes.bits,
             GROUP=codes.group,
             SYMMETRIC=codes.offset is None,
-            ESCAPES=escape_rows > 0,
-            BF16=out.dtype == torch.bfloat16,
+            RAGGED=codes.numel % codes.group > 0,
             BLOCK_GROUPS=block,
+            LIMIT=limit,
+            INF=infinity,
+            NAN=nan,
             enable_fp_fusion=False,
         )
-
-
-def _words(x: Tensor) -> Tensor:
-    """What a kernel gets for `x`: the bits of bfloat16, other floats as they are (see `_from_words`)."""
-    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
 
 def _as_int32(seed: int) -> int:
@@ -298,30 +379,17 @@ def _as_int32(seed: int) -> int:
     return ((seed + 2**31) & 0xFFFFFFFF) - 2**31
 
 
-def _check_floats(x: Tensor) -> None:
-    if x.dtype not in FLOATS:
-        raise LaneError(f"groups of {x.dtype} are not supported: convert to bfloat16, float16 or float32")
-    if x.ndim != 1 or not x.is_contiguous() or x.numel() == 0:
-        raise LaneError(f"shape {tuple(x.shape)}: flatten to one dimension of at least one element")
-
-
 def _check_codes(codes: GroupCodes, dtype: torch.dtype) -> None:
     if dtype not in FLOATS:
         raise LaneError(f"groups do not decode to {dtype}: ask for bfloat16, float16 or float32")
     if codes.bits not in GROUP_BITS or codes.group not in GROUP_SIZES or codes.numel < 1:
         raise LaneError(f"no {codes.bits}-bit groups of {codes.group} for {codes.numel} elements")
-    groups = cdiv(codes.numel, codes.group)
-    parts = [
-        ("packed", codes.packed, (groups, codes.group * codes.bits // 8), torch.uint8),
-        ("scale", codes.scale, (groups,), torch.float16),
-        ("escapes", codes.escapes, (codes.escapes.shape[0], codes.group), dtype),
-    ]
-    if codes.offset is not None:
-        parts.append(("offset", codes.offset, (groups,), torch.float16))
-    for name, part, shape, kind in parts:
-        if part.shape != shape or part.dtype != kind or not part.is_contiguous():
-            raise LaneError(f"{name} is {part.dtype} {tuple(part.shape)}, not contiguous {kind} {shape}")
-        if part.device != codes.packed.device:
-            raise LaneError(
-                f"{name} is on {part.device}, packed on {codes.packed.device}: move them together"
-            )
+    sizes = group_sizes(codes.numel, codes.bits, codes.group, codes.offset is None)
+    device = codes.codes.device
+    for (name, part), size in zip(codes.sections.items(), sizes, strict=True):
+        if part.dtype != torch.uint8 or part.shape != (size,) or not part.is_contiguous():
+            raise LaneError(f"{name} is {part.dtype} {tuple(part.shape)}, not contiguous uint8 [{size}]")
+        if part.device != device:
+            raise LaneError(f"{name} is on {part.device}, codes on {device}: move them together")
+        if part.data_ptr() % 16:
+            raise LaneError(f"{name} does not begin at a multiple of 16 bytes: pass a copy")

@@ -16,6 +16,8 @@ from sidelane.layout import CHANNEL_ROWS, TOKEN_ROWS, SurfaceLayout
 
 GROUP_BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128, 256)
+WIDE, WIDE_NONFINITE = 0x7E00, 0x100  # in the scale word of a wide group
+NOISE_BITS = 15  # of stochastic rounding; with 8 bits of code they fill the mantissa of a float32
 MAX_CODE_BITS = 12
 EXACT_BLOCK = 1024  # elements between two entries of the escape index
 EXACT_ESCAPE = 15  # the 4-bit code that stands for "exponent in the side list"
@@ -171,22 +173,33 @@ def _pad_last(x: Tensor, length: int, value: int) -> Tensor:
 
 @dataclass(frozen=True)
 class GroupCodes:
-    """A flat tensor of `numel` elements quantized in groups.
+    """A flat tensor of `numel` elements quantized in groups of `group`; the last one is filled up with copies
+    of the last element. The parts are bytes, uint8 [*], the same number of them for all data.
 
-    `packed` uint8 [groups, group * bits / 8]: with n = 8 / bits codes per byte, byte c of a group holds its
-    elements c, c + group / n, ..., lowest bits first. `scale`, `offset` float16 [groups] (`offset` None when
-    symmetric). The last group is filled up with copies of the last element. A group whose scale is NaN is
-    escaped: it holds NaN or Inf, or values float16 scales cannot describe; its raw elements are the next row
-    of `escapes` [*, group].
+    `codes`: group * bits / 8 bytes per group. With n = 8 / bits codes per byte, byte c of a group holds its
+    elements c, c + group / n, ..., lowest bits first. `scale`, `offset`: a float16 per group (`offset` is
+    None when symmetric). An element is (code - bias) * scale + offset, bias = 2^(bits-1) - 1 when symmetric
+    and 0 otherwise.
+
+    A group is *wide* when it holds NaN or Inf, or values that float16 scales cannot describe (see
+    `group_quantize_pack_ref`). Its scale word is a NaN, 0x7E00 | nonfinite << 8 | e, its offset word zero;
+    its elements are (code - levels) * 2^(e - 127), at most the largest number of the output dtype. A group
+    of finite numbers has levels = 2^(bits-1) - 1. One with others has levels = 2^(bits-1) - 2, and its three
+    top codes are NaN, -Inf and +Inf, in this order.
     """
 
-    packed: Tensor
+    codes: Tensor
     scale: Tensor
     offset: Tensor | None
-    escapes: Tensor
     bits: int
     group: int
     numel: int
+
+    @property
+    def sections(self) -> dict[str, Tensor]:
+        """The parts by name, in order."""
+        parts = {"codes": self.codes, "scale": self.scale}
+        return parts if self.offset is None else parts | {"offset": self.offset}
 
 
 def group_quantize_pack_ref(
@@ -199,19 +212,24 @@ def group_quantize_pack_ref(
     Scales are rounded up to float16, so nothing clamps and the error of every element is at most scale / 2
     (scale when rounding is stochastic) before the rounding to the output dtype.
 
+    A group is wide where these numbers leave the range of float16 or a subnormal scale is more than four
+    times as coarse as the data needs. Then e is the smallest of 1..255 with 2^(e - 127) * levels >= absmax
+    of its finite elements, and their error is at most half of 2^(e - 127) (all of it when stochastic).
+
     Args:
-        seed: None rounds to nearest (half up); a number rounds stochastically, the same way each time.
+        seed: None rounds to nearest; a number rounds stochastically, the same way each time (`group_noise`).
     """
     numel = x.numel()
     groups = -(-numel // group)
-    padded = torch.cat((x, x[-1:].expand(groups * group - numel))).view(groups, group)
-    v = padded.float()
-    top = 2**bits - 1
+    padded = torch.cat((x, x[-1:].expand(groups * group - numel))).view(groups, group).float()
+    finite = padded.isfinite()
+    nonfinite = ~finite.all(1)
+    v = torch.where(finite, padded, 0.0)
+    top, middle = 2**bits - 1, 2 ** (bits - 1) - 1
     absmax = v.abs().amax(1)
-    # Divisors are tensors: CUDA multiplies by the rounded reciprocal of a number.
     if symmetric:
-        q = 2 ** (bits - 1) - 1
-        span, offset, zero = absmax / v.new_tensor(q), None, v.new_zeros(groups)
+        offset, zero, bias = None, torch.zeros_like(absmax), middle
+        span = absmax * (1 / middle)
     else:
         low = v.amin(1) + 0.0  # -0 becomes +0
         offset = low.half()
@@ -219,29 +237,33 @@ def group_quantize_pack_ref(
             low - torch.clamp_min(low.abs() * 2.0**-11, 0.75 * 2.0**-24)
         ).half()  # half to one step lower
         offset = torch.where(offset.float() > low, below, offset)
-        zero = offset.float()
-        span = (v.amax(1) - zero) / v.new_tensor(top)
+        zero, bias = offset.float(), 0
+        span = (v.amax(1) - zero) * (1 / top)
     scale = torch.where(span > 0, span * (1 + 2.0**-10) + 0.75 * 2.0**-24, 0.0).half()
     step = scale.float()
-    escaped = ~(absmax + step + zero.abs()).isfinite() | (step * top > 4 * absmax)
-    inv = torch.where((step > 0) & ~escaped, 1 / step, step * 0)
-    t = torch.where(escaped[:, None], 0.0, (v - zero[:, None])) * inv[:, None]
-    if symmetric:
-        t = t + q
-    noise = (
-        0.5 if seed is None else uniform_hash(seed, numel=groups * group, device=x.device).view(groups, group)
-    )
-    codes = torch.floor(t + noise).clamp(0, top).to(torch.uint8)
-    codes = torch.where(escaped[:, None], 0, codes)
+    wide = ~(absmax + step + zero.abs()).isfinite() | (step * top > 4 * absmax) | nonfinite
+
+    levels = torch.where(nonfinite, middle - 1, middle)
+    e = _wide_exponent(absmax, levels)
+    inv = torch.where(wide, 0.5 / _half_step(e), torch.where(step > 0, 1 / step, 0.0))
+    t = (v - torch.where(wide, 0.0, zero)[:, None]) * torch.where(levels > 0, inv, 0.0)[:, None]
+    at = torch.where(wide, levels, bias).float()[:, None]
+    if seed is None:
+        q = (t + (at + 2.0**23)).view(torch.int32)  # the code in the low bits, rounded half to even
+    else:
+        q = (t + (at + 2.0**8)).view(torch.int32) + group_noise(seed, groups, group, x.device) >> NOISE_BITS
+    codes = (q & top).to(torch.uint8)
+    special = torch.where(padded > 0, top, torch.where(padded < 0, top - 1, top - 2)).to(torch.uint8)
+    codes = torch.where(finite, codes, special)
+
     per_byte = 8 // bits
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=x.device).view(1, per_byte, 1)
     packed = (codes.view(groups, per_byte, group // per_byte) << shifts).sum(1, dtype=torch.uint8)
-    nan = torch.full_like(scale, torch.nan)
+    word = torch.where(wide, WIDE | nonfinite * WIDE_NONFINITE | e, scale.view(torch.int16))
     return GroupCodes(
-        packed,
-        torch.where(escaped, nan, scale),
-        None if offset is None else torch.where(escaped, torch.zeros_like(scale), offset),
-        padded[escaped],
+        packed.view(-1),
+        word.to(torch.int16).view(torch.uint8),
+        None if offset is None else torch.where(wide, 0.0, offset).view(torch.uint8),
         bits,
         group,
         numel,
@@ -249,33 +271,63 @@ def group_quantize_pack_ref(
 
 
 def group_unpack_dequantize_ref(codes: GroupCodes, dtype: torch.dtype) -> Tensor:
-    """The flat tensor [numel] of `dtype`: code * scale + offset, clamped to the finite range of `dtype`."""
-    groups, per_byte = codes.scale.numel(), 8 // codes.bits
-    shifts = torch.arange(0, 8, codes.bits, dtype=torch.uint8, device=codes.packed.device).view(
-        1, per_byte, 1
-    )
-    q = (codes.packed.view(groups, 1, -1) >> shifts) & (2**codes.bits - 1)
-    t = q.view(groups, codes.group).float()
-    scale = codes.scale.float()[:, None]
+    """The flat tensor [numel] of `dtype` that `codes` stand for, clamped to the finite range of `dtype`.
+
+    Scale words that the encoder does not write have a meaning too: every one with all exponent bits set is a
+    wide group.
+    """
+    device, per_byte, middle = codes.codes.device, 8 // codes.bits, 2 ** (codes.bits - 1) - 1
+    scale = codes.scale.view(torch.float16)
+    word = scale.view(torch.int16).int()
+    groups = scale.numel()
+    shifts = torch.arange(0, 8, codes.bits, dtype=torch.uint8, device=device).view(1, per_byte, 1)
+    q = ((codes.codes.view(groups, 1, -1) >> shifts) & (2**codes.bits - 1)).view(groups, codes.group)
     if codes.offset is None:
-        v = (t - (2 ** (codes.bits - 1) - 1)) * scale
+        v = (q.float() - middle) * scale.float()[:, None]
     else:
-        v = t * scale + codes.offset.float()[:, None]
+        v = q.float() * scale.float()[:, None] + codes.offset.view(torch.float16).float()[:, None]
+    wide = (word & 0x7C00) == 0x7C00
+    nonfinite = wide & (word & WIDE_NONFINITE > 0)
+    levels = torch.where(nonfinite, middle - 1, middle)[:, None]
+    v = torch.where(wide[:, None], (q.float() - levels) * _half_step(word & 255)[:, None] * 2, v)
     finfo = torch.finfo(dtype)
-    out: Tensor = v.clamp(finfo.min, finfo.max).to(dtype)
-    out[codes.scale.isnan()] = codes.escapes
+    out = v.clamp(finfo.min, finfo.max).to(dtype)
+    for code, value in enumerate((torch.nan, -torch.inf, torch.inf), 2**codes.bits - 3):
+        out = torch.where(nonfinite[:, None] & (q == code), value, out)
     return out.flatten()[: codes.numel]
 
 
-def uniform_hash(seed: int, numel: int, device: torch.device | None = None) -> Tensor:
-    """float32 [numel] in [0, 1), a function of (seed, index) alone: top 24 bits of the lowbias32 hash."""
+def _wide_exponent(absmax: Tensor, levels: Tensor) -> Tensor:
+    """int32: the smallest e of 1..255 with 2^(e - 127) * levels >= absmax, both as float32 bits."""
+    gap = absmax.view(torch.int32) - levels.clamp_min(1).float().view(torch.int32)
+    return ((gap + 2**23 - 1 >> 23) + 127).clamp(1, 255)
+
+
+def _half_step(e: Tensor) -> Tensor:
+    """2^(e - 128) as float32 for e of 1..255: half a step, since 2^128 is no float32."""
+    return (e - 1 << 23).clamp_min(0x400000).view(torch.float32)
+
+
+def group_noise(seed: int, groups: int, group: int, device: torch.device | None = None) -> Tensor:
+    """int32 [groups, group] of 0..2^NOISE_BITS - 1, a function of (seed, index) alone.
+
+    Elements i and i + group / 2 of group g share the lowbias32 hash of g * group / 2 + i: its lowest bits and
+    its highest ones.
+    """
+    pairs = hash32(seed, groups * group // 2, device).view(groups, 1, group // 2)
+    low, high = pairs & 2**NOISE_BITS - 1, pairs >> 32 - NOISE_BITS
+    return torch.cat((low, high), 1).view(groups, group).int()
+
+
+def hash32(seed: int, numel: int, device: torch.device | None = None) -> Tensor:
+    """int64 [numel] of 0..2^32 - 1: the lowbias32 hash of (seed, index)."""
     mask = 0xFFFFFFFF
     index = torch.arange(numel, dtype=torch.int64, device=device)
     h = (index & mask) ^ (((index >> 32) * 0x85EBCA6B) & mask)
     h = (h * 0x9E3779B1 + (seed & mask)) & mask
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & mask
     h = ((h ^ (h >> 15)) * 0x846CA68B) & mask
-    return ((h ^ (h >> 16)) >> 8).float() * 2.0**-24
+    return h ^ (h >> 16)
 
 
 # Bit planes

@@ -1,12 +1,6 @@
 """Pinned host memory of exactly the asked size: mapped, registered with CUDA once, and reused.
 
 PyTorch's own host allocator rounds every block up to a power of two and never gives one back.
-
-Note: [Interrupts]
-Signals and the garbage collector run Python code between any two bytecodes, so no lock is taken when a slot
-dies: its weak reference appends itself to a queue, in C, and the next call under the lock reads the queue.
-Every call sets `_torn` while it changes the books. One that finds it set was preceded by an interrupted one,
-and rebuilds them from the two things that are always true: the regions, and which slots are alive.
 """
 
 from __future__ import annotations
@@ -15,21 +9,18 @@ import ctypes
 import mmap
 import os
 import sys
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
 
 from sidelane.errors import DriverError, LaneError, OffloadError
-from sidelane.pipeline.space import Block, Space
+from sidelane.pipeline.pool import GRANULE as GRANULE
+from sidelane.pipeline.pool import Piece, Pool, rounded
 
-GRANULE = 4096  # page, and what direct I/O aligns to
 STEP = 256 << 20  # regions are no smaller, unless a limit or the machine wants it
 RESERVE = 1 << 30  # bytes of host memory that are left alone
 PREFAULT_THREADS = 8
@@ -42,7 +33,7 @@ _forks = 0  # how many times this process descends from a fork
 
 def slot_bytes(nbytes: int) -> int:
     """What a slot of `nbytes` takes from an arena."""
-    return max(-(-nbytes // GRANULE), 1) * GRANULE
+    return rounded(nbytes)
 
 
 class Slot:
@@ -52,10 +43,10 @@ class Slot:
         nbytes: as asked for.
     """
 
-    __slots__ = ("__weakref__", "_loan", "nbytes")
-    _loan: _Loan
+    __slots__ = ("_piece", "nbytes")
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, piece: Piece, nbytes: int) -> None:
+        self._piece = piece
         self.nbytes = nbytes
 
     @property
@@ -68,39 +59,30 @@ class Slot:
     @property
     def padded(self) -> Tensor:
         """uint8 [slot_bytes(nbytes)]: `tensor` and what lies up to the next multiple of 4096."""
-        return self._view(self._loan.block.nbytes)
+        return self._view(self._piece.nbytes)
 
     @property
     def released(self) -> torch.cuda.Event | None:
         """Reached when all that was enqueued for this memory is done: set by its last user, at once after
         enqueuing. The memory is lent again without waiting for it."""
-        return self._loan.released
+        return self._piece.released  # type: ignore[no-any-return]
 
     @released.setter
     def released(self, event: torch.cuda.Event | None) -> None:
-        self._loan.released = event
+        self._piece.released = event
 
     def wait(self, stream: torch.cuda.Stream) -> None:
         """Let `stream` wait for the users before, as it must before the first write."""
-        for event in self._loan.block.after:
+        for event in self._piece.after:
             stream.wait_event(event)
 
     def synchronize(self) -> None:
         """Wait on the host for the users before, as the first writer must if it is the host."""
-        for event in self._loan.block.after:
+        for event in self._piece.after:
             event.synchronize()
 
     def _view(self, nbytes: int) -> Tensor:
-        block = self._loan.block
-        return block.owner.view(block.start, nbytes)  # type: ignore[no-any-return]
-
-
-class _Loan(ref[Slot]):
-    """The arena's side of a slot. See Note: [Interrupts]."""
-
-    __slots__ = ("block", "released")
-    block: Block
-    released: torch.cuda.Event | None
+        return self._piece.region.view(self._piece.start, nbytes)  # type: ignore[no-any-return]
 
 
 class Arena:
@@ -109,43 +91,33 @@ class Arena:
     Args:
         limit: bytes mapped at most; None for what the machine has (see `available_memory`).
         pinned: registered with CUDA; default: where there is CUDA. Plain memory otherwise.
-        step: bytes by which it grows, or the size asked for if that is larger. Registering costs the order
-            of 0.1 to 0.4 s per GiB.
+        step: bytes by which it grows, or the size asked for if that is larger; a region costs about 80 ms
+            per GiB. A slot lies in one region, since no copy may span two registrations.
 
     Raises LaneError for a bad argument.
     """
 
     def __init__(self, limit: int | None = None, *, pinned: bool | None = None, step: int = STEP) -> None:
-        if limit is not None and limit < 0 or step < 1:
+        if (limit is not None and limit < 0) or step < 1:
             raise LaneError(f"limit={limit}, step={step}: an arena has bytes, 0 or more")
         self.limit = limit
-        self.pinned = torch.cuda.is_available() if pinned is None else pinned
-        self._step = step
-        self._lock = Lock()
-        self._returned: deque[_Loan] = deque()
-        self._live: dict[int, _Loan] = {}  # by id: a weak reference hashes like what it refers to
-        self._regions: list[_Region] = []
-        self._space = Space()
-        self._held = self._peak = 0
-        self._torn = self._closed = False
+        pinned = torch.cuda.is_available() if pinned is None else pinned
+        self._pool: Pool[_Region] = Pool(partial(_Region.open, pinned), _synchronize, limit, step)
 
     @property
     def held(self) -> int:
         """Bytes of the slots that are alive, each a multiple of 4096 (`slot_bytes`)."""
-        with self._lock:
-            self._begin()
-            self._torn = False
-            return self._held
+        return self._pool.held
 
     @property
     def peak(self) -> int:
         """Most bytes that were ever held."""
-        return self._peak
+        return self._pool.peak
 
     @property
     def reserved(self) -> int:
         """Bytes that are mapped and registered."""
-        return sum(region.nbytes for region in self._regions)
+        return self._pool.reserved
 
     def take(self, nbytes: int) -> Slot | None:
         """A slot, or None when the limit or the machine does not allow it, or the arena is closed.
@@ -155,109 +127,17 @@ class Arena:
         """
         if nbytes < 0:
             raise LaneError(f"a slot of {nbytes} bytes: the size is 0 or more")
-        size = slot_bytes(nbytes)
-        with self._lock:
-            self._begin()
-            block = self._space.take(size)
-            if block is None and not self._closed and self._grow(size):
-                block = self._space.take(size)
-            slot = None if block is None else self._lend(Slot(nbytes), block)
-            self._torn = False
-        return slot
+        piece = self._pool.take(nbytes)
+        return None if piece is None else Slot(piece, nbytes)
 
     def trim(self) -> int:
         """Unregister and unmap the regions that are free; returns their bytes. Waits for their users."""
-        with self._lock:
-            self._begin()
-            freed = self._drop_regions(wait=True)
-            self._torn = False
-        return freed
+        return self._pool.trim()
 
     def close(self) -> None:
         """Lend no more, and unmap what is free. What is lent is unmapped by `trim`, or when the arena and
         the slot are gone."""
-        self._closed = True
-        self.trim()
-
-    def _begin(self) -> None:
-        """Bring the books up to date and open them for a change."""
-        if self._torn:
-            self._rebuild()
-        self._torn = True
-        while self._returned:
-            loan = self._returned.popleft()
-            if self._live.pop(id(loan), None) is not loan:
-                continue  # of a time before the books were rebuilt
-            block = loan.block
-            self._held -= block.nbytes
-            after = block.after if loan.released is None else (loan.released,)
-            pending = tuple(event for event in after if not event.query())
-            self._space.give(Block(block.owner, block.start, block.nbytes, pending))
-
-    def _lend(self, slot: Slot, block: Block) -> Slot:
-        loan = _Loan(slot, self._returned.append)
-        loan.block, loan.released = block, None
-        slot._loan = loan
-        self._live[id(loan)] = loan
-        self._held += block.nbytes
-        self._peak = max(self._peak, self._held)
-        return slot
-
-    def _rebuild(self) -> None:
-        alive = [(loan, slot) for loan in list(self._live.values()) if (slot := loan()) is not None]
-        _synchronize()  # in place of the events that were lost
-        self._live = {id(loan): loan for loan, _ in alive}
-        self._held = sum(loan.block.nbytes for loan, _ in alive)
-        self._space = Space()
-        for region in self._regions:
-            first = region.start
-            for block in sorted(
-                (loan.block for loan, _ in alive if loan.block.owner is region), key=lambda b: b.start
-            ):
-                if first < block.start:
-                    self._space.give(Block(region, first, block.start - first))
-                first = block.end
-            if first < region.end:
-                self._space.give(Block(region, first, region.end - first))
-
-    def _grow(self, size: int) -> bool:
-        """Add a region that holds `size` bytes. False when that is not allowed."""
-        for wanted in (max(size, self._step), size):
-            nbytes = min(slot_bytes(wanted), self._room())
-            if nbytes < size:
-                self._drop_regions(wait=False)
-                nbytes = min(size, self._room())
-            if nbytes >= size and available_memory() - RESERVE >= nbytes and self._add_region(nbytes):
-                return True
-        return False
-
-    def _room(self) -> int:
-        if self.limit is None:
-            return sys.maxsize
-        return (self.limit - self.reserved) // GRANULE * GRANULE
-
-    def _add_region(self, nbytes: int) -> bool:
-        region = _Region(nbytes)
-        if not region.open(self.pinned):
-            return False
-        self._regions.append(region)
-        self._space.give(Block(region, region.start, region.nbytes))
-        return True
-
-    def _drop_regions(self, wait: bool) -> int:
-        """Unmap the free regions; unless `wait`, only those whose users are done."""
-        freed = 0
-        for block in list(self._space):
-            region: _Region = block.owner
-            if block.nbytes < region.nbytes or not (wait or all(e.query() for e in block.after)):
-                continue
-            for event in block.after:
-                event.synchronize()
-            self._space.remove(block)
-            self._regions.remove(region)
-            region.close()
-            freed += region.nbytes
-        return freed
+        self._pool.close()
 
 
 @cache
@@ -275,33 +155,33 @@ class _Region:
 
     _registered = False
 
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.start = 0
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        with torch.inference_mode(False):  # or later writes outside of it would be refused
+            self._tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        self.nbytes = len(memory)
+        self.start = self._tensor.data_ptr()
         self._forks = _forks
 
-    @property
-    def end(self) -> int:
-        return self.start + self.nbytes
-
-    def open(self, pinned: bool) -> bool:
-        """Map and, if asked to, register the memory; False when there is not enough."""
+    @classmethod
+    def open(cls, pinned: bool, nbytes: int) -> _Region | None:
+        """None when the machine has not enough memory."""
+        if available_memory() - RESERVE < nbytes:
+            return None
         try:
-            self._memory = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            region = cls(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         except (OSError, OverflowError):
-            return False
-        with torch.inference_mode(False):  # or later writes outside of it would be refused
-            self._tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self.start = self._tensor.data_ptr()
-        if pinned:
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                _advise(self.start, self.nbytes, mmap.MADV_HUGEPAGE)
-            _advise(self.start, self.nbytes, mmap.MADV_DONTFORK)
-            _prefault(self.start, self.nbytes)
-            self._registered = True  # before the fact: an interrupt may come right after it
-            self._registered = register(self.start, self.nbytes)
-            return self._registered
-        return True
+            return None
+        return region if not pinned or region.pin() else None
+
+    def pin(self) -> bool:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            _advise(self.start, self.nbytes, mmap.MADV_HUGEPAGE)
+        _advise(self.start, self.nbytes, mmap.MADV_DONTFORK)
+        _prefault(self.start, self.nbytes)
+        self._registered = True  # before the fact: an interrupt may come right after it
+        self._registered = register(self.start, self.nbytes)
+        return self._registered
 
     def view(self, start: int, nbytes: int) -> Tensor:
         """uint8 [nbytes] at an address."""
@@ -354,9 +234,9 @@ def unregister(address: int) -> None:
 
 def _synchronize() -> None:
     """Wait for all devices in use."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for i in range(torch.cuda.device_count()):
-            if torch._C._cuda_hasPrimaryContext(i):
+            if torch._C._cuda_hasPrimaryContext(i):  # type: ignore[attr-defined]
                 torch.cuda.synchronize(i)
 
 
@@ -373,8 +253,9 @@ def _advise(address: int, nbytes: int, advice: int) -> bool:
 
 
 def _prefault(address: int, nbytes: int) -> None:
-    """Touch all pages on several threads; a kernel that does not know how leaves it to `register`."""
-    share = slot_bytes(max(nbytes // PREFAULT_THREADS, 16 << 20))
+    """Touch all pages on several threads, which halves the time that `register` takes to do it. A kernel that
+    does not know how leaves it to that."""
+    share = rounded(max(nbytes // PREFAULT_THREADS, 16 << 20))
     parts = [(address + i, min(share, nbytes - i), _POPULATE_WRITE) for i in range(0, nbytes, share)]
     with ThreadPoolExecutor(len(parts)) as pool:
         list(pool.map(_advise, *zip(*parts, strict=True)))

@@ -100,12 +100,13 @@ def decompress(
             "packet", f"{type(packet).__name__} is no Packet: parse bytes with Packet.from_bytes"
         )
     if device is not None:
-        packet = packet.to(_present(device))
+        packet = packet.to(present_device(device))
     with undisturbed(packet.device):
         return decode_packet(packet, basis)
 
 
-def _present(device: torch.device | str) -> torch.device:
+def present_device(device: torch.device | str) -> torch.device:
+    """`device`, if this machine has it. Raises LaneError."""
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:

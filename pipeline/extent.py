@@ -98,18 +98,18 @@ class View(NamedTuple):
         """Bytes of the distinct elements."""
         return self.geometry.numel * self.dtype.itemsize
 
-    def over(self, storage: torch.UntypedStorage) -> Tensor:
-        """The saved tensor over a copy of its whole storage: same size, stride, offset and bits."""
-        return self._flags(self._lay(storage, self.offset, self.geometry.stride))
+    def over(self, flat: Tensor) -> Tensor:
+        """The saved tensor over a copy of its whole storage, flat: same size, stride, offset and bits."""
+        return self._flags(self._lay(flat, self.offset, self.geometry.stride))
 
-    def over_elements(self, storage: torch.UntypedStorage) -> Tensor:
-        """The saved tensor from a storage of its elements alone, in memory order. Same size and stride; the
-        offset is 0. Gaps between the elements are allocated again, and their content is undefined."""
+    def over_elements(self, flat: Tensor) -> Tensor:
+        """The saved tensor from its elements alone, flat in memory order. Same size and stride; the offset is
+        0. Gaps between the elements are allocated again, and their content is undefined."""
         size, stride, dense_stride = self.geometry[:3]
-        dense = self._lay(storage, 0, dense_stride)
+        dense = self._lay(flat, 0, dense_stride)
         if dense_stride == stride:
             return self._flags(dense)
-        out = torch.empty(self.geometry.span, dtype=self.dtype, device=storage.device)
+        out = torch.empty(self.geometry.span, dtype=self.dtype, device=flat.device)
         out = out.as_strided(size, stride)
         target, source = out, dense
         for d, step in enumerate(stride):
@@ -118,10 +118,12 @@ class View(NamedTuple):
         target.copy_(source)
         return self._flags(out)
 
-    def _lay(self, storage: torch.UntypedStorage, offset: int, stride: tuple[int, ...]) -> Tensor:
-        return torch.empty(0, dtype=self.dtype, device=storage.device).set_(
-            storage, offset, self.geometry.size, stride
-        )
+    def _lay(self, flat: Tensor, offset: int, stride: tuple[int, ...]) -> Tensor:
+        """Shares memory and version counter with `flat`, which starts at the start of its storage."""
+        if flat.dtype != self.dtype:
+            octets = flat.view(torch.uint8)
+            flat = octets[: len(octets) - len(octets) % self.dtype.itemsize].view(self.dtype)
+        return flat.as_strided(self.geometry.size, stride, offset).detach()
 
     def _flags(self, tensor: Tensor) -> Tensor:
         if self.conj:

@@ -82,7 +82,7 @@ class ExactLane:
 
 @dataclass(frozen=True)
 class PackedLane:
-    """Codes bf16, fp16 and fp32 with loss, every other dtype bit for bit; Inf and NaN come back as Inf and NaN.
+    """Codes bf16, fp16 and fp32 with loss, every other dtype bit for bit; Inf and NaN stay what they are.
 
     Without a basis, groups of `group` neighbours in memory share a scale (see `GroupCodes`). With one, rows
     [T, D] in memory order are projected and each coefficient takes `width` bits, or what the basis allocates;
@@ -201,11 +201,7 @@ def decode_packet(packet: Packet, basis: Basis | None = None) -> Tensor:
 
     Raises PacketError when the parts of the packet do not fit together, BasisError when it needs a basis.
     """
-    if packet.digest == NO_DIGEST:
-        basis = None
-    elif basis is None or basis.digest != packet.digest:
-        got = "none was given" if basis is None else f"got {basis.digest.hex()[:16]}"
-        raise BasisError(f"packet needs the basis with digest {packet.digest.hex()}, {got}: pass basis=")
+    basis = packet_basis(packet, basis)
     if packet.lane == "raw":
         flat = _decode_raw(packet)
     elif packet.lane == "exact":
@@ -213,10 +209,23 @@ def decode_packet(packet: Packet, basis: Basis | None = None) -> Tensor:
     elif packet.lane == "packed":
         flat = decode_groups(packet) if basis is None else decode_basis(packet, basis)
     elif packet.lane == "video":
-        return open_lane("video-cpu", basis=basis).decode(packet)
+        from sidelane.codec.engines import decode_surface  # loaded by those who use it
+        from sidelane.pipeline.video import decode_video
+
+        return decode_video(packet, basis, decode_surface)
     else:
         raise PacketError("lane", f"{packet.lane!r} is unknown")
     return packet.unflatten(flat)
+
+
+def packet_basis(packet: Packet, basis: Basis | None) -> Basis | None:
+    """`basis` if the packet needs it, None if it needs none. Raises BasisError when it needs another one."""
+    if packet.digest == NO_DIGEST:
+        return None
+    if basis is None or basis.digest != packet.digest:
+        got = "none was given" if basis is None else f"got {basis.digest.hex()[:16]}"
+        raise BasisError(f"packet needs the basis with digest {packet.digest.hex()}, {got}: pass basis=")
+    return basis
 
 
 class undisturbed:

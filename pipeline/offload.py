@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import threading
-from functools import partial
+from collections import deque
 from math import inf
 from types import TracebackType
 from typing import Any
-from weakref import finalize
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from sidelane.codec.packet import Packet, flatten
 from sidelane.errors import BudgetError, LaneError, OffloadError
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.compress import choose_lane, compress, relative_error
+from sidelane.pipeline.disk import Disk
 from sidelane.pipeline.extent import WHOLE_SHARE, View, distinct_bytes, whole_storage, without_flags
 from sidelane.pipeline.lanes import decode_packet, open_lane, undisturbed
 from sidelane.pipeline.policy import NOT_PLAIN, may_lose_bits, why_kept
@@ -31,22 +30,43 @@ from sidelane.pipeline.stash import (
     Kept,
     Key,
     Resident,
-    Spilled,
     Stash,
     Ticket,
     Truth,
     data_key,
     describe,
 )
-from sidelane.pipeline.wire import DeviceCopy, Wire, take_pinned
+from sidelane.pipeline.streams import current_stream
+from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk, Pinned, Spilled
+from sidelane.pipeline.wire import DeviceCopy, Wire
 
 MIN_BYTES = 256 << 10
 GPU_BUDGET = 1 << 30
 EXACT_BYTES = 8 << 20  # smaller tensors cross faster than the host learns the size of their exact code
+SHARED = 3  # tensors that stay decoded for the next nodes that saved them
 POLICIES = ("keep", "spill", "error")
 RAW = open_lane("raw")
 
 _active = threading.local()  # the contexts a thread is inside of, innermost last: see _stack
+
+
+class Tiers:
+    """Where packets that leave the device go: pinned memory, then a disk if there is one."""
+
+    def __init__(self, budget: Budget, disk: Disk | None, tally: Tally) -> None:
+        self._budget = budget
+        self._disk = disk
+        self._tally = tally
+
+    def take(self, nbytes: int) -> Memory | None:
+        """Room for `nbytes`, or None where there is none."""
+        return Pinned.take(self._budget, nbytes) or self.spill(nbytes)
+
+    def spill(self, nbytes: int) -> Memory | None:
+        room = None if self._disk is None else OnDisk.take(self._disk, nbytes)
+        if room is not None:
+            self._tally.add("spilled", nbytes)
+        return room
 
 
 class offload:
@@ -61,10 +81,10 @@ class offload:
     Left alone: parameters, their views and autocast casts, other leaves, tensors below `min_bytes`, what
     backward itself saves, tensor subclasses, other devices than CPU and CUDA. Data is stored once however
     many views of it are saved. Views of the same data that one node of the backward pass unpacks share their
-    memory, as they did when they were saved. Writes to a saved tensor that its version counter does not show
-    (through `.data`, by kernels of your own, to the running statistics of a norm) between two saves of it are
-    found with `checker` only. Hooks are of the thread that entered: forward passes in other threads enter the
-    context themselves.
+    memory, as they did when they were saved, and so may nodes that follow each other. Writes to a saved
+    tensor that its version counter does not show (through `.data`, by kernels of your own, to the running
+    statistics of a norm) between two saves of it are found with `checker` only. Hooks are of the thread that
+    entered: forward passes in other threads enter the context themselves.
 
     Args:
         lane: name for `open_lane`, or a lane. Default: "exact", or "packed" when `max_rel_error` is given.
@@ -78,11 +98,13 @@ class offload:
             backward starts with them; the others are on their way, fetched ahead, or there because the host
             budget is full. At the limit the compute stream waits for the wire. With None nothing leaves the
             device. One packet in the middle of being encoded or decoded is not counted.
-        on_full: when the host budget is full: "keep" the packet on its device, "spill" it to a file, which
-            waits for the device and falls back to "keep" when the disk is full, or raise an "error".
+        on_full: when the host budget is full: "keep" the packet on its device, "spill" it to a disk, which
+            takes up to 512 MiB of pinned memory in addition and falls back to "keep" when the disk is full
+            or fails, or raise an "error".
         checker: keep a copy of all that is packed, verify every unpack, and find changes that the version
             counters of tensors do not show. Costs the memory that offloading saves, and waits for the device.
-        spill_dir: where "spill" makes its temporary folder; default: the system's.
+        spill_dir: where "spill" makes its file, which has no name and vanishes with the context; default:
+            the system's folder for temporary files.
         basis, lane_options: for `open_lane`.
 
     Raises LaneError for a bad argument. Inside, packing raises BudgetError when the budgets are full and the
@@ -116,13 +138,14 @@ class offload:
         self._min_bytes = min_bytes
         self._on_full = on_full
         self._checker = checker
-        self._spill_folder = self._make_folder(spill_dir) if on_full == "spill" else ""
         self._host = Budget(host_budget)
         self._device = Budget(gpu_budget)
         self._tickets = Budget()
         self._index = Index()
+        self._shared: deque[ref[Stash]] = deque()  # those that may hold decoded elements, oldest first
         self._tally = Tally()
-        self._wire = Wire(self._device, partial(take_pinned, self._host))
+        self._tiers = Tiers(self._host, _open_disk(spill_dir) if on_full == "spill" else None, self._tally)
+        self._wire = Wire(self._device, self._tiers.take)
         self._entered = threading.local()
 
     def __enter__(self) -> offload:
@@ -186,13 +209,19 @@ class offload:
         stash, view = packed.stash, packed.view
         self._tally.add("unpacks")
         with undisturbed(stash.device):
-            storage = stash.alive()
-            if storage is None:
-                storage = self._decode(stash).untyped_storage()
-                stash.remember(storage)
+            flat = stash.alive()
+            if flat is None:
+                flat = self._decode(stash)
+                self._share(stash, flat)
             if stash.truth is not None:
-                _verify(storage, stash.truth, view)
-            return view.over(storage) if stash.whole else view.over_elements(storage)
+                _verify(flat, stash.truth, view)
+            return view.over(flat) if stash.whole else view.over_elements(flat)
+
+    def _share(self, stash: Stash, flat: Tensor) -> None:
+        stash.remember(flat)
+        self._shared.append(ref(stash))
+        if len(self._shared) > SHARED and (oldest := self._shared.popleft()()) is not None:
+            oldest.forget()
 
     def _keys(self, tensor: Tensor, view: View) -> tuple[Key, ...]:
         """Keys of the stashes that can give `tensor` back; the first is that of the stash to make."""
@@ -237,29 +266,19 @@ class offload:
         self._tally.add("decodes")
         with stash.home.use() as packet:
             flat = flatten(decode_packet(packet, self._basis))
-        return flat.clone() if flat.storage_offset() else flat
+        return flat.clone() if flat.storage_offset() else flat.detach()  # the only tensor over its storage
 
     def _place(self, packet: Packet, view: View) -> Home:
         """A home for `packet` within the budgets. Raises BudgetError when there is none."""
         on_gpu = packet.device.type == "cuda"
-        if on_gpu:
-            transit = self._wire.send(packet)
-            if transit is not None:
-                return transit
-        elif (claim := self._host.claim(packet.nbytes)) is not None:
-            return Resident(packet, claim)
+        home = self._wire.send(packet) if on_gpu else self._place_cpu(packet)
+        if home is not None:
+            return home
         if self._on_full == "error":
             raise BudgetError(
                 f"host budget: {describe(view)} needs {packet.nbytes} bytes, {self._host.held} of "
                 f"{self._host.limit} are held; raise host_budget, or set on_full='keep' or 'spill'"
             )
-        if self._on_full == "spill":
-            try:
-                home = Spilled(packet, self._spill_folder)
-                self._tally.add("spilled", packet.nbytes)
-                return home
-            except OSError:
-                pass  # the disk is full or gone: keep the packet
         claim = self._device.claim(packet.nbytes)
         if claim is None:
             raise BudgetError(
@@ -268,16 +287,16 @@ class offload:
             )
         self._tally.add("over_budget", packet.nbytes)
         if on_gpu:
-            return DeviceCopy(packet, torch.cuda.current_stream(packet.device), claim)
+            return DeviceCopy(packet, current_stream(packet.device), claim)
         return Resident(packet, claim)
 
-    def _make_folder(self, parent: str | None) -> str:
-        try:
-            folder = tempfile.mkdtemp(prefix="sidelane-", dir=parent)
-        except (OSError, TypeError) as error:
-            raise LaneError(f"spill_dir={parent!r} takes no folder: {error}") from error
-        finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return folder
+    def _place_cpu(self, packet: Packet) -> Home | None:
+        claim = self._host.claim(packet.nbytes)
+        if claim is not None:
+            return Resident(packet, claim)
+        host = HostCopy(packet)
+        room = self._tiers.spill(host.nbytes)
+        return None if room is None else Spilled(packet, host, room)
 
     def _truth(self, tensor: Tensor, packet: Packet, whole: bool) -> Truth:
         packed = _elements(tensor, whole).clone()
@@ -295,6 +314,13 @@ class offload:
         return Truth(packed, decoded)
 
 
+def _open_disk(spill_dir: str | None) -> Disk:
+    try:
+        return Disk(spill_dir)
+    except LaneError as error:
+        raise LaneError(f"spill_dir: {error}") from error
+
+
 def _elements(tensor: Tensor, whole: bool) -> Tensor:
     """Flat: the storage of `tensor`, or its own distinct elements in memory order."""
     plain = without_flags(tensor)
@@ -305,8 +331,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-def _verify(storage: torch.UntypedStorage, truth: Truth, view: View) -> None:
-    flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def _verify(flat: Tensor, truth: Truth, view: View) -> None:
     if not _same_bits(flat, truth.decoded):
         raise OffloadError(
             f"{describe(view)} differs from what was packed: a transfer failed, or its node overwrote it"

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sidelane.codec.packet import Packet
-from sidelane.errors import LaneError, PacketError
-from sidelane.kernels._launch import cdiv
+from sidelane.errors import PacketError
+from sidelane.kernels._launch import aligned, cdiv
 from sidelane.kernels.bits import pack_bits, unpack_bits
-from sidelane.kernels.groups import group_quantize_pack, group_unpack_dequantize
+from sidelane.kernels.groups import group_quantize_pack, group_sizes, group_unpack_dequantize
 from sidelane.kernels.reference import GROUP_BITS, GROUP_SIZES, MAX_CODE_BITS, GroupCodes, packed_bits_size
 from sidelane.kernels.surface import MAX_SIZE, dequantize_project, project_quantize
 from sidelane.pipeline.basis import Basis
@@ -29,18 +29,10 @@ def encode_groups(
 ) -> Packet:
     """`packet` with the group code of flat floats [n], n >= 1.
 
-    Sections: codes uint8, scale fp16 [groups], offset fp16 [groups] (not when symmetric), escapes [*, group]
-    of the dtype of the tensor; params: group, symmetric.
+    Sections: codes, scale and, unless symmetric, offset of `GroupCodes`; params: group, symmetric.
     """
     codes = group_quantize_pack(flat, bits, group, symmetric=symmetric, seed=seed)
-    offset = {} if codes.offset is None else {"offset": codes.offset}
-    sections = {"codes": codes.packed, "scale": codes.scale, **offset, "escapes": codes.escapes}
-    return packet.with_(
-        sections={name: as_bytes(part) for name, part in sections.items()},
-        params=(group, int(symmetric)),
-        bits=bits,
-        rel_error=nan,
-    )
+    return packet.with_(sections=codes.sections, params=(group, int(symmetric)), bits=bits, rel_error=nan)
 
 
 def decode_groups(packet: Packet) -> Tensor:
@@ -51,23 +43,20 @@ def decode_groups(packet: Packet) -> Tensor:
     if group not in GROUP_SIZES or symmetric not in (0, 1):
         raise PacketError("params", f"group {group}, symmetric {symmetric}: not a group code")
     check_lossy_dtype(packet)
-    if not packet.flat_numel:
+    numel = packet.flat_numel
+    if not numel:
         raise PacketError("shape", "empty tensors have no group code")
-    packet.check_sections("codes", "scale", "escapes", *(() if symmetric else ("offset",)))
-    groups = cdiv(packet.flat_numel, group)
+    packet.check_sections("codes", "scale", *(() if symmetric else ("offset",)))
+    sizes = group_sizes(numel, packet.bits, group, bool(symmetric))
     codes = GroupCodes(
-        packet.section("codes", numel=groups * group * packet.bits // 8).view(groups, -1),
-        packet.section("scale", torch.float16, groups),
-        None if symmetric else packet.section("offset", torch.float16, groups),
-        escaped_rows(packet, group),
+        aligned(packet.section("codes", numel=sizes[0])),
+        aligned(packet.section("scale", numel=sizes[1])),
+        None if symmetric else aligned(packet.section("offset", numel=sizes[2])),
         packet.bits,
         group,
-        packet.flat_numel,
+        numel,
     )
-    try:
-        return group_unpack_dequantize(codes, packet.dtype)
-    except LaneError as error:
-        raise PacketError("escapes", str(error)) from error
+    return group_unpack_dequantize(codes, packet.dtype)
 
 
 def fits(basis: Basis, packet: Packet) -> bool:

@@ -8,12 +8,9 @@ when a step fails. Every other reference (the index, the prefetch order) is weak
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from threading import RLock
 from typing import NamedTuple, Protocol
 from weakref import WeakValueDictionary
@@ -23,8 +20,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sidelane.codec.packet import Packet
-from sidelane.errors import OffloadError, PacketError
+from sidelane.errors import OffloadError
 from sidelane.pipeline.extent import Pairs, View, geometry
+from sidelane.pipeline.streams import current_stream
 
 
 class Claim:
@@ -83,31 +81,6 @@ class Resident:
         yield self._packet
 
 
-class Spilled:
-    """A packet in a file of its own, deleted with the object."""
-
-    def __init__(self, packet: Packet, folder: str) -> None:
-        """Writes the packet; waits for the device. Raises OSError, and leaves no file, when the disk does
-        not take it."""
-        self._device = packet.device
-        handle, name = tempfile.mkstemp(suffix=".packet", dir=folder)
-        self._path = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(packet.to_bytes())
-
-    @contextmanager
-    def use(self) -> Iterator[Packet]:
-        try:
-            packet = Packet.from_bytes(self._path.read_bytes())
-        except (OSError, PacketError) as error:
-            raise OffloadError(f"a spilled tensor cannot be read back: {error}") from error
-        yield packet.to(self._device)
-
-    def __del__(self) -> None:
-        if path := getattr(self, "_path", None):
-            path.unlink(missing_ok=True)
-
-
 class Stash:
     """One encoded range of one storage version.
 
@@ -125,24 +98,66 @@ class Stash:
         self.device = source.device
         # Its address is not reused while this lives.
         self._source = StorageWeakRef(source.untyped_storage())  # type: ignore[no-untyped-call]
-        self._decoded: tuple[StorageWeakRef, Moment] | None = None
+        self.users = 0  # tickets
+        self._decoded: _Decoded | None = None
 
-    def alive(self) -> torch.UntypedStorage | None:
-        """The decoded storage, if it was decoded for the node that runs now and that node still holds it.
+    def alive(self) -> Tensor | None:
+        """What `remember` got, if it is as it was and the node that runs now may share it.
 
-        Nodes do not share: one may hand its memory out as a gradient, which the program then overwrites.
+        Views that one node unpacks share their memory. Nodes that follow each other share it too, when nobody
+        else holds it by then and no version counter moved: a node may hand its memory out as a gradient,
+        which the program then overwrites.
         """
-        if self._decoded is None:
+        decoded, now = self._decoded, current_moment(self.device)
+        if decoded is None or now is None:
             return None
-        ref, moment = self._decoded
-        storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
-        return storage if storage is not None and moment == current_moment(storage.device) else None
+        if decoded.moment == now:
+            return decoded.reopen() if decoded.flat is None else decoded.flat
+        flat = decoded.flat
+        self._decoded = None
+        if (
+            flat is None
+            or (decoded.moment.task, decoded.moment.stream) != (now.task, now.stream)
+            or flat._version != decoded.version
+            or _holders(flat) > 1
+        ):
+            return None
+        self.remember(flat)
+        return flat
 
-    def remember(self, storage: torch.UntypedStorage) -> None:
-        """Let later unpacks of the node that runs now share `storage` while it holds it."""
-        moment = current_moment(storage.device)
-        ref = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        self._decoded = None if moment is None else (ref, moment)
+    def remember(self, flat: Tensor) -> None:
+        """Let later unpacks share decoded elements: of this node while it holds them, and of other nodes,
+        which need them to be held here, until `forget`."""
+        moment = current_moment(self.device)
+        keep = flat if self.users > 1 else None
+        self._decoded = None if moment is None else _Decoded(flat, moment, keep)
+
+    def forget(self) -> None:
+        """Hold no decoded elements any longer."""
+        if self._decoded is not None:
+            self._decoded.flat = None
+
+
+class _Decoded:
+    """Decoded elements, held or not, and for whom they were decoded."""
+
+    def __init__(self, flat: Tensor, moment: Moment, keep: Tensor | None) -> None:
+        self.flat = keep
+        self.moment = moment
+        self.version = flat._version
+        self._storage = StorageWeakRef(flat.untyped_storage())  # type: ignore[no-untyped-call]
+
+    def reopen(self) -> Tensor | None:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
+        if storage is None:
+            return None
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _holders(flat: Tensor) -> int:
+    """Tensors over the storage of `flat`, itself counted."""
+    storage = flat.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1  # less the object that asks
 
 
 @dataclass(frozen=True)
@@ -162,6 +177,10 @@ class Ticket:
         self.stash = stash
         self.view = view
         self._claim = claim
+        stash.users += 1
+
+    def __del__(self) -> None:
+        self.stash.users -= 1
 
 
 class Kept:
@@ -261,5 +280,5 @@ def current_moment(device: torch.device) -> Moment | None:
     task, node = torch._C._current_graph_task_id(), torch._C._current_autograd_node()
     if task == -1 or node is None:
         return None
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    stream = current_stream(device) if device.type == "cuda" else None
     return Moment(task, id(node), node._sequence_nr(), stream)

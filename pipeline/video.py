@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from math import nan
+from math import inf, nan
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sidelane.codec.engines import decode_surface, encode_surface
-from sidelane.codec.hevc import MAX_QP, decode_hevc, encode_hevc, hevc_support
+from sidelane.codec.engines import EncodingSlot, decode_surface, encoding_slot
+from sidelane.codec.hevc import MAX_QP, decode_hevc, hevc_support
 from sidelane.codec.lane import Lane
 from sidelane.codec.packet import NO_DIGEST, Packet, flatten
-from sidelane.errors import BasisError, LaneError, PacketError
+from sidelane.errors import LaneError, PacketError
 from sidelane.kernels._launch import cdiv
 from sidelane.kernels.surface import project_quantize_pack, unpack_dequantize_project
 from sidelane.layout import (
@@ -27,7 +28,7 @@ from sidelane.layout import (
     plan_surface,
 )
 from sidelane.pipeline.basis import Basis
-from sidelane.pipeline.lanes import ExactLane, RawLane, decode_packet, plain
+from sidelane.pipeline.lanes import ExactLane, RawLane, decode_packet, packet_basis, plain
 from sidelane.pipeline.packed import LOSSY_DTYPES, as_bytes, check_lossy_dtype, escaped_rows, fits
 
 QP_STEP = 6  # halves the quantizer step of HEVC
@@ -38,9 +39,11 @@ FINER_FORMAT = {
     "yuv444_10": "nv12_split12",
 }
 MIN_CHANNELS = 32  # rows shorter than this are no channels worth their own scales
+MAX_CHANNELS = 2**20  # nor rows longer than this: operands of the kernels have numbers for every channel
 FLAT_ROW = 256  # row length for tensors without channels
 MIN_TOKENS = 256  # with fewer, two floats per channel would cost more than a quarter bit per element
 LARGEST = 2.0**100  # rows with larger magnitudes could overflow float32 in a projection
+FRAMES_AHEAD = 8  # under way in encode_many: enough for every engine of a GPU
 
 
 class SurfaceQuantizer(NamedTuple):
@@ -114,13 +117,40 @@ class VideoLane:
         rows stored raw; without a basis scale and bias, float32 [D] or [1]. Params: width, height, frames,
         max_side.
         """
+        return self._begin(tensor).finish()
+
+    def encode_many(self, tensors: Iterable[Tensor]) -> Iterator[Packet]:
+        """The packets of `encode`, in order; engines work on up to `FRAMES_AHEAD` frames at a time.
+
+        Tensors are taken from `tensors` ahead of the packets and must stay unchanged until theirs is out. The
+        error of a tensor is raised at its place and ends the iteration.
+        """
+        running: deque[_Encoding] = deque()
+        try:
+            for tensor in tensors:
+                try:
+                    running.append(self._begin(tensor))
+                except LaneError:
+                    while running:
+                        yield running.popleft().finish()
+                    raise
+                while sum(one.frames for one in running) > FRAMES_AHEAD:
+                    yield running.popleft().finish()
+            while running:
+                yield running.popleft().finish()
+        finally:
+            for one in running:
+                one.discard()
+
+    def _begin(self, tensor: Tensor) -> _Encoding:
+        """Write the surface of `tensor` and start to encode it."""
         tensor = plain(tensor)
         packet, flat = Packet.like("video", tensor), flatten(tensor)
         if packet.dtype not in LOSSY_DTYPES or not packet.flat_numel:
-            return ExactLane().encode(tensor)
+            return _Encoding(tensor, ExactLane().encode(tensor))
         basis = self.basis if self.basis is not None and fits(self.basis, packet) else None
         x = _as_rows(flat, _row_length(packet, basis))
-        usual = (x.abs() <= min(torch.finfo(x.dtype).max / 4, LARGEST)).all(1)
+        usual = torch.linalg.vector_norm(x, inf, dim=1) <= min(torch.finfo(x.dtype).max / 4, LARGEST)
         rows = (~usual).nonzero()[:, 0]
         sections = {"rows": rows.to(torch.int32), "escapes": x[rows]}
         if len(rows):
@@ -133,11 +163,6 @@ class VideoLane:
             q = basis_quantizer(basis.to(x.device), self.bits)
         fmt = FORMATS[self.format]
         layout = plan_surface(fmt, self.mapping, len(x), len(q.scale), max_side=self.max_side)
-        surface = torch.zeros(layout.shape, dtype=torch.uint8, device=x.device)
-        levels = torch.full_like(q.scale, 2**self.bits - 1)
-        project_quantize_pack(x, q.components, q.offset, q.inv_scale, levels, surface, layout)
-        stream = bytearray(self._encode_surface(surface, layout))
-        sections["bitstream"] = torch.frombuffer(stream, dtype=torch.uint8).to(x.device)
         packet = packet.with_(
             sections={name: as_bytes(part) for name, part in sections.items()},
             params=(layout.width, layout.height, layout.frames, self.max_side),
@@ -147,7 +172,17 @@ class VideoLane:
             digest=NO_DIGEST if basis is None else basis.digest,
             rel_error=nan,
         )
-        return packet if packet.nbytes < packet.raw_nbytes else RawLane().encode(tensor)
+        if packet.nbytes >= packet.raw_nbytes:
+            return _Encoding(tensor, RawLane().encode(tensor))
+        levels = torch.full_like(q.scale, 2**self.bits - 1)
+        slot = self._open_slot(layout, x.device)
+        try:
+            project_quantize_pack(x, q.components, q.offset, q.inv_scale, levels, slot.tensor, layout)
+            slot.submit()
+        except BaseException:
+            slot.discard()
+            raise
+        return _Encoding(tensor, packet, slot)
 
     def decode(self, packet: Packet) -> Tensor:
         """The tensor of a packet of `encode`, on the packet's device, whatever the options of this lane are.
@@ -159,12 +194,7 @@ class VideoLane:
             return decode_packet(packet)
         if packet.lane != "video":
             raise PacketError("lane", f"'{packet.lane}' is not of this lane: use decode_packet")
-        if packet.digest == NO_DIGEST:
-            return decode_video(packet, None, self._decode_surface)
-        if self.basis is None or self.basis.digest != packet.digest:
-            digest = packet.digest.hex()
-            raise BasisError(f"packet needs the basis with digest {digest}: open the lane with it")
-        return decode_video(packet, self.basis, self._decode_surface)
+        return decode_video(packet, packet_basis(packet, self.basis), self._decode_surface)
 
     def finer(self) -> Lane | None:
         """Half the QP step, at its end lossless; then formats of 10 and 12 bits; then `ExactLane`."""
@@ -174,8 +204,8 @@ class VideoLane:
             return replace(self, format=FINER_FORMAT[self.format])
         return ExactLane()
 
-    def _encode_surface(self, surface: Tensor, layout: SurfaceLayout) -> bytes:
-        return encode_hevc(surface.cpu(), layout, qp=self.qp)
+    def _open_slot(self, layout: SurfaceLayout, device: torch.device) -> EncodingSlot:
+        return EncodingSlot(layout, self.qp, device)
 
     def _decode_surface(self, stream: bytes, layout: SurfaceLayout, device: torch.device) -> Tensor:
         return decode_hevc(stream, layout).to(device)
@@ -192,11 +222,36 @@ class EngineVideoLane(VideoLane):
 
     name = "video"
 
-    def _encode_surface(self, surface: Tensor, layout: SurfaceLayout) -> bytes:
-        return encode_surface(surface, layout, qp=self.qp)
+    def _open_slot(self, layout: SurfaceLayout, device: torch.device) -> EncodingSlot:
+        return encoding_slot(layout, device, qp=self.qp)
 
     def _decode_surface(self, stream: bytes, layout: SurfaceLayout, device: torch.device) -> Tensor:
         return decode_surface(stream, layout, device)
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """A tensor on its way into a packet, which lacks its bitstream as long as there is a slot."""
+
+    tensor: Tensor
+    packet: Packet
+    slot: EncodingSlot | None = None
+
+    @property
+    def frames(self) -> int:
+        return self.slot.layout.frames if self.slot is not None else 0
+
+    def finish(self) -> Packet:
+        if self.slot is None:
+            return self.packet
+        stream = torch.frombuffer(bytearray(self.slot.stream()), dtype=torch.uint8)
+        sections = self.packet.sections | {"bitstream": stream.to(self.packet.device)}
+        packet = self.packet.with_(sections=sections)
+        return packet if packet.nbytes < packet.raw_nbytes else RawLane().encode(self.tensor)
+
+    def discard(self) -> None:
+        if self.slot is not None:
+            self.slot.discard()
 
 
 def decode_video(
@@ -276,12 +331,14 @@ def _row_length(packet: Packet, basis: Basis | None) -> int:
         return basis.dim
     dims = zip(packet.shape, packet.strides, strict=True)
     innermost = next((n for n, stride in dims if stride == 1 and n > 1), 1)
-    return innermost if MIN_CHANNELS <= innermost < packet.flat_numel else FLAT_ROW
+    longest = min(packet.flat_numel - 1, MAX_CHANNELS)
+    return innermost if MIN_CHANNELS <= innermost <= longest else FLAT_ROW
 
 
 def _as_rows(flat: Tensor, length: int) -> Tensor:
     """[T, length], the last row filled up with the last element."""
-    return torch.cat((flat, flat[-1:].expand(-len(flat) % length))).view(-1, length)
+    missing = -len(flat) % length
+    return (torch.cat((flat, flat[-1:].expand(missing))) if missing else flat).view(-1, length)
 
 
 def _packet_layout(packet: Packet, tokens: int, channels: int) -> SurfaceLayout:

@@ -98,7 +98,7 @@ def test_golden_packets_decode(name):
     if packet.lane == "packed":
         finite = x.isfinite()
         assert torch.equal(bits_of(y[~finite]), bits_of(x[~finite]))
-        worst = {"groups": 16 / 15 / 2, "symmetric": 32 / 2, "basis": 0.41}[name]  # half a step of each code
+        worst = {"groups": 8 / 2, "symmetric": 32 / 2, "basis": 0.41}[name]  # half a step of each code
         assert (y - x)[finite].abs().max() <= worst * 1.01
     else:
         assert torch.equal(bits_of(y), bits_of(x))
@@ -216,8 +216,11 @@ def test_values_that_are_not_finite(lane, dtype):
     packet = lane.encode(x)
     assert packet.lane == "packed"
     y = lane.decode(packet)
-    assert torch.equal(bits_of(y[~x.isfinite()]), bits_of(x[~x.isfinite()]))
+    assert torch.equal(y.isnan(), x.isnan())
+    assert torch.equal(y[x.isinf()], x[x.isinf()])
     assert y[x.isfinite()].isfinite().all()
+    if lane.basis is not None:
+        assert torch.equal(bits_of(y[~x.isfinite()]), bits_of(x[~x.isfinite()]))
 
 
 def test_exact_never_costs_one_percent():
@@ -239,10 +242,10 @@ def test_exact_makes_ordinary_numbers_smaller():
 
 
 def test_lossy_code_that_is_not_smaller_is_raw():
-    for x in (torch.randn(3), torch.full((640,), float("nan"))):
-        packet = PackedLane().encode(x)
-        assert (packet.lane, packet.rel_error) == ("raw", 0.0)
-        assert torch.equal(bits_of(PackedLane().decode(packet)), bits_of(x))
+    x = torch.tensor([1.0, float("nan"), -0.0])
+    packet = PackedLane().encode(x)
+    assert (packet.lane, packet.rel_error) == ("raw", 0.0)
+    assert torch.equal(bits_of(PackedLane().decode(packet)), bits_of(x))
 
 
 # Basis
@@ -457,16 +460,9 @@ def with_section(packet: Packet, name: str, part: Tensor) -> Packet:
 
 
 def test_lying_escapes():
-    x = torch.randn(4096)
-    x[100] = float("nan")
-    packed = PackedLane().encode(x)
     exact = ExactLane().encode(torch.exp(torch.randn(4096) * 3))
     assert exact.sections["escapes"].numel() > 0
     for packet, name, part in [
-        (packed, "escapes", torch.zeros(0)),
-        (packed, "escapes", torch.zeros(128)),
-        (packed, "escapes", torch.zeros(63)),
-        (packed, "escapes", torch.zeros(3, dtype=torch.uint8)),
         (exact, "escapes", exact.sections["escapes"][1:]),
         (exact, "escapes", torch.zeros(4097, dtype=torch.uint8)),
         (exact, "counts", torch.zeros(5, dtype=torch.int16)),

@@ -165,6 +165,25 @@ def test_a_gradient_that_is_saved_memory_may_be_overwritten(between):
         assert torch.equal(got, want)
 
 
+def test_layers_that_save_the_same_input_decode_it_once():
+    layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(3))
+    data = torch.randn(8, 16, requires_grad=True)
+
+    def run(context):
+        layers.zero_grad()
+        x = data * 1
+        with context:
+            loss = sum(layer(x).sin().sum() for layer in layers)
+        loss.backward()
+        return [p.grad.clone() for p in layers.parameters()]
+
+    context = offload(min_bytes=0)
+    for got, want in zip(run(context), run(nullcontext()), strict=True):
+        assert torch.equal(got, want)
+    report = context.report()
+    assert (report.unpacks, report.deduplicated.count, report.decodes) == (6, 2, 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
 def test_recurrent_layers_whose_cells_write_into_chunks_of_one_storage(kind, dtype):
@@ -183,7 +202,7 @@ def test_recurrent_layers_whose_cells_write_into_chunks_of_one_storage(kind, dty
 
 
 def test_a_spill_folder_that_cannot_be_made_is_refused():
-    with pytest.raises(LaneError, match="spill_dir='/does/not/exist' takes no folder"):
+    with pytest.raises(LaneError, match="spill_dir: folder='/does/not/exist' takes no file"):
         offload(on_full="spill", spill_dir="/does/not/exist")
 
 

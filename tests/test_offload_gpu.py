@@ -15,7 +15,8 @@ from sidelane.errors import BudgetError
 from sidelane.pipeline import offload as offload_module
 from sidelane.pipeline.checkpoint import checkpoint
 from sidelane.pipeline.offload import offload
-from sidelane.pipeline.wire import HostCopy, side_streams
+from sidelane.pipeline.streams import side_stream
+from sidelane.pipeline.tiers import HostCopy
 
 pytestmark = pytest.mark.gpu
 
@@ -80,9 +81,9 @@ def test_no_order_of_streams_changes_gradients(cuda, monkeypatch, where, gpu_bud
         return copy(self, *args)
 
     if where == "out":
-        monkeypatch.setattr(HostCopy, "write", lambda self, p: slow(write, self, p))
+        monkeypatch.setattr(HostCopy, "write", lambda self, *args: slow(write, self, *args))
     if where == "in":
-        monkeypatch.setattr(HostCopy, "read", lambda self, d: slow(read, self, d))
+        monkeypatch.setattr(HostCopy, "read", lambda self, *args: slow(read, self, *args))
     if where == "compute":
         plain = model.wrap
 
@@ -173,7 +174,7 @@ def test_views_of_unpacked_tensors_outlive_their_node(cuda):
 
 def test_a_change_in_place_after_packing_does_not_reach_the_gradient(cuda):
     x = torch.randn(512, 512, device=cuda, requires_grad=True)
-    with torch.cuda.stream(side_streams(x.device)[0]):
+    with torch.cuda.stream(side_stream(x.device, "copy out")):
         torch.cuda._sleep(SLEEP)  # the copy out comes after the change
     with exact("raw"):
         h = x * 1
@@ -314,7 +315,7 @@ def test_lossy_gradients_equal_those_of_a_synchronous_round_trip(cuda):
 
 
 def test_small_tensors_of_the_exact_lane_cross_raw(cuda, monkeypatch):
-    monkeypatch.setattr(offload_module, "EXACT_BYTES", 1 << 20)
+    monkeypatch.setattr(offload_module, "EXACT_BYTES", (1 << 20) + 1)
     x = torch.randn(1 << 18, device=cuda, requires_grad=True)
     context = exact()
     with context:

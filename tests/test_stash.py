@@ -43,8 +43,8 @@ def occupied(x: Tensor) -> list[int]:
 def test_views_are_laid_over_both_kinds_of_storage(x):
     view = View.of(x)
     assert view.nbytes == 4 * x.reshape(-1).unique().numel()
-    whole = whole_storage(x).clone().untyped_storage()
-    elements = flatten(x).clone().untyped_storage()
+    whole = whole_storage(x).clone()
+    elements = flatten(x).clone()
     for got in (view.over(whole), view.over_elements(elements)):
         assert torch.equal(got, x) and got.stride() == x.stride()
 
@@ -171,32 +171,78 @@ class Calls(torch.autograd.Function):
         return grad, None
 
 
-def test_decoded_storage_is_shared_by_the_node_that_holds_it_alone():
+def backward_through(*functions):
+    """A backward pass that calls `functions` in nodes of their own, the last one first."""
+    x = torch.randn(3, requires_grad=True)
+    for function in functions:
+        x = Calls.apply(x, function)
+    x.sum().backward()
+
+
+def test_decoded_elements_are_shared_by_the_node_that_holds_them():
     stash, held, at_start = stash_of(torch.randn(4)), [], []
 
     def unpack():
         at_start.append(stash.alive())  # what another node decoded
         decoded = torch.randn(4)
-        stash.remember(decoded.untyped_storage())
+        stash.remember(decoded)
         held.append(decoded[1:])
         del decoded
-        found = stash.alive()
-        assert found is not None and found.data_ptr() == held[-1].untyped_storage().data_ptr()
+        assert stash.alive().data_ptr() == held[-1].untyped_storage().data_ptr()
 
-    x = torch.randn(3, requires_grad=True)
-    Calls.apply(Calls.apply(x, unpack), unpack).sum().backward()
+    backward_through(unpack, unpack)
     assert len(held) == 2 and at_start == [None, None] and stash.alive() is None
 
 
-def test_decoded_storage_dies_with_its_last_view():
+def test_decoded_elements_die_with_their_last_view():
     stash, found = stash_of(torch.randn(4)), []
 
     def unpack():
-        stash.remember(torch.randn(4).untyped_storage())
+        stash.remember(torch.randn(4))
         found.append(stash.alive())
 
-    Calls.apply(torch.randn(3, requires_grad=True), unpack).sum().backward()
+    backward_through(unpack)
     assert found == [None]
+
+
+kept: list[object] = []
+keep = kept.append
+
+
+@pytest.mark.parametrize(
+    "meanwhile, shared",
+    [
+        (lambda view: None, True),
+        (keep, False),  # as a gradient that the program goes on to use
+        (lambda view: keep(view[1:]), False),
+        (lambda view: view.add_(1), False),
+    ],
+)
+def test_the_next_node_shares_what_nobody_else_holds_or_changed(meanwhile, shared):
+    view, stash, found = View.of(torch.randn(4)), stash_of(torch.randn(4)), []
+    stash.users = 2
+    kept.clear()
+
+    def first():
+        flat = torch.randn(4)
+        stash.remember(flat)
+        meanwhile(view.over(flat))
+
+    backward_through(lambda: found.append(stash.alive()), first)
+    assert (found[0] is not None) == shared
+
+
+def test_nodes_of_another_pass_and_forgotten_elements_share_nothing():
+    stash, found = stash_of(torch.randn(4)), []
+    stash.users = 2
+    backward_through(lambda: stash.remember(torch.randn(4)))
+    backward_through(lambda: found.append(stash.alive()))
+    backward_through(
+        lambda: found.append(stash.alive()),
+        stash.forget,
+        lambda: stash.remember(torch.randn(4)),
+    )
+    assert found == [None, None]
 
 
 def test_kept_tensors_are_checked_for_changes():

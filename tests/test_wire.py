@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from sidelane.codec.packet import Packet
 from sidelane.pipeline import wire as wire_module
 from sidelane.pipeline.stash import Budget
-from sidelane.pipeline.wire import HostCopy, Pinned, Wire
+from sidelane.pipeline.tiers import Pinned
+from sidelane.pipeline.wire import Wire
 
 GPU = torch.device("cuda", 0)
 POISON = -1
@@ -90,25 +90,22 @@ class Block:
 
 
 class Host:
-    """Stands for HostCopy: the copies are work of the current stream."""
+    """Stands for HostCopy: the copies are work of the current stream. Memory is a list of one value."""
+
+    nbytes = 10
 
     def __init__(self, device):
         self.device = device
-        self.nbytes = 10
-        self.pinned = None
 
-    def write(self, block):
-        source, target = block.cell, self.pinned.slot.cell
-        self.device.current.enqueue(lambda: target.__setitem__(0, source[0]))
+    def write(self, block, memory):
+        source = block.cell
+        self.device.current.enqueue(lambda: memory.__setitem__(0, source[0]))
 
-    def read(self, _):
+    def read(self, memory, _):
         block = Block(self.device)
-        source, target = self.pinned.slot.cell, block.cell
-        self.device.current.enqueue(lambda: target.__setitem__(0, source[0]))
+        target = block.cell
+        self.device.current.enqueue(lambda: target.__setitem__(0, memory[0]))
         return block
-
-    def release(self, after):
-        self.pinned.slot.released = after
 
 
 class Slots:
@@ -125,7 +122,7 @@ class Slots:
 
 class HostSlot:
     def __init__(self, slots):
-        self.cell, self.released = slots.free.pop(0)
+        self.tensor, self.released = slots.free.pop(0)
         self.slots = slots
 
     def wait(self, stream):
@@ -133,7 +130,7 @@ class HostSlot:
             stream.wait_event(self.released)
 
     def __del__(self):
-        self.slots.free.append((self.cell, self.released))
+        self.slots.free.append((self.tensor, self.released))
 
 
 @pytest.fixture
@@ -142,10 +139,10 @@ def model(monkeypatch):
 
     def make(seed):
         device = Device(random.Random(seed))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: device.current)
-        monkeypatch.setattr(torch.cuda, "stream", device.stream)
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False: Event())
-        monkeypatch.setattr(wire_module, "side_streams", lambda _: device.side)
+        monkeypatch.setattr(wire_module, "current_stream", lambda _: device.current)
+        monkeypatch.setattr(wire_module, "on", device.stream)
+        monkeypatch.setattr(wire_module, "side_stream", lambda _, role: device.side[role == "copy in"])
         monkeypatch.setattr(wire_module, "HostCopy", lambda _: Host(device))
         return device
 
@@ -260,30 +257,25 @@ def test_a_full_host_is_told_unless_the_packet_stays(model):
     assert [t is None for t in transits] == [False] * 3 + [True]
 
 
-class PageableSlot:
-    released = None
+def test_nodes_that_want_the_same_packet_share_one_fetched_copy(model):
+    device = model(0)
+    wire = Wire(Budget(60), Slots(12).take)
+    transits = forward(wire, device, 12)
+    while transits:
+        for _ in range(3):
+            with transits[-1].use():
+                pass
+            device.run()
+        transits.pop()
+    assert wire.fetched + wire.prefetched == 6
 
-    def __init__(self, nbytes):
-        self.tensor = torch.zeros(nbytes, dtype=torch.uint8)
 
-
-@pytest.mark.parametrize("one_block", [True, False])
-def test_sections_come_back_from_host_memory(one_block):
-    """Pageable memory stands for pinned memory."""
-    sizes = {"a": 3, "empty": 0, "b": 70_017, "c": 1000}
-    block = torch.randint(0, 256, (100_000,), dtype=torch.uint8)
-    starts = {"a": 256, "empty": 512, "b": 512, "c": 70_656}
-    sections = {name: block[starts[name] : starts[name] + n] for name, n in sizes.items()}
-    if not one_block:
-        sections = {name: part.clone() for name, part in sections.items()}
-    packet = Packet("raw", torch.uint8, (8,), (1,), sections)
-    host = HostCopy(packet)
-    assert sum(sizes.values()) <= host.nbytes < sum(sizes.values()) + 4 * 256
-    host.pinned = Pinned(PageableSlot(host.nbytes), None)
-    host.write(packet)
-    back = host.read(torch.device("cpu"))
-    assert back.sections.keys() == sections.keys()
-    for name, part in sections.items():
-        assert torch.equal(back.sections[name], part)
-        assert back.sections[name].storage_offset() % 256 == 0
-    assert (back.lane, back.dtype, back.shape) == (packet.lane, packet.dtype, packet.shape)
+def test_a_graph_that_is_kept_goes_on_being_fetched_ahead(model):
+    device = model(0)
+    wire = Wire(Budget(60), Slots(40).take)
+    transits = forward(wire, device, 40)
+    for transit in reversed(transits):
+        with transit.use():
+            pass
+        device.run()
+    assert wire.fetched == 0 and wire.prefetched == 34

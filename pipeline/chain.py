@@ -1,0 +1,443 @@
+"""Tensors through a lane in overlapping stages: kernel, encode, store, load, decode, inverse kernel.
+
+Note: [Where the host waits]
+Every stage has streams of its own on its device, and stages are joined by events. Threads of the chain
+enqueue the work, since lanes may wait for the device or run on the CPU. The program's own thread waits in
+`Chain._wait` only: in `send` while `depth` tensors are in front of the encoder; in `receive` until its work
+is enqueued, and until the program's stream has reached the `receive` that was `depth` calls earlier; in
+`flush` and `close`. With a lane that never waits for the device, `send` never does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import count
+from threading import Lock
+from time import perf_counter
+from traceback import clear_frames
+from types import TracebackType
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from sidelane.codec.lane import Lane
+from sidelane.codec.packet import Packet
+from sidelane.errors import LaneError, OffloadError
+from sidelane.pipeline.basis import Basis
+from sidelane.pipeline.compress import choose_lane, compress, present_device
+from sidelane.pipeline.extent import distinct_bytes
+from sidelane.pipeline.lanes import decode_packet, plain, undisturbed
+from sidelane.pipeline.stash import Budget, describe
+from sidelane.pipeline.streams import Event, Ring, Slot, Stream, current_stream, on, side_stream
+from sidelane.pipeline.ticket import ChainReport, Stored, Ticket
+from sidelane.pipeline.trace import Recorder, Trace
+
+MAX_ERRORS = 16  # remembered until somebody receives them
+T = TypeVar("T")
+
+
+class Chain:
+    """Sends tensors through a lane to host memory and brings them back, to where they were or elsewhere.
+
+    `send` starts kernel, encode and store; `receive`, or earlier `fetch`, starts load, decode and inverse.
+    Each stage runs on its own streams of its device, so that consecutive tensors overlap; on the CPU they
+    overlap on threads. A chain is a context manager, and its methods may be called from several threads.
+
+        with sidelane.Chain("packed", bits=8) as chain:
+            tickets = [chain.send(page) for page in pages]
+            for page in chain.receive_all(tickets):
+                ...
+
+    A sent tensor is read later than `send` returns. Drop it when you like, but change it only after
+    `Ticket.join`; a change that was made too early and is noticed is an error. The current stream of `send`
+    waits for the encoder only when that is `depth` tensors behind.
+
+    The calls in which the host waits are listed in Note: [Where the host waits]. An error in any stage is
+    raised by `receive` of its ticket, else by `flush` or `close`; the chain goes on with the next tensor.
+
+    Args:
+        lane: name for `open_lane`, or a lane, whose packets and tensors own their memory. Default: "exact",
+            or "packed" when `max_rel_error` is given.
+        depth: tensors in each stage: those that wait for the encoder, encoded packets on the device, loaded
+            packets, and fetched tensors are at most so many each.
+        workers: threads for each direction, each with streams of its own for kernels. A lane that waits
+            inside encode, since the size of its packets depends on the data, or that runs on the CPU is
+            faster with several; for others one is enough.
+        device: where tensors are received; default: where they were.
+        kernel, inverse: tensor to tensor, before encode and after decode, on streams of their own.
+        max_rel_error: bound on the relative Frobenius error of what is encoded (`compress`); waits for the
+            device.
+        host_budget: bytes of packets in host memory; None for no limit.
+        priority: of the streams of kernels; -1 puts them before those of the program.
+        trace: record the spans that `trace` returns.
+        basis, lane_options: for `open_lane`.
+
+    Raises LaneError for a bad argument.
+    """
+
+    def __init__(
+        self,
+        lane: str | Lane | None = None,
+        *,
+        depth: int = 4,
+        workers: int = 2,
+        device: torch.device | str | None = None,
+        kernel: Callable[[Tensor], Tensor] | None = None,
+        inverse: Callable[[Tensor], Tensor] | None = None,
+        max_rel_error: float | None = None,
+        host_budget: int | None = None,
+        priority: int = -1,
+        trace: bool = False,
+        basis: Basis | None = None,
+        **lane_options: Any,
+    ) -> None:
+        self._lane = choose_lane(lane, max_rel_error, basis, lane_options)
+        self._encode: Callable[[Tensor], Packet] = self._lane.encode
+        self._decode: Callable[[Any], Tensor] = self._lane.decode
+        if max_rel_error is not None:
+            self._encode = partial(compress, lane=self._lane, max_rel_error=max_rel_error)
+            self._decode = partial(decode_packet, basis=getattr(self._lane, "basis", None))
+        if host_budget is not None and (type(host_budget) is not int or host_budget < 0):
+            raise LaneError(f"host_budget={host_budget!r} is not a whole number from 0 up or None")
+        if type(workers) is not int or workers < 1:
+            raise LaneError(f"workers={workers!r} is not a whole number from 1 up")
+        self._depth = depth
+        self._device = None if device is None else _with_index(present_device(device))
+        self._kernel, self._inverse = kernel, inverse
+        self._priority = priority
+        self._recorder = Recorder() if trace else None
+        self._rings = {stage: Ring[Any](depth) for stage in ("source", "kernel", "encode", "load", "decode")}
+        self._host = Budget(host_budget)
+        self._thread = threading.local()  # .number among the threads of its direction
+        self._sender, self._receiver = (
+            ThreadPoolExecutor(workers, f"sidelane-{name}", _set_number, (self._thread, count()))
+            for name in ("send", "receive")
+        )
+        self._pending: set[Future[Any]] = set()
+        self._lock = Lock()
+        self._copying = {"store": Lock(), "load": Lock()}
+        self._fetched: WeakKeyDictionary[Ticket, Future[tuple[Tensor, Event]]] = WeakKeyDictionary()
+        self._handed: deque[Event] = deque()
+        self._errors: deque[BaseException] = deque(maxlen=MAX_ERRORS)
+        self._stores: set[torch.device] = set()  # copied from
+        self._names: dict[str, int] = {}
+        self._sent = self._received = self._failed = self._bytes_in = self._bytes_wire = 0
+        self._seconds = 0.0
+        self._closed = False
+
+    def __enter__(self) -> Chain:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close(quiet=error is not None)
+
+    def send(self, tensor: Tensor) -> Ticket:
+        """Start the way of `tensor` to host memory.
+
+        Raises LaneError for a tensor that no lane takes and after `close`, OffloadError inside the capture of
+        a CUDA graph.
+        """
+        tensor = plain(tensor)
+        self._check(tensor.device)
+        stream = current_stream(tensor.device)
+        self._sweep()
+        slot = self._wait(partial(self._rings["source"].take, stream))
+        slot.fill(tensor)
+        with self._lock:
+            ticket = Ticket(self._sent, self._rings)
+            self._sent += 1
+        ticket._stored = self._submit(
+            self._sender, self._store, ticket.number, slot, _version(tensor), ticket._read
+        )
+        return ticket
+
+    def fetch(self, ticket: Ticket) -> bool:
+        """Start load, decode and inverse ahead of `receive`. False, and nothing is started, when `depth`
+        tensors are fetched already."""
+        self._check_ticket(ticket)
+        with self._lock:
+            if ticket not in self._fetched:
+                if len(self._fetched) >= self._depth:
+                    return False
+                self._fetched[ticket] = self._start(ticket)
+        return True
+
+    def receive(self, ticket: Ticket) -> Tensor:
+        """The tensor of `ticket`, for work on the current stream; its shape, dtype and memory order are those
+        that were sent, unless `inverse` changes them. Every call gives memory of its own.
+
+        Raises what went wrong in a stage: BudgetError when host memory was full, OffloadError when the tensor
+        was changed before it was read, errors of the lane and the kernels. Raises LaneError for a ticket of
+        another chain and after `close`, OffloadError inside the capture of a CUDA graph.
+        """
+        self._check_ticket(ticket)
+        self._sweep()
+        with self._lock:
+            future = self._fetched.pop(ticket, None) or self._start(ticket)
+        try:
+            tensor, ready = self._wait(future.result)
+        except BaseException as error:
+            if error in self._errors:
+                self._errors.remove(error)
+            raise
+        finally:
+            del future  # it holds the error, whose frames hold this one
+        stream = current_stream(tensor.device)
+        stream.wait_event(ready)
+        if tensor.device.type == "cuda":
+            tensor.record_stream(stream)
+        with self._lock:
+            self._received += 1
+            self._handed.append(stream.record_event())
+            earlier = self._handed.popleft() if len(self._handed) > self._depth else None
+        if earlier is not None:
+            self._wait(earlier.synchronize)
+        return tensor
+
+    def receive_all(self, tickets: Iterable[Ticket]) -> Iterator[Tensor]:
+        """The tensors of `tickets` in order, fetched up to `depth` ahead."""
+        ahead: deque[Ticket] = deque()
+        for ticket in tickets:
+            ahead.append(ticket)
+            self.fetch(ticket)
+            del ticket  # its memory goes back when it was received
+            if len(ahead) == self._depth:
+                yield self.receive(ahead.popleft())
+        while ahead:
+            yield self.receive(ahead.popleft())
+
+    def stream(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`tensors` sent and received in order, at most `depth` of them on their way."""
+        return self.receive_all(map(self.send, tensors))
+
+    def flush(self) -> None:
+        """Wait until all that was sent is in host memory. Raises the first error that nobody received."""
+        self._wait(partial(wait, set(self._pending)))
+        for device in set(self._stores):
+            self._wait(self._stream("store", device).record_event().synchronize)
+        self._sweep()
+        if self._errors:
+            error = self._errors.popleft()
+            self._errors.clear()
+            raise error
+
+    def close(self) -> None:
+        """`flush`, then refuse further calls. Tensors that were received stay; tickets are void."""
+        self._close(quiet=False)
+
+    def report(self) -> ChainReport:
+        """Numbers so far; waits for nothing."""
+        with self._lock:
+            return ChainReport(
+                lane=self._lane.name,
+                sent=self._sent,
+                received=self._received,
+                failed=self._failed,
+                bytes_in=self._bytes_in,
+                bytes_wire=self._bytes_wire,
+                host_bytes=self._host.held,
+                host_peak=self._host.peak,
+                seconds_waited=self._seconds,
+            )
+
+    def trace(self) -> Trace:
+        """The timeline so far; waits for the device. Raises LaneError unless `trace` was set."""
+        if self._recorder is None:
+            raise LaneError("nothing was recorded: make the chain with trace=True")
+        return self._recorder.trace()
+
+    @contextmanager
+    def span(self, name: str, device: torch.device | str | None = None, nbytes: int = 0) -> Iterator[None]:
+        """Add what the current stream of `device` (default: of CUDA, where it is) does inside to the trace.
+        Nothing without `trace`."""
+        if self._recorder is None:
+            yield
+            return
+        where = _with_index(present_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        begin = self._recorder.mark(current_stream(where))
+        yield
+        with self._lock:
+            item = self._names[name] = self._names.get(name, -1) + 1
+        self._recorder.add(name, where, item, begin, self._recorder.mark(current_stream(where)), nbytes)
+
+    def _store(self, number: int, source: Slot[Tensor], version: int | None, read: Future[Event]) -> Stored:
+        """What the sender's thread does for one tensor, which was at `version` when it was sent."""
+        tensor = source.peek()
+        device, nbytes = tensor.device, distinct_bytes(tensor)
+        stream = self._stream("encode", device)
+        with ExitStack() as slots, undisturbed(device):
+            slots.callback(source.give)
+            try:
+                last = source
+                if self._kernel is not None:
+                    last = self._stage(slots, "kernel", number, device, (source,), self._kernel, nbytes)
+                inputs = (last,) if last is source else (last, source)  # what a kernel returns may be a view
+                encoded: Slot[Packet] = self._stage(
+                    slots, "encode", number, device, inputs, self._encode, nbytes
+                )
+                if _version(tensor) != version:
+                    raise OffloadError(
+                        f"{describe(tensor)} was changed in place before it was read: call Ticket.join first"
+                    )
+            finally:
+                read.set_result(stream.record_event())
+            packet = encoded.peek()
+            stored = Stored(packet, nbytes, self._device or device)
+            out = self._stream("store", packet.device)
+            with self._copying["store"]:
+                encoded.open(out)
+                self._run("store", number, out, partial(stored.write, self._host, out), stored.nbytes)
+            self._stores.add(packet.device)
+        with self._lock:
+            self._bytes_in += nbytes
+            self._bytes_wire += stored.nbytes
+        return stored
+
+    def _load(self, number: int, sent: Future[Stored]) -> tuple[Tensor, Event]:
+        """What the receiver's thread does for one tensor."""
+        stored = sent.result()
+        device, nbytes = stored.device, stored.raw_nbytes
+        with ExitStack() as slots, undisturbed(device):
+            stream = self._stream("load", device)
+            loaded: Slot[Packet] = self._rings["load"].take(stream)
+            slots.callback(loaded.give)
+            with self._copying["load"]:
+                stream.wait_event(stored.ready)
+                loaded.fill(self._run("load", number, stream, partial(stored.read, stream), stored.nbytes))
+            last: Slot[Any] = loaded
+            stage, work = "decode", self._decode
+            if self._inverse is not None:
+                last = self._stage(slots, stage, number, device, (loaded,), work, nbytes)
+                stage, work = "inverse", self._inverse
+            stream = self._stream(stage, device)
+            tensor = self._run(stage, number, stream, partial(work, last.open(stream)), nbytes)
+            return tensor, stream.record_event()
+
+    def _stage(
+        self,
+        slots: ExitStack,
+        stage: str,
+        number: int,
+        device: torch.device,
+        inputs: tuple[Slot[Any], ...],
+        work: Callable[[Any], T],
+        nbytes: int,
+    ) -> Slot[T]:
+        """Run `work` on the first of `inputs` and put what it returns into a slot that `slots` gives."""
+        stream = self._stream(stage, device)
+        slot: Slot[T] = self._rings[stage].take(stream)
+        slots.callback(slot.give)
+        values = [each.open(stream) for each in inputs]
+        slot.fill(self._run(stage, number, stream, partial(work, values[0]), nbytes))
+        return slot
+
+    def _run(self, stage: str, number: int, stream: Stream, work: Callable[[], T], nbytes: int) -> T:
+        """Enqueue `work` on `stream`."""
+        with on(stream):
+            if self._recorder is None:
+                return work()
+            begin = self._recorder.mark(stream)
+            value = work()
+            self._recorder.add(
+                self._role(stage), stream.device, number, begin, self._recorder.mark(stream), nbytes
+            )
+            return value
+
+    def _role(self, stage: str) -> str:
+        """The name of the stream on which this thread runs `stage`. Copies share one in each direction."""
+        number = 0 if stage in self._copying else self._thread.number
+        return f"{stage} {number}" if number else stage
+
+    def _stream(self, stage: str, device: torch.device) -> Any:
+        return side_stream(device, self._role(stage), 0 if stage in self._copying else self._priority)
+
+    def _start(self, ticket: Ticket) -> Future[tuple[Tensor, Event]]:
+        return self._submit(self._receiver, self._load, ticket.number, ticket._stored)
+
+    def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> Future[T]:
+        future = pool.submit(self._guard, work, *arguments)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
+
+    def _guard(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Keep an error of `work` until it is raised, but not the tensors that its frames hold."""
+        try:
+            return work(*arguments)
+        except BaseException as error:
+            del arguments
+            clear_frames(error.__traceback__)
+            if error not in self._errors:
+                self._errors.append(error)
+                with self._lock:
+                    self._failed += work == self._store
+            raise
+
+    def _wait(self, work: Callable[[], T]) -> T:
+        """The one point at which the program's threads wait."""
+        begin = perf_counter()
+        try:
+            return work()
+        finally:
+            del work  # see `receive`
+            with self._lock:
+                self._seconds += perf_counter() - begin
+
+    def _sweep(self) -> None:
+        for ring in self._rings.values():
+            ring.sweep()
+
+    def _check(self, device: torch.device) -> None:
+        if self._closed:
+            raise LaneError("the chain is closed: make another one")
+        if device.type not in ("cpu", "cuda"):
+            raise LaneError(f"a chain has no streams for '{device.type}': use the CPU or CUDA")
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise OffloadError(
+                "a chain cannot be captured in a CUDA graph: use it before or after the capture"
+            )
+
+    def _check_ticket(self, ticket: Ticket) -> None:
+        if not isinstance(ticket, Ticket) or ticket._rings is not self._rings:
+            raise LaneError("this is no ticket of this chain: pass what its send returned")
+        self._check(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def _close(self, quiet: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.flush()
+        except Exception:
+            if not quiet:
+                raise
+        finally:
+            self._sender.shutdown()
+            self._receiver.shutdown()
+            self._fetched.clear()
+            for ring in self._rings.values():
+                ring.clear()
+
+
+def _set_number(thread: threading.local, numbers: Iterator[int]) -> None:
+    thread.number = next(numbers)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often `tensor` was changed in place; None where nobody counts."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -1,0 +1,44 @@
+"""A module whose forward passes run inside an offload context."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import wraps
+from types import MethodType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from sidelane.errors import LaneError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def wrap(module: M, context: AbstractContextManager[object]) -> M:
+    """Run every forward pass of `module` inside `context`, an `offload`; returns `module`.
+
+    For loops that somebody else writes: wrap the model, then hand it to a trainer. Signature, state dict and
+    copies of the module are as before; `del module.forward` undoes it. Wrap before DistributedDataParallel,
+    and wrap or compile the blocks of a model, not the whole, where `torch.compile` is used: all that one
+    compiled graph saves comes back before its backward pass begins.
+
+    Raises LaneError when `module` is no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise LaneError(f"{type(module).__name__} is no torch.nn.Module: wrap the model itself")
+    inner = module.forward
+    if getattr(inner, "__self__", None) is module:
+        # A method again, not a closure over `inner`, or a copy of the module would run this one.
+        module.forward = MethodType(_inside(inner.__func__, context), module)
+    else:
+        module.forward = _inside(inner, context)
+    return module
+
+
+def _inside(function: Any, context: AbstractContextManager[object]) -> Any:
+    @wraps(function)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with context:
+            return function(*args, **kwargs)
+
+    return forward

@@ -1,0 +1,327 @@
+"""Steps that fail anywhere: the next one is correct, no hook stays installed, every byte is back."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from itertools import count
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from interrupt import interrupted
+from models import MIN_BYTES, assert_same, build, gradients, loss_of
+from sidelane.errors import BudgetError, OffloadError
+from sidelane.pipeline import disk as disk_module
+from sidelane.pipeline import offload as offload_module
+from sidelane.pipeline.lanes import ExactLane
+from sidelane.pipeline.offload import offload
+
+KIB = 1 << 10
+
+
+def held(context: offload) -> tuple[int, ...]:
+    report = context.report()
+    return report.host_bytes, report.device_bytes, report.tickets, len(context._index)
+
+
+def assert_settled(context: offload) -> None:
+    """Nothing is held, nothing installed, no mode of the thread is changed."""
+    if any(held(context)):
+        gc.collect()  # the traceback of the failure may be part of a cycle
+    assert held(context) == (0, 0, 0, 0)
+    assert offload.current() is None
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    before = context.report()
+    (torch.ones(KIB, requires_grad=True) * 2).exp()
+    after = context.report()
+    assert after.total.count == before.total.count and after.kept == before.kept, "a hook is still installed"
+
+
+class Countdown:
+    """Raises a new `error` at one of its calls."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+        self.left = -1
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == -1:
+            raise self.error("stop")
+
+
+class Flaky(ExactLane):
+    def __init__(self, fail: Countdown) -> None:
+        object.__setattr__(self, "fail", fail)
+
+    def encode(self, tensor: Tensor):
+        self.fail()
+        return super().encode(tensor)
+
+
+ERRORS = [RuntimeError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("where", ["encode", "decode"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_every_call_of_a_codec_may_fail(monkeypatch, error, where, inside):
+    model, tokens = build()
+    expected = gradients(model, tokens)
+    fail, decode = Countdown(error), offload_module.decode_packet
+    if where == "encode":
+        context = offload(Flaky(fail), min_bytes=MIN_BYTES)
+    else:
+        context = offload(min_bytes=MIN_BYTES)
+        monkeypatch.setattr(offload_module, "decode_packet", lambda *args: (fail(), decode(*args))[1])
+    failed = 0
+    for at in count(0, 9):
+        fail.left = at
+        try:
+            gradients(model, tokens, context, backward_inside=inside)
+            break
+        except error:
+            failed += 1
+        assert_settled(context)
+        assert_same(gradients(model, tokens, context), expected)
+    assert failed > 2
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, where, error):
+        ctx.error = error if where == "backward" else None
+        ctx.save_for_backward(x)
+        if where == "forward":
+            raise error("stop")
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.error is not None:
+            raise ctx.error("stop")
+        return grad, None, None
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_model_may_fail(where, error, block, inside):
+    model, tokens = build()
+    expected = gradients(model, tokens)
+    context = offload(min_bytes=MIN_BYTES, checker=True)
+    plain = model.wrap
+
+    def wrap(b, x, **kwargs):
+        out = plain(b, x, **kwargs)
+        return Fails.apply(out, where, error) if b is model.blocks[block] else out
+
+    model.wrap = wrap
+    for _ in range(2):
+        with pytest.raises(error):
+            gradients(model, tokens, context, backward_inside=inside)
+        assert_settled(context)
+    model.wrap = plain
+    assert_same(gradients(model, tokens, context), expected)
+    assert_settled(context)
+
+
+def test_a_failed_step_amid_others():
+    """The graphs of two micro batches are alive when a third fails."""
+    model, tokens = build()
+    expected = gradients(model, tokens)
+    context = offload(min_bytes=MIN_BYTES, checker=True)
+    with context:
+        losses = [loss_of(model, tokens) for _ in range(2)]
+    with pytest.raises(ZeroDivisionError), context:
+        loss_of(model, tokens)
+        raise ZeroDivisionError
+    for loss in losses:
+        model.zero_grad()
+        loss.backward()
+        assert_same([p.grad for p in model.parameters()], expected)
+    del losses, loss
+    assert_settled(context)
+
+
+# Budgets and disks
+
+
+def wanted() -> int:
+    """Bytes that the packets of a step take together."""
+    model, tokens = build()
+    context = offload(min_bytes=MIN_BYTES)
+    gradients(model, tokens, context)
+    return context.report().host_peak
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("on_full", ["keep", "spill", "error"])
+def test_full_host_budget(tmp_path, on_full, share):
+    model, tokens = build()
+    expected = gradients(model, tokens)
+    budget = int(wanted() * share)
+    context = offload(min_bytes=MIN_BYTES, host_budget=budget, on_full=on_full, spill_dir=str(tmp_path))
+    for _ in range(2):
+        if on_full == "error":
+            with pytest.raises(BudgetError, match="host budget"):
+                gradients(model, tokens, context)
+        else:
+            assert_same(gradients(model, tokens, context), expected)
+        assert_settled(context)
+    report = context.report()
+    assert report.host_peak <= budget
+    moved = {"keep": report.over_budget, "spill": report.spilled}
+    assert on_full == "error" or moved[on_full].count > 0
+    assert_same(gradients(model, tokens), expected)
+
+
+def test_full_host_and_device_budgets():
+    model, tokens = build()
+    expected = gradients(model, tokens)
+    half = wanted() // 2
+    context = offload(min_bytes=MIN_BYTES, host_budget=half, gpu_budget=half // 2)
+    with pytest.raises(BudgetError, match="host and device budgets"):
+        gradients(model, tokens, context)
+    assert_settled(context)
+    report = context.report()
+    assert report.host_peak <= half and report.device_peak <= half // 2
+    enough = offload(min_bytes=MIN_BYTES, host_budget=half, gpu_budget=2 * half)
+    assert_same(gradients(model, tokens, enough), expected)
+
+
+def test_a_full_disk_falls_back_to_keeping(tmp_path, monkeypatch):
+    model, tokens = build()
+    expected = gradients(model, tokens)
+    context = offload(min_bytes=MIN_BYTES, host_budget=0, on_full="spill", spill_dir=str(tmp_path))
+    monkeypatch.setattr(disk_module, "RESERVE", 1 << 60)
+    assert_same(gradients(model, tokens, context), expected)
+    assert_settled(context)
+    report = context.report()
+    assert report.spilled.count == 0 and report.over_budget.count > 20
+    monkeypatch.undo()
+    assert_same(gradients(model, tokens, context), expected)
+    assert context.report().spilled.count > 20, "there is room again"
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_disk_that_fails_while_it_writes(tmp_path, monkeypatch, at):
+    model, tokens = build()
+    expected = gradients(model, tokens)
+    context = offload(min_bytes=MIN_BYTES, host_budget=0, on_full="spill", spill_dir=str(tmp_path))
+    write, left = disk_module._File.write, [at]
+
+    def failing(file, data, offset):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        write(file, data, offset)
+
+    monkeypatch.setattr(disk_module._File, "write", failing)
+    for _ in range(2):
+        assert_same(gradients(model, tokens, context), expected)
+        assert_settled(context)
+
+
+def test_a_disk_that_cannot_be_read(tmp_path, monkeypatch):
+    model, tokens = build()
+    expected = gradients(model, tokens)
+    context = offload(min_bytes=MIN_BYTES, host_budget=0, on_full="spill", spill_dir=str(tmp_path))
+
+    def failing(file, data, offset):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk_module._File, "read", failing)
+        with context:
+            loss = loss_of(model, tokens)
+        while context._tiers._disk._finish_write():
+            pass
+        with pytest.raises(OffloadError, match="cannot be read back"):
+            loss.backward()
+        del loss
+        assert_settled(context)
+    assert_same(gradients(model, tokens, context), expected)
+
+
+# Interrupts
+
+
+def own_modules() -> list[ModuleType]:
+    return [m for name, m in sys.modules.items() if name.startswith("sidelane.") and hasattr(m, "__file__")]
+
+
+def small_step(context, x: Tensor, spoil: bool = False) -> Tensor:
+    """A gradient by way of a packed, a deduplicated and a kept tensor."""
+    with context:
+        h = x * 2
+        y = (h.exp() * h.t().tanh().t()).sum() + x[0].square().sum()
+    return torch.autograd.grad(y, x)[0]
+
+
+# Signals are let in at many more points than a test can try one by one: it tries every so many.
+@pytest.mark.parametrize("first", range(4))
+@pytest.mark.parametrize("policy", ["host", "spill", "nested"])
+def test_an_interrupt_at_any_point(tmp_path, policy, first):
+    x = torch.randn(64, 64, requires_grad=True)
+    expected = small_step(nullcontext(), x)
+    options = {"host_budget": 20 * KIB, "on_full": "spill", "spill_dir": str(tmp_path)}
+    context = offload(min_bytes=KIB, **(options if policy == "spill" else {}))
+
+    def step():
+        if policy == "nested":
+            with offload(min_bytes=0):
+                small_step(context, x)
+        else:
+            small_step(context, x)
+
+    small_step(context, x)
+    modules = own_modules()
+    for at in count(first, 4):
+        hit = interrupted(step, at, *modules)
+        try:
+            assert_settled(context)
+            assert torch.equal(small_step(context, x), expected)
+        except AssertionError as error:
+            error.add_note(f"at point {at}")
+            raise
+        if not hit:
+            break
+    assert at > 300
+
+
+def test_interrupts_by_a_timer():
+    """As a user presses Ctrl-C: whenever the interpreter lets signals in, C code included."""
+    model, tokens = build()
+    expected = gradients(model, tokens)
+    context = offload(min_bytes=MIN_BYTES)
+    before = time.perf_counter()
+    gradients(model, tokens, context)
+    duration = time.perf_counter() - before
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    hits = 0
+    try:
+        for i in range(40):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, duration * (0.02 + (i * 0.618) % 1))
+                gradients(model, tokens, context)
+            except KeyboardInterrupt:
+                hits += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert_settled(context)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert hits > 10
+    assert_same(gradients(model, tokens, context), expected)
