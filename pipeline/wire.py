@@ -30,7 +30,6 @@ from sidelane.pipeline.stash import Budget, Claim
 from sidelane.pipeline.streams import current_stream, on, side_stream
 from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk
 
-SEARCH = 256  # packets looked back for those to fetch ahead
 READ_AHEAD = 8  # those that a disk is told to read
 SIBLINGS = 32  # packets used last, which other nodes of the pass may want too
 AHEAD = 256 << 20  # bytes that may always be fetched ahead
@@ -127,6 +126,9 @@ class Transit:
             self._memory.fetch()
 
 
+_Queue = dict[int, "ref[Transit]"]
+
+
 class Wire:
     """The transits of one offload context.
 
@@ -145,15 +147,16 @@ class Wire:
         self._lock = RLock()
         self._count = 0
         self._transits: WeakValueDictionary[int, Transit] = WeakValueDictionary()
-        # Device copies that may be dropped, oldest first.
-        self._used: deque[ref[Transit]] = deque()  # used, and wanted again if another node or pass comes
-        self._ahead: deque[ref[Transit]] = deque()  # fetched for later
-        self._leaving: deque[ref[Transit]] = deque()  # copied out
-        self._held: deque[ref[Transit]] = deque()  # not copied out
+        # Device copies that may be dropped, by number, oldest first.
+        self._used: _Queue = {}  # used, and wanted again if another node or pass comes
+        self._ahead: _Queue = {}  # fetched for later
+        self._leaving: _Queue = {}  # copied out
+        self._held: _Queue = {}  # not copied out
         self._first = 0  # number of the first since there were none
         self._sent = 0  # bytes since then
         self._expected: int | None = None  # those of the last forward pass
         self._next = -1  # number to fetch ahead next, going down
+        self._current = 0  # number that backward has come down to
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._seconds = 0.0
         self.fetched = 0
@@ -180,8 +183,9 @@ class Wire:
             if room is None:
                 self._drop(transit)
             else:
-                (self._held if memory is None else self._leaving).append(ref(transit))
+                (self._held if memory is None else self._leaving)[transit.number] = ref(transit)
             self._transits[self._count] = transit
+            self._next = self._count
             self._count += 1
             self._sent += host.nbytes
             return transit
@@ -193,7 +197,7 @@ class Wire:
             local = transit.local
             if local is None:
                 self.fetched += 1
-                self._next = transit.number  # a new pass, or an order that is not the reverse
+                self._next = max(self._next, transit.number)  # another pass, or it was dropped
                 room = self._make_room(transit.nbytes)
                 local = transit.fetch(room)
                 if room is not None:
@@ -202,9 +206,12 @@ class Wire:
                 local.open(stream)
             else:
                 self._wait(stream, local.ready)
+            self._used.pop(transit.number, None)
+            self._used[transit.number] = ref(transit)
             _forget_dead(self._used)
-            self._used.append(ref(transit))
-            self._prefetch(transit)
+            if transit.number >= self._next:  # not one that every layer uses
+                self._current = transit.number
+            self._prefetch(transit.device)
             return local
 
     def seconds_waited(self) -> float:
@@ -220,39 +227,35 @@ class Wire:
             return True
         return self._expected is not None and self._expected - self._sent <= KEPT * limit
 
-    def _prefetch(self, used: Transit) -> None:
-        """Fetch what was packed before `used` while the budget has room. It is a hint: what does not fit is
-        left."""
-        self._next = min(self._next, used.number - 1) if self._next >= 0 else used.number - 1
-        allowed = self._allowance(used.number)
-        while self._next >= max(used.number - SEARCH, self._first):
+    def _prefetch(self, device: torch.device) -> None:
+        """Fetch the newest packets that are not on the device, while the budget has room: backward needs them
+        next. It is a hint: what does not fit is left."""
+        while self._next >= self._first:
             transit = self._transits.get(self._next)
-            if transit is not None and transit.local is None and transit.device == used.device:
-                if transit.on_disk:
-                    if self._next < used.number - READ_AHEAD:
+            if transit is not None and transit.local is None and transit.device == device:
+                if not transit.on_disk:
+                    claim = self._claim_ahead(transit.nbytes)
+                    if claim is None:
                         return
+                    transit.local = transit.fetch(claim)
+                    self._ahead[transit.number] = ref(transit)
+                    self.prefetched += 1
+                elif self._next > self._current - READ_AHEAD:
                     transit.announce()
-                    self._next -= 1
-                    continue
-                spare = 1 if self._next == used.number - 1 else SIBLINGS
-                claim = None
-                while claim is None:
-                    if self._budget.held + transit.nbytes <= allowed:
-                        claim = self._budget.claim(transit.nbytes)
-                    if claim is None and (len(self._used) <= spare or not self._evict(self._used)):
-                        return
-                transit.local = transit.fetch(claim)
-                self._ahead.append(ref(transit))
-                self.prefetched += 1
+                else:
+                    return
             self._next -= 1
 
-    def _allowance(self, number: int) -> float:
-        """Bytes on the device above which nothing is fetched ahead when backward has come down to `number`.
-
-        Less and less of the budget, since gradients take the room of activations.
-        """
-        left = (number - self._first + 1) / (self._count - self._first)
-        return max(left * (self._budget.limit or 0), AHEAD)
+    def _claim_ahead(self, nbytes: int) -> Claim | None:
+        """A claim on less and less of the budget the further backward comes down, since gradients take the
+        room of activations."""
+        left = (self._next - self._first + 1) / (self._count - self._first)
+        allowed = max(left * (self._budget.limit or 0), AHEAD)
+        spare = 1 if self._next >= self._current - 1 else SIBLINGS
+        while True:
+            claim = self._budget.claim(nbytes) if self._budget.held + nbytes <= allowed else None
+            if claim is not None or len(self._used) <= spare or not self._evict(self._used):
+                return claim
 
     def _make_room(self, nbytes: int) -> Claim | None:
         """A claim on device memory, at the cost of copies that can be fetched again; None if not enough."""
@@ -261,11 +264,11 @@ class Wire:
                 return None
         return claim
 
-    def _evict(self, queue: deque[ref[Transit]]) -> bool:
+    def _evict(self, queue: _Queue) -> bool:
         """Drop the oldest device copy of `queue`, stored before that if it has no other. False when there is
         none that can be dropped."""
         while queue:
-            transit = queue.popleft()()
+            transit = queue.pop(next(iter(queue)))()
             if transit is None or transit.local is None:
                 continue
             if transit.copied is None:
@@ -300,9 +303,9 @@ class Wire:
             self._seconds += begin.elapsed_time(end) / 1e3
 
 
-def _forget_dead(queue: deque[ref[Transit]]) -> None:
-    while queue and queue[0]() is None:
-        queue.popleft()
+def _forget_dead(queue: _Queue) -> None:
+    while queue and queue[next(iter(queue))]() is None:
+        del queue[next(iter(queue))]
 
 
 def _reached(event: torch.cuda.Event) -> bool:
