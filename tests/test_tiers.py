@@ -58,6 +58,7 @@ def test_sections_come_back_from_disk(one_block, tmp_path):
             assert_same(back, packet)
     assert disk.held > 0
     del home
+    disk.close()  # a write may be under way
     assert disk.held == 0 and not os.listdir(tmp_path)
 
 
