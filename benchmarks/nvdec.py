@@ -1,127 +1,198 @@
-"""NVDEC throughput: streams in memory, video files, and PyNvVideoCodec on the same files if it is installed.
+"""NVDEC throughput next to a plain C loop over the same calls and to PyNvVideoCodec.
 
-    python benchmarks/nvdec.py --out FILE [--cache DIR] [--distinct N] [--repeat N] [--engines N]
-        [--only NAME]
+    python benchmarks/nvdec.py --prepare DIR [--only NAME]
+    python benchmarks/nvdec.py --inputs DIR --out FILE [--loop FILE] [--repeat N] [--engines N] [--only NAME]
 
-A workload is a few distinct pictures (smooth waves under Gaussian noise), coded by libx265 as all-intra HEVC
-and repeated until every decoder has frames for a good part of a second. `NvDecoder` and `NvDecoderPool` read
-the stream from memory; the other rows read an MP4 file of the same frames, one pass per decoder. Frames end
-in CUDA tensors; those of PyNvVideoCodec are DLPack views that its next call overwrites, ours stay. Decoders
-are kept from run to run, but for `open_video` and the rows that say "made anew": they include start-up.
+The first command needs PyAV and no GPU: it codes a few distinct pictures (smooth waves under Gaussian
+noise) with libx265 as all-intra HEVC, decodes them with FFmpeg for the digest of their samples, and writes
+them repeated to an MP4 file for the peers. The second needs a GPU: every decoder has to give samples of that
+digest before it is timed.
 
-Each kind of decoder is timed only after its samples were equal to FFmpeg's. Rates in pixels count luma only,
-those in samples all planes.
+`NvDecoder`, `NvDecoderPool` and `C loop` (nvdec_loop.c says how to build --loop) read the stream from memory
+and copy every frame into a CUDA tensor of the caller. `open_video` (which needs PyAV) and PyNvVideoCodec read
+the MP4 file; frames of PyNvVideoCodec are DLPack views that its next call overwrites. Decoders are kept from
+run to run, but for `open_video`, which makes one per file: its rows include start-up. SimpleDecoder of
+PyNvVideoCodec, made for random access, is a quarter as fast as its plain decoder and left out.
+
+Rates: gpixel_s counts luma only, gsample_s all planes; raw_gb_s counts 2 bytes per sample, the bfloat16
+tensor that the codes stand for; stream_mb_s is the bitstream.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, islice
 from pathlib import Path
 from statistics import median, quantiles
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
-import av
 import torch
 from common import environment
+from nvdec_inputs import DISTINCT, WORKLOADS, Inputs, Workload, prepare, sha256
 from torch import Tensor
 
-from sidelane.codec.hevc import END_OF_BITSTREAM, decode_hevc, encode_hevc
 from sidelane.codec.nvdec import NvDecoder, NvDecoderPool
 from sidelane.codec.video_file import Frame, open_video
-from sidelane.layout import FORMATS, TOKEN_ROWS, SurfaceLayout
+from sidelane.layout import SurfaceLayout
 
 Reader = Callable[[], Iterator[Tensor]]  # one pass over a file: surfaces [rows of a frame, width] of samples
+Run = Callable[[], "float | None"]  # one pass of all decoders; its seconds if it measures them itself
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What every decoder decodes. `noise`: standard deviation in code steps; `qp` None is lossless."""
+class Measurement:
+    """The rows of one workload, and the gate every decoder passes before a row is added."""
 
-    name: str
-    format: str
-    width: int
-    height: int
-    noise: float
-    qp: int | None
-    frames: int
+    def __init__(self, workload: Workload, inputs: Inputs, repeat: int) -> None:
+        self.workload = workload
+        self.layout = workload.layout(workload.frames)
+        self.inputs = inputs
+        self.rows: list[Row] = []
+        self._repeat = repeat
 
-    def layout(self, frames: int) -> SurfaceLayout:
-        fmt = FORMATS[self.format]
-        pitch = -(-self.width * fmt.itemsize // 256) * 256
-        return SurfaceLayout(fmt, TOKEN_ROWS, 1, 2, self.width, self.height, frames, pitch)
+    def gate(self, who: str, samples: Tensor) -> None:
+        """Stop unless `samples`, bytes [rows, used], are the frames that FFmpeg decodes, again and again."""
+        repeats = self.workload.frames // DISTINCT
+        first = samples[: samples.shape[0] // repeats]
+        if sha256(first) != self.inputs.digest or not torch.equal(samples, first.repeat(repeats, 1)):
+            name = self.workload.name
+            raise RuntimeError(f"{name}: {who} and FFmpeg decode different samples; nothing is timed")
 
+    def add(self, who: str, decoders: int, run: Run) -> None:
+        """Time passes of `run`, all of which end with complete surfaces, after one to warm up."""
+        run()
+        torch.cuda.synchronize()
+        seconds = []
+        for _ in range(self._repeat):
+            start = perf_counter()
+            own = run()
+            torch.cuda.synchronize()
+            seconds.append(perf_counter() - start if own is None else own)
+        self.rows.append(self._row(who, decoders, seconds))
+        told = ("workload", "decoder", "decoders", "gpixel_s", "stream_mb_s", "seconds_median")
+        print(json.dumps({key: self.rows[-1][key] for key in told}), flush=True)
 
-WORKLOADS = (
-    Workload("lossless-8bit", "nv12", 1280, 1280, 3.5, None, 60),
-    Workload("lossless-10bit", "yuv444_10", 768, 768, 3.5, None, 60),
-    Workload("low-rate-8bit", "nv12", 2048, 2048, 3.5, 27, 120),
-    Workload("low-rate-10bit", "p010", 2048, 2048, 14.0, 27, 120),
-    Workload("small-frames", "nv12", 256, 256, 3.5, 27, 300),
-)
+    def fail(self, who: str, error: Exception) -> None:
+        """Record that something cannot decode this: that is a result, too."""
+        self.rows.append({"workload": self.workload.name, "decoder": who, "error": str(error)})
+        print(json.dumps(self.rows[-1]), flush=True)
+
+    def _row(self, who: str, decoders: int, seconds: list[float]) -> Row:
+        layout, size = self.layout, decoders * len(self.inputs.stream)
+        middle = median(seconds)
+        low, *_, high = quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else (middle, middle)
+        pixels = decoders * layout.frames * layout.width * layout.height
+        samples = decoders * layout.rows * layout.width
+        return {
+            "workload": self.workload.name,
+            "decoder": who,
+            "decoders": decoders,
+            "samples_checked": True,
+            **{k: v for k, v in asdict(self.workload).items() if k not in ("name", "frames")},
+            "frames": decoders * layout.frames,
+            "stream_bytes": size,
+            "bits_per_pixel": 8 * size / pixels,
+            "bits_per_sample": 8 * size / samples,
+            "seconds_median": middle,
+            "seconds_p20": low,
+            "seconds_p80": high,
+            "runs": len(seconds),
+            "us_per_frame": 1e6 * middle / decoders / layout.frames,
+            "gpixel_s": pixels / middle / 1e9,
+            "gsample_s": samples / middle / 1e9,
+            "raw_gb_s": 2 * samples / middle / 1e9,
+            "stream_mb_s": size / middle / 1e6,
+        }
 
 
 def main() -> None:
     args = _arguments()
+    chosen = [w for w in WORKLOADS if args.only in (None, w.name)]
+    if args.prepare is not None:
+        for workload in chosen:
+            prepare(workload, args.prepare)
+        return
     rows: list[Row] = []
-    for workload in WORKLOADS:
-        if args.only in (None, workload.name):
-            rows += measure(workload, args)
-            args.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    for workload in chosen:
+        rows += measure(workload, args)
+        about = environment() | {"PyNvVideoCodec": _version("PyNvVideoCodec")}
+        args.out.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
 
 
 def measure(workload: Workload, args: Namespace) -> list[Row]:
-    """Rows of one workload. Raises RuntimeError when NVDEC and FFmpeg disagree."""
-    distinct = workload.layout(args.distinct)
-    repeats = -(-workload.frames // args.distinct)
-    layout = workload.layout(repeats * args.distinct)
-    coded = cached_stream(workload, distinct, args.cache)
-    stream = coded.removesuffix(END_OF_BITSTREAM) * repeats + END_OF_BITSTREAM
+    """Rows of one workload. Raises RuntimeError when samples differ from FFmpeg's."""
+    inputs = Inputs.load(workload, args.inputs)
+    found = Measurement(workload, inputs, args.repeat)
+    layout, stream = found.layout, inputs.stream
     used = layout.width * layout.format.itemsize
-    reference = decode_hevc(coded, distinct)[:, :used].cuda()
-    whole = reference.repeat(repeats, 1)
-    rows: list[Row] = []
-
-    def add(who: str, decoders: int, run: Callable[[], object]) -> None:
-        rows.append(row(workload, layout, len(stream), who, decoders, timed(run, args.repeat)))
-        told = ("workload", "decoder", "decoders", "seconds_median", "gpixel_s", "stream_mb_s")
-        print(json.dumps({key: rows[-1][key] for key in told}), flush=True)
-
     with NvDecoder("cuda") as decoder:
         out = decoder.decode(stream, layout)
-        gate(workload, "NvDecoder", out[:, :used], whole)
-        add("NvDecoder", 1, lambda: decoder.decode(stream, layout, out=out))
+        found.gate("NvDecoder", out[:, :used])
+        found.add("NvDecoder", 1, lambda: _nothing(decoder.decode(stream, layout, out=out)))
     with NvDecoderPool("cuda", args.engines) as pool:
         engines = pool.engines
-        gate(workload, "NvDecoderPool", pool.decode_surface(stream, layout)[:, :used], whole)
+        found.gate("NvDecoderPool", pool.decode_surface(stream, layout)[:, :used])
         jobs = [(stream, layout)] * engines
         for surface in pool.decode(jobs):
-            gate(workload, "NvDecoderPool", surface[:, :used], whole)
-        add("NvDecoderPool", engines, lambda: exhaust(pool, jobs))
+            found.gate("NvDecoderPool", surface[:, :used])
+        found.add("NvDecoderPool", engines, lambda: _nothing(*pool.decode(jobs)))
+    for decoders in (1, engines) if args.loop else ():
+        c_loop(found, args.loop, decoders, args.repeat)
     with TemporaryDirectory() as folder:
-        path = Path(folder, "stream.mp4")
-        write_mp4(path, stream)
+        path = Path(folder, "video.mp4")
+        path.write_bytes(inputs.video)
         for who, make in readers(path).items():
             for decoders in (1, engines):
                 try:
-                    own = [make() for _ in range(decoders)]
-                    gate_frames(workload, who, own[0](), reference, layout.frames)
-                    with ThreadPoolExecutor(decoders) as threads:
-                        add(who, decoders, partial(drain, own, threads, layout.frames))
+                    read_files(found, who, [make() for _ in range(decoders)])
                 except Exception as error:
-                    if who == "open_video":
-                        raise
-                    # What a peer cannot do is a result, too.
-                    rows.append({"workload": workload.name, "decoder": who, "error": str(error)})
-                    print(json.dumps(rows[-1]), flush=True)
-    return rows
+                    found.fail(who, error)
+    return found.rows
+
+
+def read_files(found: Measurement, who: str, own: list[Reader]) -> None:
+    """The row of decoders that read a file each, at the same time."""
+    frames = found.layout.frames
+    found.gate(who, all_samples(own[0](), found.layout))
+    with ThreadPoolExecutor(len(own)) as threads:
+        found.add(who, len(own), partial(drain, own, threads, frames))
+
+
+def c_loop(found: Measurement, library: Path, decoders: int, repeat: int) -> None:
+    """The rows of nvdec_loop.c."""
+    layout, stream = found.layout, found.inputs.stream
+    used = layout.width * layout.format.itemsize
+    surfaces = [torch.zeros(layout.shape, dtype=torch.uint8, device="cuda") for _ in range(decoders)]
+    addresses = (ctypes.c_uint64 * decoders)(*(s.data_ptr() for s in surfaces))
+    seconds = (ctypes.c_double * repeat)()
+    torch.cuda.synchronize()
+    failed = ctypes.CDLL(str(library.resolve())).nvdec_loop(
+        ctypes.c_char_p(stream),
+        ctypes.c_size_t(len(stream)),
+        decoders,
+        repeat,
+        addresses,
+        ctypes.c_size_t(layout.pitch),
+        used,
+        layout.rows // layout.frames,
+        layout.frames,
+        seconds,
+    )
+    if failed:
+        raise RuntimeError("the C loop failed")
+    for surface in surfaces:
+        found.gate("C loop", surface[:, :used])
+    measured = chain([0.0], seconds)
+    found.add("C loop", decoders, lambda: next(measured))
 
 
 def readers(path: Path) -> dict[str, Callable[[], Reader]]:
@@ -132,17 +203,15 @@ def readers(path: Path) -> dict[str, Callable[[], Reader]]:
     except ImportError:
         return found
 
-    def new_decoder() -> Any:
+    def plain() -> Reader:
         codec = nvc.CreateDemuxer(filename=str(path)).GetNvCodecId()
-        return nvc.CreateDecoder(gpuid=0, codec=codec, usedevicememory=True)
+        kept = nvc.CreateDecoder(gpuid=0, codec=codec, usedevicememory=True)
 
-    def frames(decoder: Any) -> Iterator[Tensor]:
-        for packet in nvc.CreateDemuxer(filename=str(path)):
-            yield from map(torch.from_dlpack, decoder.Decode(packet))
+        def read() -> Iterator[Tensor]:
+            for packet in nvc.CreateDemuxer(filename=str(path)):
+                yield from map(torch.from_dlpack, kept.Decode(packet))
 
-    def kept_decoder() -> Reader:
-        kept = new_decoder()
-        return lambda: frames(kept)
+        return read
 
     def threaded() -> Reader:
         kept: list[Any] = []
@@ -151,24 +220,29 @@ def readers(path: Path) -> dict[str, Callable[[], Reader]]:
             if kept:
                 kept[0].reconfigure_decoder(str(path))
             else:
-                kept.append(nvc.ThreadedDecoder(str(path), 16, gpu_id=0, use_device_memory=True))
-            while batch := kept[0].get_batch_frames(8):
-                yield from map(torch.from_dlpack, batch)
+                kept.append(nvc.ThreadedDecoder(str(path), 32, gpu_id=0, use_device_memory=True))
+            while frames := kept[0].get_batch_frames(16):
+                yield from map(torch.from_dlpack, frames)
 
         return read
 
-    return found | {
-        "PyNvVideoCodec decoder made anew": lambda: lambda: frames(new_decoder()),
-        "PyNvVideoCodec decoder": kept_decoder,
-        "PyNvVideoCodec ThreadedDecoder": threaded,
-    }
+    return found | {"PyNvVideoCodec decoder": plain, "PyNvVideoCodec ThreadedDecoder": threaded}
 
 
 def as_surface(frame: Frame) -> Tensor:
-    """The samples of a frame as NVDEC lays them out, [rows, W]; no copy, as they came that way."""
+    """The samples of a frame as NVDEC lays them out, [rows, W]."""
     height, width = frame.y.shape
     chroma = frame.uv.shape[0] * 2 if frame.uv.shape[0] == height else height // 2
-    return frame.y.as_strided((height + chroma, width), frame.y.stride())
+    samples = frame.y.as_strided((height + chroma, width), frame.y.stride())
+    return samples if frame.bits == 8 else samples.view(torch.int16) << (16 - frame.bits)
+
+
+def all_samples(frames: Iterator[Tensor], layout: SurfaceLayout) -> Tensor:
+    """Bytes [rows, used] of one more frame than there should be, if there is."""
+    copies = [frame.contiguous().view(torch.uint8).clone() for frame in islice(frames, layout.frames + 1)]
+    if len(copies) != layout.frames:
+        raise RuntimeError(f"{len(copies)} frames or more were decoded, {layout.frames} expected")
+    return torch.cat([copy.reshape(-1, layout.width * layout.format.itemsize) for copy in copies])
 
 
 def drain(own: list[Reader], threads: ThreadPoolExecutor, frames: int) -> None:
@@ -178,128 +252,32 @@ def drain(own: list[Reader], threads: ThreadPoolExecutor, frames: int) -> None:
         raise RuntimeError(f"{counts} of {frames} frames each were decoded")
 
 
-def write_mp4(path: Path, stream: bytes) -> None:
-    """The frames of an Annex B stream in an MP4 file, not coded anew."""
-    raw = path.with_suffix(".hevc")
-    raw.write_bytes(stream)
-    with av.open(raw) as source, av.open(path, "w") as target:
-        track = target.add_stream_from_template(source.streams.video[0])
-        for number, packet in enumerate(p for p in source.demux() if p.size):
-            packet.stream = track
-            packet.pts = packet.dts = number * packet.duration
-            target.mux(packet)
-    raw.unlink()
+def _nothing(*_: object) -> None:
+    """Drop what a run returns."""
 
 
-def cached_stream(workload: Workload, layout: SurfaceLayout, cache: Path | None) -> bytes:
-    """The coded frames, from the cache when they are there."""
-    coding = "lossless" if workload.qp is None else f"qp{workload.qp}"
-    size = f"{workload.format}-{workload.width}x{workload.height}x{layout.frames}"
-    path = None if cache is None else cache / f"{size}-noise{workload.noise}-{coding}.hevc"
-    if path is not None and path.exists():
-        return path.read_bytes()
-    stream = encode_hevc(picture(layout, workload.noise), layout, qp=workload.qp)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(stream)
-    return stream
-
-
-def picture(layout: SurfaceLayout, noise: float) -> Tensor:
-    """A surface of waves under Gaussian noise; no two frames are alike."""
-    generator = torch.Generator().manual_seed(0)
-    fmt = layout.format
-    top = (1 << (8 if fmt.itemsize == 1 else fmt.bits)) - 1
-    surface = torch.zeros(layout.shape, dtype=torch.uint8)
-    samples = surface if fmt.itemsize == 1 else surface.view(torch.int16)
-    x = torch.arange(layout.width) / 97.0
-    for number, frame in enumerate(samples.chunk(layout.frames)):
-        y = torch.arange(frame.shape[0])[:, None] / 61.0
-        wave = (0.5 + 0.2 * torch.sin(y + number) + 0.2 * torch.cos(x)) * top
-        codes = torch.normal(wave, noise, generator=generator).round_().clamp_(0, top).to(torch.int32)
-        frame[:, : layout.width] = (codes << fmt.shift).to(samples.dtype)
-    return surface
-
-
-def gate(workload: Workload, who: str, got: Tensor, reference: Tensor) -> None:
-    """Stop unless two surfaces [rows, bytes] are equal."""
-    if not torch.equal(got, reference):
-        raise RuntimeError(f"{workload.name}: {who} and FFmpeg decode different samples; nothing is timed")
-
-
-def gate_frames(workload: Workload, who: str, got: Iterator[Tensor], reference: Tensor, frames: int) -> None:
-    """Stop unless there are `frames` frames, those of `reference` again and again."""
-    fmt = FORMATS[workload.format]
-    distinct = reference.chunk(reference.shape[0] // fmt.rows(workload.height))
-    count = 0
-    for frame in got:
-        if fmt.itemsize == 2 and who == "open_video":
-            frame = frame.view(torch.int16) << fmt.shift  # as NVDEC aligns the samples
-        gate(workload, who, frame.contiguous().view(torch.uint8), distinct[count % len(distinct)])
-        count += 1
-    if count != frames:
-        raise RuntimeError(f"{workload.name}: {who} decodes {count} of {frames} frames")
-
-
-def exhaust(pool: NvDecoderPool, jobs: list[tuple[bytes, SurfaceLayout]]) -> None:
-    for _ in pool.decode(jobs):
-        pass
-
-
-def timed(run: Callable[[], object], repeat: int) -> list[float]:
-    """Wall-clock seconds of `repeat` runs after one to warm up. Every run ends with complete surfaces."""
-    run()
-    torch.cuda.synchronize()
-    seconds = []
-    for _ in range(repeat):
-        start = perf_counter()
-        run()
-        torch.cuda.synchronize()
-        seconds.append(perf_counter() - start)
-    return seconds
-
-
-def row(
-    workload: Workload,
-    layout: SurfaceLayout,
-    size: int,
-    who: str,
-    decoders: int,
-    seconds: list[float],
-) -> Row:
-    middle = median(seconds)
-    low, *_, high = quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else (middle, middle)
-    pixels = decoders * layout.frames * layout.width * layout.height
-    samples = decoders * layout.rows * layout.width
-    return {
-        "workload": workload.name,
-        "decoder": who,
-        "decoders": decoders,
-        "samples_checked": True,
-        **{k: v for k, v in asdict(workload).items() if k not in ("name", "frames")},
-        "frames": decoders * layout.frames,
-        "stream_bytes": decoders * size,
-        "bits_per_pixel": 8 * decoders * size / pixels,
-        "bits_per_sample": 8 * decoders * size / samples,
-        "seconds_median": middle,
-        "seconds_p20": low,
-        "seconds_p80": high,
-        "runs": len(seconds),
-        "gpixel_s": pixels / middle / 1e9,
-        "gsample_s": samples / middle / 1e9,
-        "stream_mb_s": decoders * size / middle / 1e6,
-    }
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _arguments() -> Namespace:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--cache", type=Path, help="folder that keeps the coded streams")
-    parser.add_argument("--distinct", type=int, default=6, help="distinct frames of a stream")
-    parser.add_argument("--repeat", type=int, default=3, help="timed runs")
-    parser.add_argument("--engines", type=int, help="decoders of the pool; all engines by default")
-    parser.add_argument("--only", choices=[w.name for w in WORKLOADS], help="measure one workload")
-    return parser.parse_args()
+    parser.add_argument(
+        "--prepare", type=Path, metavar="DIR", help="write the inputs to this folder and stop"
+    )
+    parser.add_argument("--inputs", type=Path, metavar="DIR", help="folder of --prepare")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
+    parser.add_argument("--loop", type=Path, metavar="FILE", help="the library built from nvdec_loop.c")
+    parser.add_argument("--repeat", type=int, default=5, help="timed runs")
+    parser.add_argument("--engines", type=int, help="decoders side by side; all engines by default")
+    parser.add_argument("--only", choices=[w.name for w in WORKLOADS], help="one workload")
+    args = parser.parse_args()
+    if args.prepare is None and (args.inputs is None or args.out is None):
+        parser.error("give --prepare DIR, or --inputs DIR and --out FILE")
+    return args
 
 
 if __name__ == "__main__":

@@ -107,10 +107,17 @@ class Abi:
         raw = bytes.fromhex(self._entry("guids", name))
         return self.struct("GUID").from_buffer_copy(raw)
 
-    def prototype(self, function: str) -> Callable[[int], Callable[..., Any]]:
-        """Maps an address to a callable with the signature of `function`; calls release the GIL."""
+    def prototype(
+        self, function: str, *, addresses: bool = False, hold_gil: bool = False
+    ) -> Callable[[int], Callable[..., Any]]:
+        """Maps an address to a callable with the signature of `function`.
+
+        Calls release the GIL unless `hold_gil`. With `addresses` pointers are plain integers, unchecked.
+        """
         result, *arguments = (self._type(t) for t in self._entry("functions", function))
-        return ctypes.CFUNCTYPE(result, *arguments)
+        if addresses:
+            arguments = [ctypes.c_void_p if issubclass(a, ctypes._Pointer) else a for a in arguments]
+        return (ctypes.PYFUNCTYPE if hold_gil else ctypes.CFUNCTYPE)(result, *arguments)
 
     def callback(self, name: str) -> Callable[[Callable[..., int]], Any]:
         """Maps a Python function to a C function pointer of callback type `name`."""

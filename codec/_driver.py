@@ -77,14 +77,20 @@ class Library:
     def function(self, name: str) -> Callable[..., Any]:
         """Exported function `name`, typed. Raises LaneUnavailable if it or the library is missing."""
         if name not in self._functions:
-            if self.missing is not None:
-                raise LaneUnavailable(self.missing)
-            symbol = getattr(self._handle, name, None)
-            if symbol is None:
-                raise LaneUnavailable(f"{self.abi.soname} has no {name}: the driver is too old, update it")
-            address = ctypes.cast(symbol, ctypes.c_void_p).value
-            self._functions[name] = self.abi.prototype(name)(address or 0)
+            self._functions[name] = self.abi.prototype(name)(self._address(name))
         return self._functions[name]
+
+    def fast_function(self, name: str, *, hold_gil: bool = False) -> Callable[..., Any]:
+        """`function` for a call made for every frame: its pointers are addresses, and it may hold the GIL."""
+        return self.abi.prototype(name, addresses=True, hold_gil=hold_gil)(self._address(name))
+
+    def _address(self, name: str) -> int:
+        if self.missing is not None:
+            raise LaneUnavailable(self.missing)
+        symbol = getattr(self._handle, name, None)
+        if symbol is None:
+            raise LaneUnavailable(f"{self.abi.soname} has no {name}: the driver is too old, update it")
+        return ctypes.cast(symbol, ctypes.c_void_p).value or 0
 
     def call(self, name: str, *args: Any) -> None:
         """Call a function that returns a CUresult. Raises DriverError unless it is 0."""

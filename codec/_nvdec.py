@@ -18,6 +18,8 @@ from sidelane.layout import SurfaceFormat
 
 # Pictures in the hardware's queue while the host waits for the oldest, so that the engine never idles.
 PIPELINE_DEPTH = 4
+# Copies queued before the host waits: far fewer than make the driver block a call (which holds the GIL).
+MAX_COPIES = 64
 _NOT_SUPPORTED = 801
 _REPORTING = ("hevc", "h264")  # codecs for which NVDEC tells whether a picture was damaged
 
@@ -88,6 +90,30 @@ class Geometry:
         )
 
 
+class _Calls:
+    """What is called for every picture and the structures it fills, made once: that takes longer than a call.
+
+    Calls that never wait hold the GIL: with seven decoders at work, to get it back takes longer than they do.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        video, compute = cuvid(), cuda()
+        self.decode = video.fast_function("cuvidDecodePicture")
+        self.map = video.fast_function("cuvidMapVideoFrame64")
+        self.status = video.fast_function("cuvidGetDecodeStatus", hold_gil=True)
+        self.copy = compute.fast_function("cuMemcpy2DAsync_v2", hold_gil=True)
+        self.unmap = video.fast_function("cuvidUnmapVideoFrame64", hold_gil=True)
+        device = compute.abi.number("CU_MEMORYTYPE_DEVICE")
+        self.damaged = tuple(video.abi.number(f"cuvidDecodeStatus_{n}") for n in ("Error", "Error_Concealed"))
+        self.source, self.pitch = ctypes.c_uint64(), ctypes.c_uint32()
+        self.how = video.abi.struct("CUVIDPROCPARAMS")(progressive_frame=1, output_stream=stream.handle)
+        self.mapping = tuple(map(ctypes.addressof, (self.source, self.pitch, self.how)))
+        self.report = video.abi.struct("CUVIDGETDECODESTATUS")()
+        self.report_at = ctypes.addressof(self.report)
+        self.plan = compute.abi.struct("CUDA_MEMCPY2D")(srcMemoryType=device, dstMemoryType=device)
+        self.copying = ctypes.addressof(self.plan), stream.handle.value
+
+
 class HardwareDecoder:
     """A cuvid decoder and the stream its frames are copied on; created and resized as streams ask for it."""
 
@@ -98,12 +124,22 @@ class HardwareDecoder:
         self._limit = (0, 0)  # coded size up to which reconfiguration works
         self._decoder = ctypes.c_void_p()
         self._stream: Stream | None = None
+        self._calls: _Calls | None = None
+        self._reports = False
+        self._copies = 0  # queued since the host last waited
+        self.known: Any = None  # for StreamDecode; forgotten when the decoder changes
 
     @property
     def stream(self) -> Stream:
         if self._stream is None:
             self._stream = Stream()
         return self._stream
+
+    @property
+    def calls(self) -> _Calls:
+        if self._calls is None:
+            self._calls = _Calls(self.stream)
+        return self._calls
 
     def is_prepared(self, coded: CodedFormat, geometry: Geometry) -> bool:
         return (coded, geometry) == (self.coded, self.geometry)
@@ -115,7 +151,7 @@ class HardwareDecoder:
             self._reconfigure(geometry)
         else:
             self._create(coded, geometry)
-        self.geometry = geometry
+        self.geometry, self.known = geometry, None
 
     def _create(self, coded: CodedFormat, geometry: Geometry) -> None:
         self.destroy()
@@ -140,69 +176,71 @@ class HardwareDecoder:
         _set_geometry(info, geometry)
         cuvid().call("cuvidCreateDecoder", ctypes.byref(self._decoder), ctypes.byref(info))
         self.coded = coded
+        self._reports = coded.codec in _REPORTING
         self._limit = (geometry.coded_width, geometry.coded_height)
 
     def _reconfigure(self, geometry: Geometry) -> None:
+        self.synchronize()
         info = cuvid().abi.struct("CUVIDRECONFIGUREDECODERINFO")()
         _set_geometry(info, geometry)
         cuvid().call("cuvidReconfigureDecoder", self._decoder, ctypes.byref(info))
 
-    def submit(self, picture: Any) -> None:
-        """Queue a picture (pointer to CUVIDPICPARAMS); blocks while the hardware queue is full."""
-        cuvid().call("cuvidDecodePicture", self._decoder, picture)
+    def submit(self, picture: int) -> None:
+        """Queue a picture (address of its CUVIDPICPARAMS); blocks while the hardware queue is full."""
+        if status := self.calls.decode(self._decoder, picture):
+            _driver.check("cuvidDecodePicture", status)
 
     def copy_out(self, picture: int, target: int, pitch: int, row_bytes: int, rows: int) -> str | None:
-        """Wait for `picture`, copy its rows to device address `target`, return when they are there.
+        """Wait for `picture` and queue the copy of its rows to device address `target` on `stream`.
 
         Returns None, or what the decoder found wrong with the picture, which then is not copied.
         """
-        abi = cuvid().abi
-        source, source_pitch = ctypes.c_uint64(), ctypes.c_uint32()
-        how = abi.struct("CUVIDPROCPARAMS")(progressive_frame=1, output_stream=self.stream.handle)
-        addresses = ctypes.byref(source), ctypes.byref(source_pitch)
-        cuvid().call("cuvidMapVideoFrame64", self._decoder, picture, *addresses, ctypes.byref(how))
+        calls, decoder = self.calls, self._decoder
+        if status := calls.map(decoder, picture, *calls.mapping):
+            _driver.check("cuvidMapVideoFrame64", status)
+        source, plan = calls.source.value, calls.plan
         try:
-            if (damage := self._damage(picture)) is not None:
-                return damage
-            copy = cuda().abi.struct("CUDA_MEMCPY2D")(
-                srcMemoryType=cuda().abi.number("CU_MEMORYTYPE_DEVICE"),
-                srcDevice=source,
-                srcPitch=source_pitch.value,
-                dstMemoryType=cuda().abi.number("CU_MEMORYTYPE_DEVICE"),
-                dstDevice=target,
-                dstPitch=pitch,
-                WidthInBytes=row_bytes,
-                Height=rows,
-            )
-            cuda().call("cuMemcpy2DAsync_v2", ctypes.byref(copy), self.stream.handle)
-            # The mapped frame goes back to the decoder below, so its copy has to be over.
-            self.stream.synchronize()
-            return None
+            if self._reports:
+                status = calls.status(decoder, picture, calls.report_at)
+                if status == _NOT_SUPPORTED:  # GPUs before Maxwell cannot tell
+                    self._reports = False
+                elif status or calls.report.decodeStatus in calls.damaged:
+                    return self._damage(status)
+            plan.srcDevice, plan.srcPitch = source, calls.pitch.value
+            plan.dstDevice, plan.dstPitch = target, pitch
+            plan.WidthInBytes, plan.Height = row_bytes, rows
+            if status := calls.copy(*calls.copying):
+                _driver.check("cuMemcpy2DAsync_v2", status)
+            self._copies += 1
         finally:
-            cuvid().call("cuvidUnmapVideoFrame64", self._decoder, source)
+            # The decoder writes its next frame to the same memory on the same stream: after this copy.
+            if status := calls.unmap(decoder, source):
+                _driver.check("cuvidUnmapVideoFrame64", status)
+        if self._copies >= MAX_COPIES:
+            self.synchronize()
+        return None
 
-    def _damage(self, picture: int) -> str | None:
-        if self.coded is None or self.coded.codec not in _REPORTING:
-            return None
-        abi = cuvid().abi
-        report = abi.struct("CUVIDGETDECODESTATUS")()
-        call = "cuvidGetDecodeStatus"
-        status = cuvid().function(call)(self._decoder, picture, ctypes.byref(report))
-        if status == _NOT_SUPPORTED:  # GPUs before Maxwell cannot tell
-            return None
-        _driver.check(call, status)
-        bad = (abi.number("cuvidDecodeStatus_Error"), abi.number("cuvidDecodeStatus_Error_Concealed"))
-        if report.decodeStatus not in bad:
-            return None
-        name = abi.enumerator("cuvidDecodeStatus", report.decodeStatus)
+    def _damage(self, status: int) -> str:
+        """What the decoder reports; raises DriverError for the `status` of asking it."""
+        _driver.check("cuvidGetDecodeStatus", status)
+        name = cuvid().abi.enumerator("cuvidDecodeStatus", self.calls.report.decodeStatus)
         return f"the hardware decoder reports {name}: the stream is damaged"
 
+    def synchronize(self) -> None:
+        """Wait until all queued copies are over."""
+        self._copies = 0
+        if self._stream is not None:
+            self._stream.synchronize()
+
     def destroy(self) -> None:
-        """Destroy the decoder, if there is one; `prepare` makes a new one."""
+        """Destroy the decoder, if there is one, after its copies; `prepare` makes a new one."""
         if self._decoder:
             decoder, self._decoder = self._decoder, ctypes.c_void_p()
-            self.coded, self.geometry, self._limit = None, None, (0, 0)
-            cuvid().call("cuvidDestroyDecoder", decoder)
+            self.coded, self.geometry, self.known, self._limit = None, None, None, (0, 0)
+            try:
+                self.synchronize()
+            finally:
+                cuvid().call("cuvidDestroyDecoder", decoder)
 
     def close(self) -> None:
         """Destroy the decoder and the stream; binds the context itself and forgives a driver that is gone."""
@@ -213,7 +251,7 @@ class HardwareDecoder:
     def _destroy_all(self) -> None:
         self.destroy()
         if self._stream is not None:
-            stream, self._stream = self._stream, None
+            stream, self._stream, self._calls = self._stream, None, None
             stream.close()
 
 

@@ -17,14 +17,9 @@ from sidelane.codec._nvdec import (
     CodedFormat,
     Geometry,
     HardwareDecoder,
-    chroma_number,
     codec_number,
     freeing,
 )
-from sidelane.errors import PacketError
-from sidelane.layout import SurfaceLayout
-
-MAX_CODING_BLOCK = 64  # frames are coded in whole blocks, so less than one is cut off
 
 
 class Parsing:
@@ -37,7 +32,7 @@ class Parsing:
     def __init__(
         self, hardware: HardwareDecoder, codec: str, *, clock_rate: int = 0, error_threshold: int = 0
     ) -> None:
-        """Make the parser.
+        """The parser is made when it is fed.
 
         Args:
             codec: "hevc", "h264", "vp9" or "av1".
@@ -49,20 +44,24 @@ class Parsing:
         self._waiting: deque[tuple[int, int]] = deque()  # (surface, timestamp) displayed and not yet copied
         self._error: BaseException | None = None
         self._parser = ctypes.c_void_p()
+        self._callbacks: dict[str, Any] = {}  # the parser holds their addresses
+        self._options = {
+            "CodecType": codec_number(codec),
+            "ulMaxNumDecodeSurfaces": 1,  # replaced by what the sequence callback returns
+            "ulClockRate": clock_rate,
+            "ulErrorThreshold": error_threshold,
+            "ulMaxDisplayDelay": 0,  # pictures queue up here, in _waiting
+        }
+
+    def _open(self) -> None:
         abi = cuvid().abi
-        self._callbacks = {  # the parser holds their addresses
+        self._callbacks = {
             "pfnSequenceCallback": abi.callback("PFNVIDSEQUENCECALLBACK")(self._guarded(self._sequence)),
             "pfnDecodePicture": abi.callback("PFNVIDDECODECALLBACK")(self._guarded(self._decode)),
             "pfnDisplayPicture": abi.callback("PFNVIDDISPLAYCALLBACK")(self._guarded(self._display)),
         }
-        params = abi.struct("CUVIDPARSERPARAMS")(
-            CodecType=codec_number(codec),
-            ulMaxNumDecodeSurfaces=1,  # replaced by what the sequence callback returns
-            ulClockRate=clock_rate,
-            ulErrorThreshold=error_threshold,
-            ulMaxDisplayDelay=0,  # pictures queue up here, in _waiting
-            **{name: ctypes.cast(function, ctypes.c_void_p) for name, function in self._callbacks.items()},
-        )
+        addresses = {name: ctypes.cast(f, ctypes.c_void_p) for name, f in self._callbacks.items()}
+        params = abi.struct("CUVIDPARSERPARAMS")(**self._options, **addresses)
         cuvid().call("cuvidCreateVideoParser", ctypes.byref(self._parser), ctypes.byref(params))
 
     def feed(self, address: int, size: int, timestamp: int | None = None) -> None:
@@ -73,10 +72,12 @@ class Parsing:
         self._parse(**fields)
 
     def finish(self) -> None:
-        """End the stream: the last pictures are decoded, displayed and copied."""
-        self._parse(flags=cuvid().abi.number("CUVID_PKT_ENDOFSTREAM"))
+        """End the stream: all pictures are decoded, displayed and copied when this returns."""
+        if self._parser:
+            self._parse(flags=cuvid().abi.number("CUVID_PKT_ENDOFSTREAM"))
         while self._waiting:
             self._copy_oldest()
+        self._hardware.synchronize()
 
     def close(self) -> None:
         """Destroy the parser; binds the context itself."""
@@ -86,6 +87,8 @@ class Parsing:
             self._callbacks.clear()  # they refer to this object
 
     def _parse(self, **fields: int) -> None:
+        if not self._parser:
+            self._open()
         packet = cuvid().abi.struct("CUVIDSOURCEDATAPACKET")(**fields)
         status = cuvid().function("cuvidParseVideoData")(self._parser, ctypes.byref(packet))
         if self._error is not None:
@@ -114,15 +117,17 @@ class Parsing:
 
     def _decode(self, pointer: Any) -> int:
         # The parser may reuse a surface once it is displayed, which is before it is copied.
-        while any(surface == pointer.contents.CurrPicIdx for surface, _ in self._waiting):
+        picture = pointer.contents
+        while picture.CurrPicIdx in [surface for surface, _ in self._waiting]:
             self._copy_oldest()
-        self._hardware.submit(pointer)
+        self._hardware.submit(ctypes.addressof(picture))
         return 1
 
     def _display(self, pointer: Any) -> int:
         if not pointer:  # end of stream
             return 1
-        self._waiting.append((pointer.contents.picture_index, pointer.contents.timestamp))
+        shown = pointer.contents
+        self._waiting.append((shown.picture_index, shown.timestamp))
         if len(self._waiting) > self._depth:
             self._copy_oldest()
         return 1
@@ -137,67 +142,3 @@ class Parsing:
     def _copy(self, surface: int, timestamp: int) -> None:
         """Take the next displayed picture out of decode surface `surface`."""
         raise NotImplementedError
-
-
-class StreamDecode(Parsing):
-    """An all-intra HEVC stream that becomes the frames of a surface."""
-
-    def __init__(self, hardware: HardwareDecoder, layout: SurfaceLayout, target: int, frames: int) -> None:
-        """`target`: device address of the first frame; `frames`: how many the stream must hold."""
-        super().__init__(hardware, "hevc")
-        self._layout = layout
-        self._expected = frames
-        self._target = target
-        self._shown = 0
-        self._copied = 0
-
-    def run(self, address: int, size: int) -> None:
-        """Decode the `size` bytes at host `address` into the target surface, and close.
-
-        Raises PacketError if the stream is damaged or differs from the layout in format, size or frames.
-        """
-        try:
-            # The parser finds the pictures itself; the end of the stream, sent at once, flushes the last one.
-            # With ENDOFPICTURE it would drop whatever follows the first picture.
-            self.feed(address, size)
-            self.finish()
-        finally:
-            self.close()
-        if self._shown != self._expected:
-            got = f"{self._shown} of {self._expected} frames were decoded"
-            raise PacketError("bitstream", f"{got}; the stream is cut or damaged")
-
-    def _accept(self, found: Any) -> tuple[CodedFormat, Geometry]:
-        geometry = Geometry.of(found)
-        bits = {8 + found.bit_depth_luma_minus8, 8 + found.bit_depth_chroma_minus8}
-        chroma = cuvid().abi.enumerator("cudaVideoChromaFormat", found.chroma_format).partition("_")[2]
-        got = f"{geometry.width}x{geometry.height} {chroma} {'/'.join(map(str, sorted(bits)))} bit"
-        layout, want = self._layout, CodedFormat.of(self._layout.format)
-        if (
-            (geometry.width, geometry.height) != (layout.width, layout.height)
-            or found.chroma_format != chroma_number(want.chroma)
-            or bits != {want.bits}
-        ):
-            size = f"{layout.width}x{layout.height} {want.chroma.replace(':', '')} {want.bits} bit"
-            raise PacketError("bitstream", f"the stream is {got}, the packet says {size}")
-        padding = max(geometry.coded_width - geometry.width, geometry.coded_height - geometry.height)
-        if padding >= MAX_CODING_BLOCK:
-            raise PacketError("bitstream", f"{got} are cut out of frames {padding} samples larger")
-        return want, geometry
-
-    def _display(self, pointer: Any) -> int:
-        if pointer:
-            if self._shown >= self._expected:
-                raise PacketError("bitstream", f"holds more than the {self._expected} frames expected")
-            self._shown += 1
-        return super()._display(pointer)
-
-    def _copy(self, surface: int, timestamp: int) -> None:
-        layout = self._layout
-        rows = layout.format.rows(layout.height)
-        target = self._target + self._copied * rows * layout.pitch
-        row_bytes = layout.width * layout.format.itemsize
-        damage = self._hardware.copy_out(surface, target, layout.pitch, row_bytes, rows)
-        if damage is not None:
-            raise PacketError("bitstream", damage)
-        self._copied += 1

@@ -1,25 +1,24 @@
 """One NVENC session: each call it needs, checked, with the context of its device current.
 
-A session is used by one thread at a time, except for `collect`, which one other thread may call meanwhile.
+A session is used by one thread at a time, except for `collect` and `unmap` of an output, which one other
+thread may call meanwhile.
 """
 
 from __future__ import annotations
 
 import ctypes
 import time
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from sidelane.codec import _driver
 from sidelane.codec._abi import NVENC_VERSIONS
-from sidelane.codec._driver import CUDA_DEINITIALIZED, Nvenc, Stream, cuda
+from sidelane.codec._driver import Nvenc, Stream
 from sidelane.codec._nvenc_config import Coding, EncoderCaps, buffer_format, configure, set_constant_qp
+from sidelane.codec._nvenc_memory import DevicePlace, HostPlace, driver_may_be_gone
+from sidelane.codec._nvenc_memory import Memory as Memory
+from sidelane.codec._nvenc_memory import view as view
 from sidelane.errors import DriverError, LaneUnavailable
 
 NO_ENCODER = (1, 2)  # NO_ENCODE_DEVICE, UNSUPPORTED_DEVICE
@@ -31,42 +30,6 @@ OPEN_WAITS = (0.1, 0.2, 0.4)  # seconds; a session closed elsewhere is not free 
 BUSY_WAITS = tuple(min(0.0005 * 2**n, 0.1) for n in range(16))  # seconds, one in all
 
 _MAX_HEADERS = 1 << 16  # bytes
-
-
-class Memory:
-    """Device memory from cuMemAlloc, which every driver registers; lives as long as its views."""
-
-    def __init__(self, index: int, nbytes: int) -> None:
-        self.index, self.nbytes = index, nbytes
-        address = ctypes.c_uint64()
-        with _driver.bound(index):
-            cuda().call("cuMemAlloc_v2", ctypes.byref(address), nbytes)
-        self.address = address.value
-        weakref.finalize(self, _free, index, self.address)
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {"shape": (self.nbytes,), "typestr": "|u1", "data": (self.address, False), "version": 3}
-
-
-def _free(index: int, address: int) -> None:
-    with _driver_may_be_gone(), _driver.bound(index):
-        cuda().call("cuMemFree_v2", address)
-
-
-@contextmanager
-def _driver_may_be_gone() -> Iterator[None]:
-    """Forgives CUDA that was shut down, which at interpreter exit may happen first and frees everything."""
-    try:
-        yield
-    except DriverError as error:
-        if error.status != CUDA_DEINITIALIZED or not error.call.startswith("cu"):
-            raise
-
-
-def view(memory: Memory) -> Tensor:
-    """The bytes of `memory`, uint8 [nbytes]."""
-    return torch.as_tensor(memory, device=_driver.torch_device(memory.index))
 
 
 def open_session(index: int, make_room: Callable[[], None] = lambda: None) -> Session:
@@ -95,11 +58,12 @@ class Session:
     def __init__(self, index: int) -> None:
         """Opens with the newest API version that the driver takes."""
         self.index = index
-        self._maps: dict[int, int | None] = {}  # registered resource -> its mapping
-        self._memories: set[Memory] = set()
+        self._maps: dict[int, int | None] = {}  # registered resource -> its mapping; latest mapping last
+        self._device_outputs: set[int] = set()  # registered resources that bitstreams are written to
+        self._memories: dict[int, Memory] = {}  # registered resource -> what it stands for
         self._outputs: list[int] = []
         self._initialized = False
-        self._stream: Stream | None = None
+        self._streams: list[Stream] = []  # inputs are read on the first, bitstreams written on the last
         for version in NVENC_VERSIONS[NVENC_VERSIONS.index(_driver.nvenc_version()) :]:
             try:
                 self._nvenc = Nvenc(version)
@@ -115,9 +79,13 @@ class Session:
     @property
     def stream(self) -> Stream:
         """The stream the encoder reads its inputs on."""
-        if self._stream is None:
+        if not self._streams:
             raise DriverError("nvEncSetIOCudaStreams", 11, "NV_ENC_ERR_ENCODER_NOT_INITIALIZED")
-        return self._stream
+        return self._streams[0]
+
+    def place(self) -> HostPlace | DevicePlace:
+        """Where the bitstreams of this session lie."""
+        return DevicePlace(self.index, self._streams[-1]) if self.coding.on_device else HostPlace()
 
     def caps(self) -> EncoderCaps:
         """Ask what this GPU can do."""
@@ -126,7 +94,7 @@ class Session:
         guids = (self.abi.struct("GUID") * count.value)()
         self._call("nvEncGetEncodeGUIDs", guids, count, ctypes.byref(count))
         if bytes(self._codec) not in [bytes(guid) for guid in guids[: count.value]]:
-            return EncoderCaps(0, 0, 0, 0, 0, 0, False, False, False)
+            return EncoderCaps(0, 0, 0, 0, 0, 0, False, False, False, False)
         return EncoderCaps(
             max(self._cap("NUM_ENCODER_ENGINES"), 1),
             self._cap("WIDTH_MIN"),
@@ -137,6 +105,7 @@ class Session:
             bool(self._cap("SUPPORT_YUV444_ENCODE")),
             bool(self._cap("SUPPORT_10BIT_ENCODE")),
             bool(self._cap("SUPPORT_LOSSLESS_ENCODE")),
+            bool(self._cap("SUPPORT_DYN_RES_CHANGE")),
         )
 
     def _cap(self, name: str) -> int:
@@ -163,34 +132,43 @@ class Session:
             encodeGUID=self._codec,
             presetGUID=preset,
             tuningInfo=tuning,
-            encodeWidth=coding.width,
-            encodeHeight=coding.height,
-            darWidth=coding.width,
-            darHeight=coding.height,
-            maxEncodeWidth=coding.width,
-            maxEncodeHeight=coding.height,
+            maxEncodeWidth=coding.max_width,
+            maxEncodeHeight=coding.max_height,
             frameRateNum=25,
             frameRateDen=1,
             enablePTD=1,
+            enableOutputInVidmem=int(coding.on_device),
             encodeConfig=ctypes.addressof(self._config),
         )
         if hasattr(type(self._params), "splitEncodeMode"):  # from 12.1 on; a frame stays on one engine
             self._params.splitEncodeMode = abi.number("NV_ENC_SPLIT_DISABLE_MODE")
+        self._set_size(coding)
         self._call("nvEncInitializeEncoder", ctypes.byref(self._params))
         self._initialized = True
-        with _driver.bound(self.index):
-            self._stream = Stream()
+        for _ in range(2 if coding.on_device else 1):  # reading a bitstream must not wait for later inputs
+            with _driver.bound(self.index):
+                self._streams.append(Stream())
         # The driver is given the addresses of the handles and may read them again: the cells stay.
-        self._stream_cells = (ctypes.c_void_p * 2)(self._stream.handle, self._stream.handle)
+        self._stream_cells = (ctypes.c_void_p * 2)(self._streams[0].handle, self._streams[-1].handle)
         cells = ctypes.addressof(self._stream_cells)
         self._call("nvEncSetIOCudaStreams", cells, cells + ctypes.sizeof(ctypes.c_void_p))
 
-    def set_qp(self, qp: int) -> None:
-        """Code later pictures with constant `qp`."""
-        set_constant_qp(self._config, qp)
+    def reconfigure(self, coding: Coding) -> None:
+        """Code later pictures as `coding` says, which differs in frame size and QP alone.
+
+        A new size needs every picture collected and every input registered again.
+        """
+        set_constant_qp(self._config, coding.qp or 0)
+        self._set_size(coding)
         change = self.abi.struct("NV_ENC_RECONFIGURE_PARAMS")(forceIDR=1)
         change.reInitEncodeParams = self._params
         self._call("nvEncReconfigureEncoder", ctypes.byref(change))
+        self.coding = coding
+
+    def _set_size(self, coding: Coding) -> None:
+        params = self._params
+        params.encodeWidth = params.darWidth = coding.width
+        params.encodeHeight = params.darHeight = coding.height
 
     def headers(self) -> bytes:
         """VPS, SPS and PPS of the pictures submitted from now on."""
@@ -213,10 +191,10 @@ class Session:
     def register(self, memory: Memory, offset: int, pitch: int) -> int:
         """Register the frame at `offset` of `memory`, rows `pitch` apart, both in bytes.
 
-        Returns the registered resource; the session keeps the memory until it is closed.
+        Returns the registered resource; the session keeps the memory as long.
         """
-        resource = self.abi.struct("NV_ENC_REGISTER_RESOURCE")(
-            resourceType=self.abi.number("NV_ENC_INPUT_RESOURCE_TYPE_CUDADEVICEPTR"),
+        return self._register(
+            memory,
             width=self.coding.width,
             height=self.coding.height,
             pitch=pitch,
@@ -224,20 +202,48 @@ class Session:
             bufferFormat=self._buffer_format,
             bufferUsage=self.abi.number("NV_ENC_INPUT_IMAGE"),
         )
+
+    def register_output(self, memory: Memory) -> int:
+        """Register `memory` for output parameters and a bitstream. Returns the registered resource."""
+        registered = self._register(
+            memory,
+            width=memory.nbytes,
+            height=1,
+            pitch=memory.nbytes,
+            resourceToRegister=memory.address,
+            bufferFormat=self.abi.number("NV_ENC_BUFFER_FORMAT_U8"),
+            bufferUsage=self.abi.number("NV_ENC_OUTPUT_BITSTREAM"),
+        )
+        self._device_outputs.add(registered)
+        return registered
+
+    def _register(self, memory: Memory, **values: int) -> int:
+        kind = self.abi.number("NV_ENC_INPUT_RESOURCE_TYPE_CUDADEVICEPTR")
+        resource = self.abi.struct("NV_ENC_REGISTER_RESOURCE")(resourceType=kind, **values)
         self._call("nvEncRegisterResource", ctypes.byref(resource))
-        self._maps[resource.registeredResource] = None
-        self._memories.add(memory)
-        return int(resource.registeredResource)
+        registered = int(resource.registeredResource)
+        self._maps[registered] = None
+        self._memories[registered] = memory
+        return registered
+
+    def unregister(self, registered: int) -> None:
+        """Give up a registered frame that is not mapped."""
+        self._call("nvEncUnregisterResource", registered)
+        del self._maps[registered], self._memories[registered]
 
     def map(self, registered: int) -> int:
-        """Hand a registered frame over to the encoder. Returns the mapped resource."""
+        """Hand registered memory over to the encoder. Returns the mapped resource."""
         how = self.abi.struct("NV_ENC_MAP_INPUT_RESOURCE")(registeredResource=registered)
         self._call("nvEncMapInputResource", ctypes.byref(how))
+        del self._maps[registered]
         self._maps[registered] = how.mappedResource
         return int(how.mappedResource)
 
     def unmap(self, registered: int) -> None:
-        """Take a frame back from the encoder, if it has it; its picture must have been collected."""
+        """Take memory back from the encoder, if it has it: a frame once its picture is collected.
+
+        An output is waited for; pictures are collected as they were submitted.
+        """
         mapped = self._maps[registered]
         if mapped is not None:
             self._maps[registered] = None
@@ -273,43 +279,48 @@ class Session:
             picture.qpDeltaMap, picture.qpDeltaMapSize = ctypes.addressof(qp_map), len(qp_map)
         _while_busy(ENCODER_BUSY, lambda: self._call("nvEncEncodePicture", ctypes.byref(picture)))
 
-    def collect(self, output: int, stamp: int) -> bytes:
-        """Wait for the picture in `output` and copy its bytes; pictures are collected as they were submitted.
+    def collect(self, output: int, stamp: int, take: Callable[[int, int], None]) -> None:
+        """Wait for the picture in `output`; `take` is given address and size of its bytes and copies them.
 
-        Raises DriverError, also for a picture other than `stamp`.
+        Pictures are collected as they were submitted. Raises DriverError, also for a picture other than
+        `stamp`, and what `take` raises.
         """
         lock = self.abi.struct("NV_ENC_LOCK_BITSTREAM")(outputBitstream=output)
         _while_busy(LOCK_BUSY, lambda: self._call("nvEncLockBitstream", ctypes.byref(lock)))
         try:
-            data = ctypes.string_at(lock.bitstreamBufferPtr, lock.bitstreamSizeInBytes)
+            if lock.outputTimeStamp != stamp:
+                problem = f"picture {lock.outputTimeStamp} came out where {stamp} was due"
+                raise DriverError("nvEncLockBitstream", 0, "NV_ENC_SUCCESS", problem)
+            take(lock.bitstreamBufferPtr, lock.bitstreamSizeInBytes)
         finally:
             self._call("nvEncUnlockBitstream", output)
-        if lock.outputTimeStamp != stamp:
-            problem = f"picture {lock.outputTimeStamp} came out where {stamp} was due"
-            raise DriverError("nvEncLockBitstream", 0, "NV_ENC_SUCCESS", problem)
-        return data
 
     def close(self) -> None:
         """Give everything back, whatever fails; raises the first DriverError at the end. Idempotent."""
         if not self._encoder:
             return
         steps: list[Callable[[], None]] = [self._end] if self._initialized else []
+        # Outputs before the inputs of their pictures, in the order of submission.
+        mapped = sorted(self._maps.items(), key=lambda item: item[0] not in self._device_outputs)
         for call, handles in (
-            ("nvEncUnmapInputResource", [mapped for mapped in self._maps.values() if mapped is not None]),
+            ("nvEncUnmapInputResource", [handle for _, handle in mapped if handle is not None]),
             ("nvEncUnregisterResource", [*self._maps]),
             ("nvEncDestroyBitstreamBuffer", self._outputs),
         ):
             steps += [partial(self._call, call, handle) for handle in handles]
-        steps += [partial(self._call, "nvEncDestroyEncoder"), self._close_stream]
+        steps += [
+            partial(self._call, "nvEncDestroyEncoder"),
+            *(partial(self._close_stream, s) for s in self._streams),
+        ]
         errors = []
         for step in steps:
             try:
-                with _driver_may_be_gone():
+                with driver_may_be_gone():
                     step()
             except DriverError as error:
                 errors.append(error)
         self._encoder = ctypes.c_void_p()
-        self._maps, self._outputs, self._memories = {}, [], set()
+        self._maps, self._memories, self._outputs, self._streams = {}, {}, [], []
         if errors:
             raise errors[0]
 
@@ -319,11 +330,9 @@ class Session:
         picture = self.abi.struct("NV_ENC_PIC_PARAMS")(encodePicFlags=flag)
         _while_busy(ENCODER_BUSY, lambda: self._call("nvEncEncodePicture", ctypes.byref(picture)))
 
-    def _close_stream(self) -> None:
-        if self._stream is not None:
-            stream, self._stream = self._stream, None
-            with _driver.bound(self.index):
-                stream.close()
+    def _close_stream(self, stream: Stream) -> None:
+        with _driver.bound(self.index):
+            stream.close()
 
     @property
     def _buffer_format(self) -> int:

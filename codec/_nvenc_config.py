@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sidelane.codec._abi import Abi
+from sidelane.codec._limits import FrameLimits
 from sidelane.layout import SurfaceFormat
-
-CTB = 32  # largest coding tree block of NVENC; a QP map has one entry for each
 
 # Presets switch these on, and everything but the QP would be ignored, refused or left to the CUDA cores.
 _RATE_CONTROL_OFF = (
@@ -27,7 +26,16 @@ _RATE_CONTROL_OFF = (
 
 @dataclass(frozen=True)
 class Coding:
-    """What a session encodes. `qp` None is lossless; `preset` 1 (fastest) to 7."""
+    """What a session encodes.
+
+    Attributes:
+        qp: None is lossless.
+        preset: 1 (fastest) to 7.
+        repeat_headers: parameter sets before every picture, else not in the stream at all.
+        max_width, max_height: of the largest frames that the session may later change to; never less than
+            `width` and `height`.
+        on_device: bitstreams go to device memory.
+    """
 
     format: SurfaceFormat
     width: int
@@ -35,12 +43,22 @@ class Coding:
     qp: int | None
     preset: int = 1
     qp_map: bool = False
-    repeat_headers: bool = False  # parameter sets before every picture, else not in the stream at all
+    repeat_headers: bool = False
+    max_width: int = 0
+    max_height: int = 0
+    on_device: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_width", max(self.max_width, self.width))
+        object.__setattr__(self, "max_height", max(self.max_height, self.height))
 
 
 @dataclass(frozen=True)
-class EncoderCaps:
-    """What NVENC does with HEVC on one GPU. Without HEVC `engines` and all that follows is zero."""
+class EncoderCaps(FrameLimits):
+    """What NVENC does with HEVC on one GPU. Without HEVC `engines` and all that follows is zero.
+
+    Whether bitstreams may go to device memory is no capability: the driver says so to the session.
+    """
 
     engines: int
     min_width: int
@@ -51,10 +69,11 @@ class EncoderCaps:
     yuv444: bool
     ten_bit: bool
     lossless: bool
+    resize: bool  # sessions can change their frame size
 
     def refusal(self, coding: Coding) -> str | None:
         """Why `coding` is not possible here; None if it is."""
-        fmt, width, height = coding.format, coding.width, coding.height
+        fmt = coding.format
         if not self.engines:
             return "this GPU does not encode HEVC"
         if buffer_format(fmt) is None:
@@ -65,12 +84,10 @@ class EncoderCaps:
             return "this GPU does not encode 10 bit"
         if coding.qp is None and not self.lossless:
             return "this GPU does not encode without loss"
-        if not (self.min_width <= width <= self.max_width and self.min_height <= height <= self.max_height):
-            sizes = f"{self.min_width}x{self.min_height}..{self.max_width}x{self.max_height}"
-            return f"{width}x{height} is outside {sizes}"
-        if -(-width // 16) * -(-height // 16) > self.max_macroblocks:
-            return f"{width}x{height} has more than {self.max_macroblocks} macroblocks"
-        return None
+        if (coding.max_width, coding.max_height) != (coding.width, coding.height) and not self.resize:
+            return "this GPU does not change the frame size of a session"
+        refusal = self.size_refusal(coding.width, coding.height)
+        return refusal or self.size_refusal(coding.max_width, coding.max_height)
 
 
 def buffer_format(format: SurfaceFormat) -> str | None:

@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sidelane.codec.hevc_syntax import END_OF_BITSTREAM as END_OF_BITSTREAM
+from sidelane.codec.hevc_syntax import check_stream
 from sidelane.errors import LaneError, LaneUnavailable, PacketError
 from sidelane.layout import FORMATS, SurfaceFormat, SurfaceLayout
 
 MAX_QP = 51
-END_OF_BITSTREAM = b"\x00\x00\x01\x4a\x01"  # EOB_NUT, ITU-T H.265 table 7-1
 PIXEL_FORMATS = {
     "nv12": "yuv420p",
     "nv12_split12": "yuv420p",
@@ -124,8 +125,7 @@ def decode_hevc(stream: bytes | bytearray | memoryview, layout: SurfaceLayout) -
     """
     av = _import_av()
     data = bytes(stream)
-    if not data.endswith(END_OF_BITSTREAM):
-        raise PacketError("bitstream", f"{len(data)} bytes do not end as a stream does: it is cut or damaged")
+    check_stream(data, layout)
     if len(data) > _MAX_STREAM:
         raise PacketError("bitstream", f"{len(data)} bytes are more than {_MAX_STREAM}")
     decoder = av.CodecContext.create("hevc", "r")
@@ -133,13 +133,13 @@ def decode_hevc(stream: bytes | bytearray | memoryview, layout: SurfaceLayout) -
     # FFmpeg counts the padding to whole coding blocks and to its alignment of rows.
     width, height = (-(-side // 64) * 64 for side in (layout.width, layout.height))
     decoder.options = {"err_detect": "explode", "max_pixels": str(width * height)}
-    blocks = []
+    blocks: list[Tensor] = []
     try:
         units = decoder.parse(memoryview(data)[: -len(END_OF_BITSTREAM)]) + decoder.parse(b"")
-        if len(units) != layout.frames:
-            raise PacketError("bitstream", f"holds {len(units)} frames, {layout.frames} expected")
         for unit in (*units, None):
             for frame in decoder.decode(unit):
+                if len(blocks) == layout.frames:
+                    raise PacketError("bitstream", f"more than {layout.frames} frames come out")
                 blocks.append(_read_frame(frame, layout))
     except PacketError:
         raise

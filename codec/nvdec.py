@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,15 +19,12 @@ from torch import Tensor
 
 from sidelane.codec import _driver
 from sidelane.codec._nvdec import CodedFormat, HardwareDecoder
-from sidelane.codec._nvdec_parser import StreamDecode
+from sidelane.codec._nvdec_stream import StreamDecode, frame_starts
 from sidelane.codec.probe import decoder_caps
 from sidelane.errors import DriverError, LaneError, LaneUnavailable
 from sidelane.layout import SurfaceLayout
 
 IDLE_DECODERS = 4  # kept by decode_nvdec; each holds the surfaces of its largest stream
-
-
-_VPS = b"\x00\x00\x01\x40\x01"  # start code and header of a video parameter set, ITU-T H.265 table 7-1
 
 
 class _Piece(NamedTuple):
@@ -38,6 +35,14 @@ class _Piece(NamedTuple):
     size: int
     first: int
     frames: int
+
+
+class _Job(NamedTuple):
+    """A piece and the surface it belongs to."""
+
+    piece: _Piece
+    out: Tensor
+    layout: SurfaceLayout
 
 
 class NvDecoder:
@@ -196,33 +201,18 @@ class NvDecoderPool:
 
         The surface is made here, on the current stream. A tensor passed as `stream` must stay unchanged.
         """
-        out = _new_surface(layout, self.index)
-        ready = _driver.Event(self.index)
-        try:
-            job = self._start(_whole(stream, layout), out, layout, ready)
-        except LaneError:
-            ready.close()
-            raise
-        job.add_done_callback(lambda _: ready.close())
-        return job
+        return self._start([self._job(stream, layout)])[0]
 
     def decode_surface(self, stream: bytes | Tensor, layout: SurfaceLayout) -> Tensor:
         """`NvDecoder.decode` with the frames of one stream spread over all decoders.
 
-        Needs parameter sets before every frame; a stream without them goes to one decoder.
+        Needs the same parameter sets before every frame; a stream without them goes to one decoder.
         """
-        whole = _whole(stream, layout)
-        out = _new_surface(layout, self.index)
-        ready = _driver.Event(self.index)
-        jobs: list[Future[Tensor]] = []
-        try:
-            for piece in _split(whole, layout, self.engines):
-                jobs.append(self._start(piece, out, layout, ready))
-            for job in jobs:
-                job.result()
-        finally:
-            wait(jobs)
-            ready.close()
+        whole, out, _ = self._job(stream, layout)
+        jobs = self._start([_Job(piece, out, layout) for piece in _split(whole, layout, self.engines)])
+        wait(jobs)
+        for job in jobs:
+            job.result()
         return out
 
     def decode(self, jobs: Iterable[tuple[bytes | Tensor, SurfaceLayout]]) -> Iterator[Tensor]:
@@ -230,17 +220,15 @@ class NvDecoderPool:
 
         Decoding starts when the first surface is asked for. The error of a stream is raised at its place.
         """
-        running: deque[Future[Tensor]] = deque()
+        coming = iter(jobs)
+        running = deque(self._start_next(coming, 2 * self.engines))
         try:
-            for stream, layout in jobs:
-                running.append(self.submit(stream, layout))
-                if len(running) > 2 * self.engines:
-                    yield running.popleft().result()
             while running:
+                running.extend(self._start_next(coming, 1))
                 yield running.popleft().result()
         finally:
-            for job in running:
-                job.cancel()
+            for future in running:
+                future.cancel()
 
     def close(self) -> None:
         """Wait for what is running and free the decoders. Further calls do nothing."""
@@ -254,13 +242,50 @@ class NvDecoderPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(
-        self, piece: _Piece, out: Tensor, layout: SurfaceLayout, ready: _driver.Event
-    ) -> Future[Tensor]:
+    def _job(self, stream: bytes | Tensor, layout: SurfaceLayout) -> _Job:
+        """A stream and a new surface for it, made on the current stream."""
+        whole = _whole(stream, layout)
+        return _Job(whole, _new_surface(layout, self.index), layout)
+
+    def _start_next(
+        self, coming: Iterator[tuple[bytes | Tensor, SurfaceLayout]], count: int
+    ) -> list[Future[Tensor]]:
+        """Start the next `count` jobs; the error of one takes its place.
+
+        All surfaces come before the first job: decoders at work hold up the calls that the next one needs.
+        """
+        jobs: list[_Job] = []
         try:
-            return self._threads.submit(self._decode_piece, piece, out, layout, ready)
+            for stream, layout in islice(coming, count):
+                jobs.append(self._job(stream, layout))
+        except Exception as error:
+            failed: Future[Tensor] = Future()
+            failed.set_exception(error)
+            return [*self._start(jobs), failed]
+        return self._start(jobs)
+
+    def _start(self, jobs: list[_Job]) -> list[Future[Tensor]]:
+        """Start decoding after the present work of the current stream."""
+        futures: list[Future[Tensor]] = []
+        if not jobs:
+            return futures
+        ready = _driver.Event(self.index)
+        left = iter(range(len(jobs) - 1, -1, -1))
+
+        def done(_: object) -> None:
+            if next(left) == 0:
+                ready.close()
+
+        try:
+            for job in jobs:
+                futures.append(self._threads.submit(self._decode_piece, *job, ready))
         except RuntimeError:
+            wait(futures)
+            ready.close()
             raise LaneError("this pool is closed; make a new one") from None
+        for future in futures:
+            future.add_done_callback(done)
+        return futures
 
     def _decode_piece(
         self, piece: _Piece, out: Tensor, layout: SurfaceLayout, ready: _driver.Event
@@ -306,19 +331,14 @@ def _whole(stream: bytes | Tensor, layout: SurfaceLayout) -> _Piece:
 
 
 def _split(whole: _Piece, layout: SurfaceLayout, parts: int) -> list[_Piece]:
-    """At most `parts` pieces of about as many frames each, where a video parameter set starts every frame."""
-    stream = whole.stream.numpy().tobytes() if isinstance(whole.stream, Tensor) else whole.stream
-    starts, at = [], stream.find(_VPS)
-    while at >= 0:
-        starts.append(at)
-        at = stream.find(_VPS, at + len(_VPS))
+    """At most `parts` pieces of about as many frames each, where all frames have the same parameter sets."""
+    starts = frame_starts(_address(whole.stream), whole.size)
     if len(starts) != layout.frames:
         return [whole]
-    starts[0] = 0
-    starts.append(len(stream))
+    starts.append(whole.size)
     count = min(parts, layout.frames)
     bounds = [part * layout.frames // count for part in range(count + 1)]
-    return [_Piece(stream, starts[a], starts[b] - starts[a], a, b - a) for a, b in pairwise(bounds)]
+    return [_Piece(whole.stream, starts[a], starts[b] - starts[a], a, b - a) for a, b in pairwise(bounds)]
 
 
 def _address(stream: bytes | Tensor) -> int:

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sidelane.codec import _driver
-from sidelane.codec._nvenc_ring import EncodedSurface, Ring, Surface
+from sidelane.codec._closing import Closing
+from sidelane.codec._nvenc import Memory
+from sidelane.codec._nvenc_encoder import close_quietly
+from sidelane.codec._nvenc_ring import EncodedSurface, Ring, Surface, next_surface
 from sidelane.codec.nvenc import Encoder, check_source, release_idle_encoders
-from sidelane.errors import DriverError, LaneError, LaneUnavailable
+from sidelane.errors import DriverError, LaneError, LaneUnavailable, SpaceError
 from sidelane.layout import SurfaceLayout
 
 ATTEMPTS = 3  # sessions that may fail over one surface
@@ -29,11 +33,12 @@ ATTEMPTS = 3  # sessions that may fail over one surface
 @dataclass(eq=False)
 class _Job:
     surface: Surface
+    submit: Callable[[Encoder, Surface], Future[Any]]
     tries: int = 0
-    future: Future[EncodedSurface] = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
 
 
-class EncoderPool:
+class EncoderPool(Closing):
     """Encodes surfaces of one size on all engines at once; every surface has its own result.
 
     A session that fails is replaced, or left out where none can be opened; what it had is encoded by the
@@ -49,13 +54,16 @@ class EncoderPool:
         sessions: int | None = None,
         surfaces: int = 2,
         preset: int = 1,
+        qp_map: bool = False,
+        on_device: bool = False,
+        make_room: Callable[[], None] = release_idle_encoders,
     ) -> None:
         """Open the sessions.
 
         Args:
             sessions: how many, by default one per engine; fewer are opened where the system allows fewer.
             surfaces: slots of the ring for each session.
-            layout, qp, device, preset: as for `Encoder`.
+            layout, qp, device, preset, qp_map, on_device, make_room: as for `Encoder`.
 
         Raises as `Encoder`.
         """
@@ -69,12 +77,15 @@ class EncoderPool:
             qp=qp,
             device=device,
             preset=preset,
-            make_room=release_idle_encoders,
+            qp_map=qp_map,
+            on_device=on_device,
+            make_room=make_room,
             ring=self._ring,
         )
         self._lock = threading.Lock()  # of the two that follow
         self._encoders: deque[Encoder] = deque([self._open(surfaces=surfaces)])
         self._closed = False
+        self._accepted = self._encoders[0].accepted  # by all of them
         wanted = sessions or self._encoders[0].caps.engines
         try:
             while len(self._encoders) < wanted:
@@ -83,9 +94,9 @@ class EncoderPool:
             pass  # no session is left: go on with those there are
         except BaseException:
             for encoder in self._encoders:
-                _close_quietly(encoder)
+                close_quietly(encoder)
             raise
-        self._running: set[Future[EncodedSurface]] = set()
+        self._running: set[Future[Any]] = set()
         self._repairs = ThreadPoolExecutor(1, thread_name_prefix="nvenc-repair")
 
     @property
@@ -99,12 +110,8 @@ class EncoderPool:
         Raises LaneError after `timeout` seconds or if the pool is closed, LaneUnavailable or DriverError when
         no session is left.
         """
-        try:
-            surface = self._ring.get(timeout=timeout)
-        except Empty:
-            raise LaneError(f"no surface came free in {timeout} s: submit those acquired before") from None
+        surface = next_surface(self._ring, timeout)
         if surface is None:
-            self._ring.put(None)
             raise LaneError("this pool is closed; make a new one")
         try:
             encoder = self._owner(surface)
@@ -114,20 +121,44 @@ class EncoderPool:
                 except (DriverError, LaneError):
                     if not encoder.failed:
                         raise
-            return self._move(surface)[1]
+            return self._move(surface.memory)[1]
         except BaseException:
             self._ring.put(surface)  # whoever waits next shall hear of it too
             raise
 
-    def submit(self, surface: Surface) -> Future[EncodedSurface]:
+    def adopt(self, memory: Memory) -> Surface:
+        """A surface on memory of the caller, acquired from the session whose turn it is.
+
+        Raises as `acquire`.
+        """
+        return self._move(memory)[1]
+
+    def submit(self, surface: Surface, qp_map: Tensor | None = None) -> Future[EncodedSurface]:
         """Encode an acquired surface after the work of the current stream; it returns to the ring by itself.
 
-        Raises LaneError for a surface that is not acquired or a closed pool; the future raises what stopped
-        the last of `ATTEMPTS` sessions.
+        Raises LaneError for a surface that is not acquired, arguments that `Encoder.submit` refuses, or a
+        closed pool; the future raises what stopped the last of `ATTEMPTS` sessions.
         """
-        if not surface.held:
+        self._accepted.check(qp_map)
+        return self._accept(_Job(surface, lambda encoder, surface: encoder.submit(surface, qp_map)))
+
+    def submit_stream(
+        self, surface: Surface, *, out: Tensor | None = None, qp_map: Tensor | None = None
+    ) -> Future[Tensor]:
+        """`Encoder.submit_stream` on the session of the surface.
+
+        Raises as `submit`; the future raises SpaceError too.
+        """
+        self._accepted.check_stream(qp_map, out)
+
+        def start(encoder: Encoder, surface: Surface) -> Future[Tensor]:
+            return encoder.submit_stream(surface, out=out, qp_map=qp_map)
+
+        return self._accept(_Job(surface, start))
+
+    def _accept(self, job: _Job) -> Future[Any]:
+        if not job.surface.held:
             raise LaneError("this surface is not acquired: acquire it before submit")
-        job = _Job(surface)
         with self._lock:
             if self._closed:
                 raise LaneError("this pool is closed; make a new one")
@@ -178,26 +209,16 @@ class EncoderPool:
         if errors:
             raise errors[0]
 
-    def __enter__(self) -> EncoderPool:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            self.close()
-        except DriverError:
-            if error is None:
-                raise
-
     def _start(self, job: _Job) -> None:
         """Submit the surface of `job` to its session, or to others as long as sessions fail."""
         try:
             encoder = self._owner(job.surface)
             while True:
                 if encoder is None or encoder.failed:
-                    encoder, job.surface = self._move(job.surface)
+                    encoder, job.surface = self._move(job.surface.memory)
                 job.tries += 1
                 try:
-                    encoder.submit(job.surface).add_done_callback(partial(self._finish, job))
+                    job.submit(encoder, job.surface).add_done_callback(partial(self._finish, job))
                     return
                 except (DriverError, LaneError) as error:
                     if not encoder.failed or not _worth_repeating(error, job.tries):
@@ -205,11 +226,13 @@ class EncoderPool:
         except BaseException as error:
             self._give_up(job, error)
 
-    def _finish(self, job: _Job, done: Future[EncodedSurface]) -> None:
+    def _finish(self, job: _Job, done: Future[Any]) -> None:
         """Runs on the thread that collects the pictures of a session, which must not wait for the session."""
         error = done.exception()
         if error is None:
             job.future.set_result(done.result())
+        elif isinstance(error, SpaceError):  # of the destination; the surface went back to the ring
+            job.future.set_exception(error)
         elif _worth_repeating(error, job.tries):
             self._repairs.submit(self._start, job)
         else:
@@ -224,14 +247,14 @@ class EncoderPool:
         with self._lock:
             return next((e for e in self._encoders if e.owns(surface)), None)
 
-    def _move(self, surface: Surface) -> tuple[Encoder, Surface]:
-        """A live session and an acquired surface of it on the memory of `surface`."""
+    def _move(self, memory: Memory) -> tuple[Encoder, Surface]:
+        """A live session and an acquired surface of it on `memory`."""
         tries = 0
         while True:
             encoder = self._live_encoder()
             tries += 1
             try:
-                return encoder, encoder.adopt(surface)
+                return encoder, encoder.adopt(memory)
             except (DriverError, LaneError) as error:
                 if not encoder.failed or not _worth_repeating(error, tries):
                     raise
@@ -242,7 +265,7 @@ class EncoderPool:
             for encoder in [e for e in self._encoders if e.failed]:
                 with suppress(DriverError):
                     encoder.settle()  # others may read its surfaces from now on
-                _close_quietly(encoder)
+                close_quietly(encoder)
                 self._encoders.remove(encoder)
                 try:
                     self._encoders.append(self._open(surfaces=0))
@@ -258,9 +281,3 @@ class EncoderPool:
 def _worth_repeating(error: BaseException, tries: int) -> bool:
     lost = isinstance(error, DriverError) and error.status in _driver.CUDA_STICKY
     return isinstance(error, (DriverError, LaneError)) and not lost and tries < ATTEMPTS
-
-
-def _close_quietly(encoder: Encoder) -> None:
-    """Close a session of which the first error is known."""
-    with suppress(DriverError):
-        encoder.close()

@@ -16,6 +16,7 @@ from sidelane.codec._driver import (
     nvenc_driver_version,
     primary_context,
 )
+from sidelane.codec._limits import FrameLimits
 from sidelane.errors import DriverError, LaneUnavailable
 
 _CODECS = {
@@ -36,7 +37,7 @@ _PROBED = (
 
 
 @dataclass(frozen=True)
-class DecoderCaps:
+class DecoderCaps(FrameLimits):
     """What NVDEC does with one codec, chroma format and bit depth.
 
     Attributes:
@@ -64,12 +65,7 @@ class DecoderCaps:
         """Why frames of width x height cannot be decoded; None if they can."""
         if not self.supported:
             return f"this GPU does not decode {self.codec} {self.chroma} at {self.bits} bit"
-        if not (self.min_width <= width <= self.max_width and self.min_height <= height <= self.max_height):
-            sizes = f"{self.min_width}x{self.min_height}..{self.max_width}x{self.max_height}"
-            return f"{width}x{height} is outside {sizes}"
-        if -(-width // 16) * -(-height // 16) > self.max_macroblocks:
-            return f"{width}x{height} has more than {self.max_macroblocks} macroblocks"
-        return None
+        return self.size_refusal(width, height)
 
 
 def decoder_caps(device: torch.device | str, codec: str, chroma: str, bits: int) -> DecoderCaps:

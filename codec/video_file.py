@@ -232,6 +232,7 @@ class _FileDecode(Parsing):
             ready.close()
         pitch = columns * samples.itemsize
         damage = hardware.copy_out(surface, samples.data_ptr(), pitch, pitch, rows)
+        hardware.synchronize()
         if damage is not None:
             raise self._damage(damage)
         if coded.bits > 8:  # NVDEC aligns samples to the most significant bit

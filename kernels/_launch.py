@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidelane.errors import LaneError
+
 ALIGNMENT = 256  # bytes; of the parts of one encoding
 _interpret: ContextVar[bool] = ContextVar("interpret", default=False)
 _HERE: AbstractContextManager[Any] = nullcontext()
@@ -46,20 +48,47 @@ def carve(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
 
     The allocation is a multiple of ALIGNMENT long.
     """
-    total, cuts = _cuts(sizes)
-    return torch.empty(total, dtype=torch.uint8, device=device).split_with_sizes(cuts)[::2]
+    return cut(torch.empty(span(sizes), dtype=torch.uint8, device=device), sizes)
+
+
+def cut(buffer: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Views of the uint8 vector `buffer` as `carve` lays them out."""
+    return buffer.split_with_sizes([*_cuts(sizes), buffer.numel() - span(sizes)])[:-1:2]
 
 
 @lru_cache(maxsize=4096)
-def _cuts(sizes: tuple[int, ...]) -> tuple[int, list[int]]:
-    """The sum of `sizes` rounded up to ALIGNMENT, and each size followed by the padding behind it."""
-    pairs = [(size, -size % ALIGNMENT) for size in sizes]
-    return sum(map(sum, pairs)), [n for pair in pairs for n in pair]
+def span(sizes: tuple[int, ...]) -> int:
+    """Bytes that `carve` takes for `sizes`."""
+    return sum(_cuts(sizes))
+
+
+@lru_cache(maxsize=4096)
+def _cuts(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Each of `sizes` followed by the padding behind it."""
+    return tuple(n for size in sizes for n in (size, -size % ALIGNMENT))
+
+
+def check_parts(parts: dict[str, Tensor], sizes: tuple[int, ...]) -> None:
+    """Raise LaneError unless `parts` are vectors of `sizes` bytes on one device that kernels can read."""
+    device = next(iter(parts.values())).device
+    for (name, part), size in zip(parts.items(), sizes, strict=True):
+        if part.dtype != torch.uint8 or part.shape != (size,) or not part.is_contiguous():
+            raise LaneError(f"{name} is {part.dtype} {tuple(part.shape)}, not contiguous uint8 [{size}]")
+        if part.device != device:
+            raise LaneError(f"{name} is on {part.device}, other parts on {device}: move them together")
+        if part.data_ptr() % 16:
+            raise LaneError(f"{name} does not begin at a multiple of 16 bytes: pass a copy")
 
 
 def aligned(part: Tensor) -> Tensor:
     """The contiguous `part`, copied if its address is no multiple of 16."""
     return part.clone() if part.data_ptr() % 16 else part
+
+
+def programs(tiles: int, most: int | None) -> int:
+    """Programs for `tiles`, `most` of them at most: each takes several tiles then, and the rest of the GPU
+    stays free for others."""
+    return tiles if most is None else min(tiles, most)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -8,325 +8,406 @@ import triton.language as tl
 from torch import Tensor
 
 from sidelane.errors import LaneError
-from sidelane.kernels._launch import carve, cdiv, device_of, use_triton
+from sidelane.kernels import reference
+from sidelane.kernels._launch import (
+    ALIGNMENT,
+    carve,
+    cdiv,
+    check_parts,
+    cut,
+    device_of,
+    programs,
+    span,
+    use_triton,
+)
 from sidelane.kernels.reference import (
     EXACT_BLOCK,
-    EXACT_ESCAPE,
     EXACT_FIELDS,
     ExactCodes,
-    FloatFields,
-    exact_book,
     exact_decode_ref,
     exact_encode_ref,
+    exact_sizes,
 )
 
-EXACT_PARTS = ("book", "codes", "counts", "escapes", "planes", "odd")
-SURVEY_TILE = 2048  # elements per step of a surveying program
-SURVEY_PROGRAMS = 1024  # at most
+SURVEY_TILE = 4096  # elements per step of a surveying program
+SURVEY_PROGRAMS = 2048  # at most
+LIST_PROGRAMS = 8192  # at most
+ROOM = 32  # elements per escape that is expected at most
+BLOCK = tl.constexpr(EXACT_BLOCK)
+SLACK = tl.constexpr(reference.EXACT_SLACK)
+ZERO = tl.constexpr(reference.EXACT_ZERO)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _exponent_of(word, MANTISSA: tl.constexpr, EXPONENT: tl.constexpr):  # type: ignore[no-untyped-def]
-    return (word >> MANTISSA) & (2**EXPONENT - 1)
+@triton.jit
+def _elements():  # type: ignore[no-untyped-def]
+    """Numbers [2, BLOCK / 2] of the elements of a block; the columns share the bytes of the codes."""
+    return tl.arange(0, 2)[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rest_of(word, MANTISSA: tl.constexpr, EXPONENT: tl.constexpr):  # type: ignore[no-untyped-def]
     """sign << MANTISSA | mantissa"""
-    return ((word >> (MANTISSA + EXPONENT)) & 1) << MANTISSA | word & (2**MANTISSA - 1)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_codes(codes_ptr, block, numel, pairs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The 4-bit codes of one block as int32 [BLOCK], zero from `numel` on; `pairs` = ceil(numel / 2)."""
-    pair = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
-    byte = tl.load(codes_ptr + pair, mask=pair < pairs, other=0).to(tl.int32)
-    codes = tl.interleave(byte & 15, byte >> 4)
-    return tl.where(block * BLOCK + tl.arange(0, BLOCK) < numel, codes, 0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _escape_rank(codes, counts_ptr, ends_ptr, block, ESCAPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Position of each escaped element of `block` in the list of escapes, int64 [BLOCK].
-
-    `ends` int64 [blocks] is the inclusive sum of `counts`.
-    """
-    start = tl.load(ends_ptr + block) - tl.load(counts_ptr + block)
-    return start + tl.cumsum((codes == ESCAPE).to(tl.int32), axis=0) - 1
+    return ((word >> EXPONENT) & (1 << MANTISSA)) | (word & ((1 << MANTISSA) - 1))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _exact_survey_kernel(  # type: ignore[no-untyped-def]
-    word_ptr, table_ptr, numel,
+    word_ptr, info_ptr, numel,
     MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, PLANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Row `program` of `table` int32 [programs, 256 + PLANES], about tiles program, program + programs, ...
-
-    How often each exponent occurs, then for each byte plane a number that is zero if the plane is.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    bins = tl.zeros((256,), dtype=tl.int32)
-    any_bits = tl.zeros((TILE,), dtype=tl.int32)
-    for start in range(program * TILE, numel, tl.num_programs(0) * TILE):
-        at = start + tl.arange(0, TILE)
-        word = tl.load(word_ptr + at, mask=at < numel, other=0).to(tl.int32)
-        bins += tl.histogram(_exponent_of(word, MANTISSA, EXPONENT), 256, mask=at < numel)
-        any_bits |= word
-    row = table_ptr + program * (256 + PLANES)
-    tl.store(row + tl.arange(0, 256), bins)
-    rest = _rest_of(any_bits, MANTISSA, EXPONENT)
+    """Sets bit p of info[1] where byte plane p is not zero everywhere."""
+    at = tl.arange(0, TILE)
+    seen = tl.zeros((TILE,), dtype=tl.int32)
+    for tile in range(tl.program_id(0), (numel - 1) // TILE + 1, tl.num_programs(0)):
+        base = tl.cast(tile, tl.int64) * TILE
+        seen |= tl.load(word_ptr + base + at, mask=at < numel - base, other=0)
+    rest = _rest_of(seen, MANTISSA, EXPONENT)
+    used = 0
     for plane in tl.static_range(PLANES):
-        tl.store(row + 256 + plane, tl.max((rest >> (8 * plane)) & 255, axis=0))
+        used |= (tl.max((rest >> (8 * plane)) & 255, axis=0) > 0).to(tl.int32) << plane
+    tl.atomic_or(info_ptr + 1, used)
+
+
+@triton.jit
+def _ones(x):  # type: ignore[no-untyped-def]
+    """Number of bits that are set in uint32."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _is_far(exponent, base):  # type: ignore[no-untyped-def]
+    """Whether an exponent beyond the codes is too far from the base for one escape."""
+    return (base - ZERO - exponent).to(tl.uint32, bitcast=True) >= 32
+
+
+@triton.jit
+def _largest_of_parts(exponent):  # type: ignore[no-untyped-def]
+    """[BLOCK / 16], see `exact_base`."""
+    return tl.max(tl.max(tl.reshape(exponent, (2, BLOCK // 16, 8)), axis=2), axis=0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _exact_encode_kernel(  # type: ignore[no-untyped-def]
-    word_ptr, index_ptr, codes_ptr, counts_ptr, planes_ptr, odd_ptr, numel, pairs,
+    word_ptr, info_ptr, base_ptr, codes_ptr, counts_ptr, marks_ptr, planes_ptr, odd_ptr, numel,
     MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, PLANES: tl.constexpr, ODD_BITS: tl.constexpr,
-    ZERO_PLANES: tl.constexpr, ESCAPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """codes, counts, planes and odd bits of one block of BLOCK elements; code = index[exponent]."""
-    block = tl.program_id(0).to(tl.int64)
-    base = block * BLOCK
-    at = base + tl.arange(0, BLOCK)
-    word = tl.load(word_ptr + at, mask=at < numel, other=0).to(tl.int32)
-    exponent = _exponent_of(word, MANTISSA, EXPONENT)
-    code = tl.load(index_ptr + exponent, mask=at < numel, other=0).to(tl.int32)
-    escapes = tl.sum((code == ESCAPE).to(tl.int32), axis=0)
-    tl.store(counts_ptr + block, escapes.to(tl.int16))
-    low, high = tl.split(tl.reshape(code, (BLOCK // 2, 2)))
-    pair = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
-    tl.store(codes_ptr + pair, (low | high << 4).to(tl.uint8), mask=pair < pairs)
-    rest = _rest_of(word, MANTISSA, EXPONENT)
-    for plane in tl.static_range(PLANES):
-        if (ZERO_PLANES >> plane) & 1 == 0:
-            tl.store(planes_ptr + at, ((rest >> (8 * plane)) & 255).to(tl.uint8), mask=at < numel)
-            planes_ptr += numel
-    if ODD_BITS > 0:
-        octet = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
-        i = tl.arange(0, 8)[None, :]
-        top = tl.reshape(rest >> (8 * PLANES), (BLOCK // 8, 8))
-        for j in tl.static_range(ODD_BITS):
-            byte = tl.sum(((top >> j) & 1) << i, axis=1).to(tl.uint8)
-            tl.store(odd_ptr + octet, byte, mask=8 * octet < numel)
-            odd_ptr += (numel - 1) // 8 + 1
+    """Base, codes, planes, odd bits; counts int32 [blocks] of escapes and, where there are any, marks uint32
+    [blocks, 32] of the elements that have them (see `_exact_list_kernel`). One block at a time.
 
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _exact_escapes_kernel(  # type: ignore[no-untyped-def]
-    word_ptr, codes_ptr, counts_ptr, ends_ptr, escapes_ptr, numel, pairs,
-    MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, ESCAPE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """escapes[rank] = exponent of each element of one block whose code is ESCAPE."""
-    block = tl.program_id(0).to(tl.int64)
-    base = block * BLOCK
-    codes = _load_codes(codes_ptr, block, numel, pairs, BLOCK)
-    escaped = codes == ESCAPE
-    word = tl.load(word_ptr + base + tl.arange(0, BLOCK), mask=escaped, other=0).to(tl.int32)
-    exponent = _exponent_of(word, MANTISSA, EXPONENT).to(tl.uint8)
-    tl.store(escapes_ptr + _escape_rank(codes, counts_ptr, ends_ptr, block, ESCAPE), exponent, mask=escaped)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _exact_decode_kernel(  # type: ignore[no-untyped-def]
-    book_ptr, codes_ptr, counts_ptr, ends_ptr, escapes_ptr, planes_ptr, odd_ptr, word_ptr, numel, pairs,
-    escapes, MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, PLANES: tl.constexpr, ODD_BITS: tl.constexpr,
-    ZERO_PLANES: tl.constexpr, ESCAPE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """word = sign << (MANTISSA + EXPONENT) | exponent << MANTISSA | mantissa for one block of BLOCK elements.
-
-    A rank outside the list of escapes, which only counts that belong to other codes give, reads as exponent
-    0.
+    Of several planes only those in info[1] are stored.
     """
-    block = tl.program_id(0).to(tl.int64)
-    base = block * BLOCK
-    at = base + tl.arange(0, BLOCK)
-    codes = _load_codes(codes_ptr, block, numel, pairs, BLOCK)
-    rank = _escape_rank(codes, counts_ptr, ends_ptr, block, ESCAPE)
-    listed = (codes == ESCAPE) & (rank >= 0) & (rank < escapes)
-    exponent = tl.load(book_ptr + codes, mask=codes != ESCAPE, other=0).to(tl.int32)
-    exponent += tl.load(escapes_ptr + rank, mask=listed, other=0).to(tl.int32)
-    rest = tl.zeros((BLOCK,), dtype=tl.int32)
-    for plane in tl.static_range(PLANES):
-        if (ZERO_PLANES >> plane) & 1 == 0:
-            rest |= tl.load(planes_ptr + at, mask=at < numel, other=0).to(tl.int32) << (8 * plane)
-            planes_ptr += numel
-    if ODD_BITS > 0:
-        octet = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
-        i = tl.arange(0, 8)[None, :]
-        for j in tl.static_range(ODD_BITS):
-            byte = tl.load(odd_ptr + octet, mask=8 * octet < numel, other=0).to(tl.int32)
-            rest |= tl.reshape((byte[:, None] >> i) & 1, (BLOCK,)) << (8 * PLANES + j)
-            odd_ptr += (numel - 1) // 8 + 1
-    sign = (rest >> MANTISSA) << (MANTISSA + EXPONENT)
-    word = sign | exponent << MANTISSA | rest & (2**MANTISSA - 1)
-    tl.store(word_ptr + at, word.to(word_ptr.dtype.element_ty), mask=at < numel)
+    HALF: tl.constexpr = BLOCK // 2
+    SPECIAL: tl.constexpr = 2**EXPONENT - 1
+    blocks = (numel - 1) // BLOCK + 1
+    used = 1
+    if PLANES > 1:
+        used = tl.load(info_ptr + 1)
+    local = _elements()
+    for number in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        block = tl.cast(number, tl.int64)
+        at = block * BLOCK
+        word = tl.load(word_ptr + at + local, mask=local < numel - at, other=0).to(tl.int32)
+        exponent = (word >> MANTISSA) & SPECIAL
+        part = _largest_of_parts(exponent)
+        if tl.max(part, axis=0) == SPECIAL:
+            part = _largest_of_parts(tl.where(exponent == SPECIAL, 0, exponent))
+        floor = tl.min(tl.where(part > 0, part, SPECIAL), axis=0)
+        base = tl.minimum(tl.max(part, axis=0), floor + SLACK)
+        distance = base - exponent
+        code = tl.where(distance.to(tl.uint32, bitcast=True) < ZERO, distance, ZERO)
+        tl.store(base_ptr + block, base.to(tl.uint8))
+        largest = tl.max(tl.max(code, axis=0), axis=0)
+        byte = tl.sum(code << (4 * tl.arange(0, 2)[:, None]), axis=0).to(tl.uint8)
+        tl.store(codes_ptr + block * HALF + tl.arange(0, HALF), byte)
+        rest = _rest_of(word, MANTISSA, EXPONENT)
+        plane_ptr = planes_ptr + at
+        for plane in tl.static_range(PLANES):
+            if (used >> plane) & 1 != 0:
+                tl.store(plane_ptr + local, ((rest >> (8 * plane)) & 255).to(tl.uint8))
+                plane_ptr += tl.cast(blocks, tl.int64) * BLOCK
+        if ODD_BITS > 0:
+            top = tl.reshape(rest >> (8 * PLANES), (BLOCK // 8, 8))
+            for j in tl.static_range(ODD_BITS):
+                odd = tl.sum(((top >> j) & 1) << tl.arange(0, 8)[None, :], axis=1).to(tl.uint8)
+                at_odd = (block + tl.cast(blocks, tl.int64) * j) * (BLOCK // 8)
+                tl.store(odd_ptr + at_odd + tl.arange(0, BLOCK // 8), odd)
+        count = 0
+        if largest == ZERO:
+            again = tl.load(word_ptr + at + local, mask=local < numel - at, other=0).to(tl.int32)
+            exponent = (again >> MANTISSA) & SPECIAL  # not kept until here, to save registers
+            escaped = (exponent > 0) & ((base - exponent).to(tl.uint32, bitcast=True) >= ZERO)
+            far = escaped & _is_far(exponent, base)
+            count = tl.sum(tl.sum(escaped.to(tl.int32) + far.to(tl.int32), axis=0), axis=0)
+            bit = tl.arange(0, 4)[:, None, None] * 8 + tl.arange(0, 8)[None, None, :]
+            marks = tl.reshape(escaped.to(tl.int32), (4, 32, 8)) << bit
+            marks = tl.sum(tl.sum(marks, axis=2), axis=0)
+            tl.store(marks_ptr + block * 32 + tl.arange(0, 32), marks)
+        tl.store(counts_ptr + block, count)
 
 
-def exact_encode(x: Tensor) -> ExactCodes | None:
+@triton.jit(do_not_specialize=["room"])  # type: ignore[untyped-decorator]
+def _exact_list_kernel(  # type: ignore[no-untyped-def]
+    word_ptr, info_ptr, base_ptr, marks_ptr, ends_ptr, escapes_ptr, numel, room,
+    MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, PLANES: tl.constexpr,
+):  # fmt: skip
+    """The list of escapes as far as there is room, and their number: info[0]. Blocks with escapes one by one.
+
+    Bit 8 q + i of mark r of a block is for element 256 q + 8 r + i. `escapes` is where they begin when all
+    planes are stored; each plane that is not gives room.
+    """
+    SPECIAL: tl.constexpr = 2**EXPONENT - 1
+    blocks = (numel - 1) // BLOCK + 1
+    escapes_ptr = escapes_ptr.to(tl.pointer_type(tl.int16))
+    ends_ptr = ends_ptr.to(tl.pointer_type(tl.int32))
+    if PLANES > 1:
+        used = tl.load(info_ptr + 1)
+        for plane in tl.static_range(PLANES):
+            if (used >> plane) & 1 == 0:
+                escapes_ptr -= tl.cast(blocks, tl.int64) * (BLOCK // 2)
+                room += blocks * (BLOCK // 2)
+    run = tl.arange(0, 32)
+    for number in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        block = tl.cast(number, tl.int64)
+        end = tl.load(ends_ptr + block)
+        start = tl.load(ends_ptr + block - 1, mask=block > 0, other=0)
+        if block == blocks - 1:
+            tl.store(info_ptr, end)
+        if end > start:
+            base = tl.load(base_ptr + block).to(tl.int32)
+            marks = tl.load(marks_ptr + block * 32 + run).to(tl.uint32, bitcast=True)
+            both = tl.zeros_like(marks)
+            ones = _ones(marks)
+            rank = start + tl.cumsum(ones, axis=0) - ones
+            start += tl.sum(ones, axis=0)
+            most = tl.max(ones, axis=0)
+            while most > 0:
+                lowest, place = _lowest(marks, run)
+                word = tl.load(word_ptr + block * BLOCK + place, mask=lowest > 0, other=0).to(tl.int32)
+                exponent = (word >> MANTISSA) & SPECIAL
+                far = _is_far(exponent, base)
+                what = tl.where(far, 32 + (exponent & 15), base - ZERO - exponent)
+                mask = (lowest > 0) & (rank < room)
+                tl.store(escapes_ptr + rank, (place | what << 10).to(tl.int16), mask=mask)
+                both |= tl.where(far, lowest, 0)
+                rank += 1
+                marks ^= lowest
+                most -= 1
+            ones = _ones(both)
+            rank = start + tl.cumsum(ones, axis=0) - ones
+            most = tl.max(ones, axis=0)
+            while most > 0:
+                lowest, place = _lowest(both, run)
+                word = tl.load(word_ptr + block * BLOCK + place, mask=lowest > 0, other=0).to(tl.int32)
+                what = 48 + (((word >> MANTISSA) & SPECIAL) >> 4)
+                mask = (lowest > 0) & (rank < room)
+                tl.store(escapes_ptr + rank, (place | what << 10).to(tl.int16), mask=mask)
+                rank += 1
+                both ^= lowest
+                most -= 1
+
+
+@triton.jit
+def _lowest(marks, run):  # type: ignore[no-untyped-def]
+    """The lowest bit that is set, as a mask, and the number of its element."""
+    lowest = marks & (0 - marks)
+    bit = _ones(lowest - 1) & 31
+    return lowest, (bit >> 3) * 256 + run * 8 + (bit & 7)
+
+
+@triton.jit(do_not_specialize=["escapes"])  # type: ignore[untyped-decorator]
+def _exact_decode_kernel(  # type: ignore[no-untyped-def]
+    base_ptr, codes_ptr, ends_ptr, planes_ptr, odd_ptr, escapes_ptr, word_ptr, numel, escapes,
+    MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, PLANES: tl.constexpr, ODD_BITS: tl.constexpr,
+    ZERO_PLANES: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """word = sign << (MANTISSA + EXPONENT) | exponent << MANTISSA | mantissa, one block at a time; then the
+    escapes of the block, STEP at a time.
+
+    Ends that belong to other codes name other escapes, none outside the list.
+    """
+    HALF: tl.constexpr = BLOCK // 2
+    SPECIAL: tl.constexpr = 2**EXPONENT - 1
+    blocks = (numel - 1) // BLOCK + 1
+    ends_ptr = ends_ptr.to(tl.pointer_type(tl.int32))
+    escapes_ptr = escapes_ptr.to(tl.pointer_type(tl.int16))
+    local = _elements()
+    for number in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        block = tl.cast(number, tl.int64)
+        at = block * BLOCK
+        base = tl.load(base_ptr + block).to(tl.int32)
+        end = tl.minimum(tl.load(ends_ptr + block), escapes)
+        start = tl.maximum(tl.load(ends_ptr + block - 1, mask=block > 0, other=0), 0)
+        byte = tl.load(codes_ptr + block * HALF + tl.arange(0, HALF)[None, :]).to(tl.int32)
+        code = (byte >> (4 * tl.arange(0, 2)[:, None])) & 15
+        word = tl.where(code == ZERO, 0, (base - code) & SPECIAL) << MANTISSA
+        plane_ptr = planes_ptr + at
+        rest = tl.zeros((2, HALF), dtype=tl.int32)
+        for plane in tl.static_range(PLANES):
+            if (ZERO_PLANES >> plane) & 1 == 0:
+                rest |= tl.load(plane_ptr + local).to(tl.int32) << (8 * plane)
+                plane_ptr += tl.cast(blocks, tl.int64) * BLOCK
+        if ODD_BITS > 0:
+            for j in tl.static_range(ODD_BITS):
+                at_odd = (block + tl.cast(blocks, tl.int64) * j) * (BLOCK // 8)
+                odd = tl.load(odd_ptr + at_odd + tl.arange(0, BLOCK // 8)).to(tl.int32)
+                bits = (odd[:, None] >> tl.arange(0, 8)[None, :]) & 1
+                rest |= tl.reshape(bits, (2, HALF)) << (8 * PLANES + j)
+        word |= (rest >> MANTISSA) << (MANTISSA + EXPONENT) | rest & ((1 << MANTISSA) - 1)
+        tl.store(word_ptr + at + local, word.to(word_ptr.dtype.element_ty), mask=local < numel - at)
+        if end > start:
+            for step in range(start, tl.minimum(end, start + 2 * BLOCK), STEP):
+                k = step + tl.arange(0, STEP)
+                escape = tl.load(escapes_ptr + k, mask=k < end, other=0).to(tl.int32)
+                place = escape & (BLOCK - 1)
+                what = (escape >> 10) & 63
+                written = (k < end) & (place < numel - at)
+                added = tl.where(what < 32, (base - ZERO - what) & SPECIAL, what & 15) << MANTISSA
+                tl.debug_barrier()
+                _add_bits(word_ptr + at + place, added, written & (what < 48))
+                tl.debug_barrier()
+                _add_bits(word_ptr + at + place, (what & 15) << (MANTISSA + 4), written & (what >= 48))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_bits(word_ptr, bits, mask):  # type: ignore[no-untyped-def]
+    word = tl.load(word_ptr, mask=mask, other=0)
+    tl.store(word_ptr, word | bits.to(word.dtype), mask=mask)
+
+
+def exact_encode(x: Tensor, *, max_programs: int | None = None) -> ExactCodes | None:
     """Code the exponents of flat bf16, fp16 or fp32 [n], n >= 1; None when that would not make `x` smaller.
 
-    Three passes over `x`: survey, encode, gather escapes (this one reads the codes and the escaped elements
-    only). On a GPU the host waits once, after the survey, since the sizes of the parts depend on the data;
-    nothing is allocated where the answer is None. The result does not depend on the order of execution.
+    The parts are made by `carve`. On a GPU the host waits once, at the end, for the number of escapes; where
+    they are more than n / ROOM their section is written again behind a copy of the others. One pass over bf16
+    and fp16, two over fp32. The result does not depend on the order of execution.
 
     Raises LaneError for any other input.
     """
     f = EXACT_FIELDS.get(x.dtype)
     if f is None:
         raise LaneError(f"{x.dtype} has no exact code: use bfloat16, float16 or float32")
-    if x.ndim != 1 or not x.is_contiguous() or x.numel() == 0:
+    numel = x.numel()
+    if x.ndim != 1 or not x.is_contiguous() or numel == 0:
         raise LaneError(f"shape {tuple(x.shape)}: flatten to one dimension of at least one element")
+    raw = numel * x.element_size()
+    if sum(exact_sizes(x.dtype, numel, 2**f.droppable - 1, 0)) >= raw:
+        return None
     if not use_triton(x):
-        return _together(exact_encode_ref(x), f)
-    programs = min(cdiv(x.numel(), SURVEY_TILE), SURVEY_PROGRAMS)
-    table = torch.empty((programs, 256 + f.planes), dtype=torch.int32, device=x.device)
-    survey_into(x, table)
-    totals = table.sum(0).cpu()  # the one wait
-    book, index = exact_book(totals[:256])
-    escapes = int(totals[:256][index == EXACT_ESCAPE].sum())
-    zero_planes = sum(1 << p for p in range(f.planes) if totals[256 + p] == 0)
-    codes = empty_exact_codes(f, x.numel(), escapes, zero_planes, torch.device("meta"))
-    if codes.nbytes >= x.numel() * x.element_size():
+        codes = exact_encode_ref(x.detach())
+        return None if codes is None else _together(codes, x.dtype)
+    room = cdiv(2 * numel, ROOM * ALIGNMENT) * ALIGNMENT // 2
+    buffer = torch.empty(span(exact_sizes(x.dtype, numel, 0, room)), dtype=torch.uint8, device=x.device)
+    info, marks = exact_encode_into(x, buffer, room, max_programs=max_programs)
+    escapes, used = info.tolist()  # the one wait
+    zero_planes = ~used & (1 << f.droppable) - 1
+    sizes = exact_sizes(x.dtype, numel, zero_planes, escapes)
+    if sum(sizes) >= raw:
         return None
-    codes = empty_exact_codes(f, x.numel(), escapes, zero_planes, x.device)
-    codes.book.copy_(book)
-    exact_encode_into(x, index.to(x.device), codes)
-    return codes
+    if span(sizes) <= buffer.numel():
+        return ExactCodes(*cut(buffer, sizes), zero_planes, numel)
+    parts = carve(sizes, x.device)
+    for part, written in zip(parts[:5], cut(buffer, (*sizes[:5], 0)), strict=False):
+        part.copy_(written)
+    _list_escapes(x, parts, info, marks, escapes, 1, max_programs)
+    return ExactCodes(*parts, zero_planes, numel)
 
 
-def _together(codes: ExactCodes | None, f: FloatFields) -> ExactCodes | None:
+def _together(codes: ExactCodes, dtype: torch.dtype) -> ExactCodes:
     """`codes` with its parts in one allocation."""
-    if codes is None:
-        return None
-    out = empty_exact_codes(f, codes.numel, codes.escapes.numel(), codes.zero_planes, codes.codes.device)
-    for name in EXACT_PARTS:
-        getattr(out, name).copy_(getattr(codes, name))
-    return out
+    sizes = exact_sizes(dtype, codes.numel, codes.zero_planes, codes.escapes.numel() // 2)
+    parts = carve(sizes, codes.codes.device)
+    for part, written in zip(parts, codes.sections.values(), strict=True):
+        part.copy_(written)
+    return ExactCodes(*parts, codes.zero_planes, codes.numel)
 
 
-def empty_exact_codes(
-    f: FloatFields, numel: int, escapes: int, zero_planes: int, device: torch.device
-) -> ExactCodes:
-    """Uninitialized codes of the sizes that the numbers imply, made by `carve`."""
-    stored = f.planes - zero_planes.bit_count()
-    sizes = (
-        EXACT_ESCAPE,
-        cdiv(numel, 2),
-        2 * cdiv(numel, EXACT_BLOCK),
-        escapes,
-        stored * numel,
-        f.odd_bits * cdiv(numel, 8),
-    )
-    book, codes, counts, listed, planes, odd = carve(sizes, device)
-    return ExactCodes(
-        book, codes, counts.view(torch.int16), listed, planes.view(stored, numel), odd, zero_planes, numel
-    )
+def exact_encode_into(
+    x: Tensor, buffer: Tensor, room: int, *, max_programs: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The launches of `exact_encode`.
 
+    Args:
+        buffer: uint8 for the parts, at least `span` of their sizes with all planes and `room` escapes.
+        room: escapes beyond this number are not written.
 
-def survey_into(x: Tensor, table: Tensor) -> None:
-    """The launch of `_exact_survey_kernel` on `x` with one program per row of `table`."""
-    f = EXACT_FIELDS[x.dtype]
+    Returns:
+        int32 [2], the number of escapes and, of float32, a bit per plane that is stored; and what
+        `_exact_list_kernel` calls marks.
+    """
+    f, numel = EXACT_FIELDS[x.dtype], x.numel()
+    blocks = cdiv(numel, EXACT_BLOCK)
+    parts = cut(buffer, exact_sizes(x.dtype, numel, 0, room))
+    base, codes, ends, planes, odd, _ = parts
+    info = torch.zeros(2, dtype=torch.int32, device=x.device)
+    counts = torch.empty(blocks, dtype=torch.int32, device=x.device)
+    marks = torch.empty(blocks * 32, dtype=torch.int32, device=x.device)
+    word = x.view(f.word)
     with device_of(x):
-        _exact_survey_kernel[(table.shape[0],)](
-            x.view(f.word),
-            table,
-            x.numel(),
-            MANTISSA=f.mantissa,
-            EXPONENT=f.exponent,
-            PLANES=f.planes,
-            TILE=SURVEY_TILE,
-        )
-
-
-def exact_encode_into(x: Tensor, index: Tensor, codes: ExactCodes) -> None:
-    """Fill all of `codes` but its book; `index` is the inverse of the book, uint8 [256]."""
-    f = EXACT_FIELDS[x.dtype]
-    word, grid = x.view(f.word), (codes.counts.numel(),)
-    fields = {"MANTISSA": f.mantissa, "EXPONENT": f.exponent, "ESCAPE": EXACT_ESCAPE, "BLOCK": EXACT_BLOCK}
-    with device_of(x):
-        _exact_encode_kernel[grid](
-            word,
-            index,
-            codes.codes,
-            codes.counts,
-            codes.planes,
-            codes.odd,
-            codes.numel,
-            codes.codes.numel(),
-            PLANES=f.planes,
-            ODD_BITS=f.odd_bits,
-            ZERO_PLANES=codes.zero_planes,
-            **fields,
-        )
-        if codes.escapes.numel():
-            ends = codes.counts.cumsum(0)
-            _exact_escapes_kernel[grid](
-                word,
-                codes.codes,
-                codes.counts,
-                ends,
-                codes.escapes,
-                codes.numel,
-                codes.codes.numel(),
-                **fields,
+        if f.planes > 1:
+            _exact_survey_kernel[(programs(min(cdiv(numel, SURVEY_TILE), SURVEY_PROGRAMS), max_programs),)](
+                word, info, numel, f.mantissa, f.exponent, f.planes, SURVEY_TILE
             )
+        _exact_encode_kernel[(programs(blocks, max_programs),)](
+            word, info, base, codes, counts, marks, planes, odd, numel,
+            f.mantissa, f.exponent, f.planes, f.odd_bits, num_warps=1,
+        )  # fmt: skip
+        torch.cumsum(counts, 0, dtype=torch.int32, out=ends.view(torch.int32))
+    _list_escapes(x, parts, info, marks, room, f.planes, max_programs)
+    return info, marks
 
 
-def exact_decode(codes: ExactCodes, dtype: torch.dtype) -> Tensor:
+def _list_escapes(
+    x: Tensor,
+    parts: tuple[Tensor, ...],
+    info: Tensor,
+    marks: Tensor,
+    room: int,
+    planes: int,
+    max_programs: int | None,
+) -> None:
+    """The launch of `_exact_list_kernel`; `planes` is 1 where the escapes are where they stay."""
+    f, (base, _, ends, _, _, escapes) = EXACT_FIELDS[x.dtype], parts
+    with device_of(x):
+        _exact_list_kernel[(programs(min(base.numel(), LIST_PROGRAMS), max_programs),)](
+            x.view(f.word), info, base, marks, ends, escapes, x.numel(), room,
+            f.mantissa, f.exponent, planes, num_warps=1,
+        )  # fmt: skip
+
+
+def exact_decode(codes: ExactCodes, dtype: torch.dtype, *, max_programs: int | None = None) -> Tensor:
     """The flat tensor [numel] of `dtype` that was encoded, bit for bit; never waits for the device.
 
     Raises LaneError if `dtype` has no exact code or the sizes of the parts do not fit each other; on a CPU
-    also where the codes mark another number of escapes than are listed.
+    also where the codes mark other escapes than are listed.
     """
     _check_codes(codes, dtype)
     if not use_triton(codes.codes):
         return exact_decode_ref(codes, dtype)
     out = torch.empty(codes.numel, dtype=dtype, device=codes.codes.device)
-    exact_decode_into(codes, out)
+    exact_decode_into(codes, out, max_programs=max_programs)
     return out
 
 
-def exact_decode_into(codes: ExactCodes, out: Tensor) -> None:
+def exact_decode_into(codes: ExactCodes, out: Tensor, *, max_programs: int | None = None) -> None:
     """The launch of `exact_decode` into `out` [numel]."""
     f = EXACT_FIELDS[out.dtype]
     with device_of(out):
-        _exact_decode_kernel[(codes.counts.numel(),)](
-            codes.book,
-            codes.codes,
-            codes.counts,
-            codes.counts.cumsum(0),
-            codes.escapes,
-            codes.planes,
-            codes.odd,
-            out.view(f.word),
-            codes.numel,
-            codes.codes.numel(),
-            codes.escapes.numel(),
-            MANTISSA=f.mantissa,
-            EXPONENT=f.exponent,
-            PLANES=f.planes,
-            ODD_BITS=f.odd_bits,
-            ZERO_PLANES=codes.zero_planes,
-            ESCAPE=EXACT_ESCAPE,
-            BLOCK=EXACT_BLOCK,
-        )
+        _exact_decode_kernel[(programs(codes.base.numel(), max_programs),)](
+            codes.base, codes.codes, codes.ends, codes.planes, codes.odd, codes.escapes, out.view(f.word),
+            codes.numel, codes.escapes.numel() // 2,
+            f.mantissa, f.exponent, f.planes, f.odd_bits, codes.zero_planes, 32, num_warps=1,
+        )  # fmt: skip
 
 
 def _check_codes(codes: ExactCodes, dtype: torch.dtype) -> None:
     f = EXACT_FIELDS.get(dtype)
     if f is None:
         raise LaneError(f"exact codes do not decode to {dtype}: ask for bfloat16, float16 or float32")
-    if codes.numel < 1 or not 0 <= codes.zero_planes < 1 << f.planes:
+    if codes.numel < 1 or not 0 <= codes.zero_planes < 1 << f.droppable:
         raise LaneError(
             f"exact codes of {codes.numel} elements with zero planes {codes.zero_planes:#b} are not possible"
         )
-    like = empty_exact_codes(f, codes.numel, codes.escapes.numel(), codes.zero_planes, torch.device("meta"))
-    for name in EXACT_PARTS:
-        part, want = getattr(codes, name), getattr(like, name)
-        if part.shape != want.shape or part.dtype != want.dtype or not part.is_contiguous():
-            raise LaneError(
-                f"{name} is {part.dtype} {tuple(part.shape)}, not contiguous {want.dtype} {tuple(want.shape)}"
-            )
-        if part.device != codes.codes.device:
-            raise LaneError(f"{name} is on {part.device}, codes on {codes.codes.device}: move them together")
+    sizes = exact_sizes(dtype, codes.numel, codes.zero_planes, codes.escapes.numel() // 2)
+    check_parts(codes.sections, sizes)

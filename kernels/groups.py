@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sidelane.errors import LaneError
 from sidelane.kernels import reference
-from sidelane.kernels._launch import carve, cdiv, device_of, use_triton
+from sidelane.kernels._launch import carve, cdiv, check_parts, device_of, programs, use_triton
 from sidelane.kernels.reference import (
     GROUP_BITS,
     GROUP_SIZES,
@@ -24,7 +24,8 @@ _LIMITS = {  # largest number, words of Inf and NaN
     torch.float16: (torch.finfo(torch.float16).max, 0x7C00, 0x7E00),
     torch.float32: (torch.finfo(torch.float32).max, 0x7F800000, 0x7FC00000),
 }
-TILE = 2048  # elements per program, a power of two
+PACK_WARPS, PACK_REGISTERS = 2, 80
+UNPACK_TILE, UNPACK_WARPS = 2048, 2  # elements per program, a power of two
 WIDE = tl.constexpr(reference.WIDE)
 WIDE_NONFINITE = tl.constexpr(reference.WIDE_NONFINITE)
 NOISE_BITS = tl.constexpr(reference.NOISE_BITS)
@@ -62,16 +63,30 @@ def _half_step(e):  # type: ignore[no-untyped-def]
     return tl.maximum((e - 1) << 23, 0x400000).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _smaller(a, b):  # type: ignore[no-untyped-def]
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _larger(a, b):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _extremes(v, SYMMETRIC: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Least and largest of v [G, P, C] by group, or the largest magnitude twice; NaN counts as missing."""
-    if SYMMETRIC:
-        high = tl.max(tl.max(tl.abs(v), axis=1), axis=1)
+    """Least and largest of v [G, 4, C] by group, or the largest magnitude twice; NaN where there is one."""
+    if INTERPRETED:  # slow at reductions that it does not know, and in those that it knows it ignores NaN
+        nan = tl.where(tl.max(tl.max((v != v).to(tl.int32), axis=1), axis=1) > 0, float("nan"), 0.0)
+        high = tl.max(tl.max(tl.abs(v) if SYMMETRIC else v, axis=1), axis=1) + nan
+        low = high if SYMMETRIC else tl.min(tl.min(v, axis=1), axis=1) + nan
+    elif SYMMETRIC:
+        high = tl.reduce(tl.reduce(tl.abs(v), 1, _larger), 1, _larger)
         low = high
     else:
-        low = tl.min(tl.min(v, axis=1), axis=1) + 0.0  # -0 becomes +0
-        high = tl.max(tl.max(v, axis=1), axis=1)
-    return low, high
+        low = tl.reduce(tl.reduce(v, 1, _smaller), 1, _smaller)
+        high = tl.reduce(tl.reduce(v, 1, _larger), 1, _larger)
+    return low + 0.0, high  # -0 becomes +0
 
 
 @triton.jit(do_not_specialize=["numel", "seed"])  # type: ignore[untyped-decorator]
@@ -80,33 +95,58 @@ def _group_quantize_pack_kernel(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, STOCHASTIC: tl.constexpr,
     RAGGED: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Codes, scales and offsets, BLOCK_GROUPS groups at a time. Tiles are [groups, P, C], P * C = GROUP."""
+    """Codes, scales and offsets, BLOCK_GROUPS groups at a time; wide ones among them in a second go."""
+    FEW: tl.constexpr = BLOCK_GROUPS // 4 if BLOCK_GROUPS >= 4 else 1
     tiles = (numel - 1) // (BLOCK_GROUPS * GROUP) + 1
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _quantize_tile(
-            x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed, tl.cast(tile, tl.int64) * BLOCK_GROUPS,
-            BITS, GROUP, SYMMETRIC, STOCHASTIC, RAGGED, BLOCK_GROUPS,
+        first = tl.cast(tile, tl.int64) * BLOCK_GROUPS
+        wide = _quantize_groups(
+            x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed, first,
+            BITS, GROUP, SYMMETRIC, STOCHASTIC, RAGGED, False, BLOCK_GROUPS,
         )  # fmt: skip
+        if wide:
+            tl.debug_barrier()
+            for part in range(0, BLOCK_GROUPS, FEW):
+                _quantize_groups(
+                    x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed, first + part,
+                    BITS, GROUP, SYMMETRIC, STOCHASTIC, RAGGED, True, FEW,
+                )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _quantize_tile(  # type: ignore[no-untyped-def]
+def _load_groups(  # type: ignore[no-untyped-def]
+    x_ptr, first, numel, GROUP: tl.constexpr, RAGGED: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
+    """float32 [GROUPS, 4, GROUP / 4]; beyond the end of a RAGGED tensor, copies of its last element."""
+    BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
+    if BF16:
+        x_ptr = x_ptr.to(tl.pointer_type(tl.int16))
+    g = tl.arange(0, GROUPS)[:, None, None]
+    i = tl.arange(0, 4)[None, :, None] * (GROUP // 4) + tl.arange(0, GROUP // 4)[None, None, :]
+    at = x_ptr + first * GROUP + g * GROUP + i
+    if RAGGED:
+        inside = g * GROUP + i < numel - first * GROUP
+        x = tl.where(inside, tl.load(at, mask=inside, other=0), tl.load(x_ptr + numel - 1))
+    else:
+        x = tl.load(at, mask=g < (numel - 1) // GROUP + 1 - first, other=0)
+    return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True) if BF16 else x.to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _quantize_groups(  # type: ignore[no-untyped-def]
     x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed, first,
     BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, STOCHASTIC: tl.constexpr,
-    RAGGED: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    RAGGED: tl.constexpr, WIDE_TOO: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
+    """Write GROUPS groups; say whether there are wide ones, which come out right if WIDE_TOO."""
     TOP: tl.constexpr = 2**BITS - 1
     MIDDLE: tl.constexpr = 2 ** (BITS - 1) - 1
-    P: tl.constexpr = 8 // BITS
-    C: tl.constexpr = GROUP // P
-    base = first * GROUP
-    g = tl.arange(0, BLOCK_GROUPS)
-    p = tl.arange(0, P)[None, :, None]
-    c = tl.arange(0, C)[None, None, :]
-    local = g[:, None, None] * GROUP + p * C + c
+    C: tl.constexpr = GROUP // 4
+    VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    g = tl.arange(0, GROUPS)
     exists = g < (numel - 1) // GROUP + 1 - first
 
-    v = _load_tile(x_ptr, local, base, numel, exists, RAGGED)
+    v = _load_groups(x_ptr, first, numel, GROUP, RAGGED, GROUPS)
     low, high = _extremes(v, SYMMETRIC)
     if SYMMETRIC:
         absmax = high
@@ -114,7 +154,7 @@ def _quantize_tile(  # type: ignore[no-untyped-def]
         offset = zero.to(tl.float16)
         span = absmax * (1.0 / MIDDLE)
     else:
-        absmax = tl.maximum(tl.abs(low), tl.abs(high))
+        absmax = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
         offset = low.to(tl.float16)
         below = (low - tl.maximum(tl.abs(low) * 2.0**-11, 0.75 * 2.0**-24)).to(tl.float16)
         offset = tl.where(offset.to(tl.float32) > low, below, offset)
@@ -122,71 +162,55 @@ def _quantize_tile(  # type: ignore[no-untyped-def]
         span = (high - zero) * (1.0 / TOP)
     scale = tl.where(span > 0, span * (1 + 2.0**-10) + 0.75 * 2.0**-24, 0.0).to(tl.float16)
     step = scale.to(tl.float32)
-    wide = (absmax + step + tl.abs(zero) >= float("inf")) | (step * TOP > 4 * absmax)
+    plain = (absmax + step + tl.abs(zero) < float("inf")) & (step * TOP <= 4 * absmax)
     inv = tl.where(step > 0, tl.div_rn(1.0, tl.where(step > 0, step, 1.0)), 0.0)
     at = tl.full(step.shape, MIDDLE if SYMMETRIC else 0, tl.float32)
     scale_word = scale.to(tl.int16, bitcast=True)
 
-    # NaN in v or a wide group make the sum NaN; an infinity makes its group wide.
-    check = tl.sum(v, axis=1) + tl.where(wide, float("nan"), 0.0)[:, None]
-    total = tl.sum(check)
-    unusual = (tl.abs(total) < float("inf")) == 0
-    if unusual:
+    if WIDE_TOO:
         finite = (v.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
-        nonfinite = 1 - tl.min(tl.min(finite.to(tl.int32), axis=1), axis=1)
-        v = tl.where(finite, v, 0.0)
-        wide = wide | (nonfinite > 0)
-        low, high = _extremes(v, SYMMETRIC)
+        nonfinite = tl.max(tl.max((finite == 0).to(tl.int32), axis=1), axis=1)
+        known = tl.where(finite, v, 0.0)
+        low, high = _extremes(known, SYMMETRIC)
         levels = MIDDLE - nonfinite
         gap = tl.maximum(tl.abs(low), tl.abs(high)).to(tl.int32, bitcast=True)
         gap -= tl.maximum(levels, 1).to(tl.float32).to(tl.int32, bitcast=True)
         e = tl.minimum(tl.maximum(((gap + (2**23 - 1)) >> 23) + 127, 1), 255)
-        inv = tl.where(wide, tl.where(levels > 0, tl.div_rn(0.5, _half_step(e)), 0.0), inv)
-        at = tl.where(wide, levels.to(tl.float32), at)
-        zero = tl.where(wide, 0.0, zero)
-        offset = tl.where(wide, tl.zeros_like(offset), offset)
-        scale_word = tl.where(wide, (e | nonfinite * WIDE_NONFINITE | WIDE).to(tl.int16), scale_word)
+        wide_inv = tl.where(levels > 0, tl.div_rn(0.5, _half_step(e)), 0.0)
+        # In a group with NaN or Inf, v becomes the code less `at`.
+        special = tl.where(v > 0, TOP, tl.where(v < 0, TOP - 1, TOP - 2)) - (MIDDLE - 1)
+        special = tl.where(finite, known * wide_inv[:, None, None], special.to(tl.float32))
+        v = tl.where((nonfinite > 0)[:, None, None], special, v)
+        inv = tl.where(plain, inv, tl.where(nonfinite > 0, 1.0, wide_inv))
+        at = tl.where(plain, at, levels.to(tl.float32))
+        zero = tl.where(plain, zero, 0.0)
+        offset = tl.where(plain, offset, tl.zeros_like(offset))
+        scale_word = tl.where(plain, scale_word, (e | nonfinite * WIDE_NONFINITE | WIDE).to(tl.int16))
 
+    # The code is in the lowest bits; those above the byte are of no account.
     t = (v - zero[:, None, None]) * inv[:, None, None]
-    q = t + (at + (2.0**8 if STOCHASTIC else 2.0**23))[:, None, None]
-    codes = q.to(tl.int32, bitcast=True)
     if STOCHASTIC:
-        i = p * C + c
-        h = _hash32(seed, first * (GROUP // 2), g[:, None, None] * (GROUP // 2) + i % (GROUP // 2))
-        noise = tl.where(i < GROUP // 2, h & (2**NOISE_BITS - 1), h >> (32 - NOISE_BITS)).to(tl.int32)
-        codes = (codes + noise) >> NOISE_BITS
-    codes &= TOP
-    if unusual:
-        x = _load_tile(x_ptr, local, base, numel, exists, RAGGED)
-        special = tl.where(x > 0, TOP, tl.where(x < 0, TOP - 1, TOP - 2))
-        codes = tl.where(tl.abs(x) < float("inf"), codes, special)
-
-    if BITS == 8:
-        tl.store(codes_ptr + base + local, codes.to(tl.uint8), mask=exists[:, None, None])
+        q = t + (at + 2.0 ** (23 - NOISE_BITS))[:, None, None]
+        i = tl.arange(0, C)[None, None, :]
+        h = _hash32(seed, first * C, g[:, None, None] * C + i)
+        noise = (h >> (8 * tl.arange(0, 4)[None, :, None])) & 255
+        codes = (q.to(tl.uint32, bitcast=True) + noise) >> NOISE_BITS
     else:
-        byte = g[:, None] * C + tl.arange(0, C)[None, :]
-        packed = tl.sum(codes << (p * BITS), axis=1).to(tl.uint8)
-        tl.store(codes_ptr + first * C + byte, packed, mask=exists[:, None])
+        q = t + (at + 2.0**23)[:, None, None]
+        codes = q.to(tl.uint32, bitcast=True)
+
+    N: tl.constexpr = 8 // BITS  # codes per byte
+    if N > 1:
+        codes = tl.reshape(codes, (GROUPS, N, 4 // N, C))
+        codes = tl.sum(codes << (BITS * tl.arange(0, N)[None, :, None, None]).to(tl.uint32), axis=1)
+    byte = tl.arange(0, 4 // N)[None, :, None] * C + tl.arange(0, C)[None, None, :]
+    byte = tl.max_contiguous(g[:, None, None] * (GROUP // N) + byte, (1, 1, VECTOR))  # as a thread has them
+    tl.store(codes_ptr + first * (GROUP // N) + byte, codes.to(tl.uint8), mask=exists[:, None, None])
     tl.store(scale_ptr.to(tl.pointer_type(tl.int16)) + first + g, scale_word, mask=exists)
     if not SYMMETRIC:
         word = offset.to(tl.int16, bitcast=True)
         tl.store(offset_ptr.to(tl.pointer_type(tl.int16)) + first + g, word, mask=exists)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_tile(x_ptr, local, base, numel, exists, RAGGED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Elements base + local as float32, those beyond the end of a RAGGED tensor copies of the last one."""
-    BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
-    if BF16:
-        x_ptr = x_ptr.to(tl.pointer_type(tl.int16))
-    if RAGGED:
-        inside = local < numel - base
-        x = tl.load(x_ptr + base + local, mask=inside, other=0)
-        x = tl.where(inside, x, tl.load(x_ptr + numel - 1))
-    else:
-        x = tl.load(x_ptr + base + local, mask=exists[:, None, None], other=0)
-    v = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True) if BF16 else x.to(tl.float32)
-    return v
+    return tl.min(plain.to(tl.int32), axis=0) == 0
 
 
 @triton.jit(do_not_specialize=["numel"])  # type: ignore[untyped-decorator]
@@ -283,7 +307,13 @@ def group_sizes(numel: int, bits: int, group: int, symmetric: bool) -> tuple[int
 
 
 def group_quantize_pack(
-    x: Tensor, bits: int, group: int, *, symmetric: bool = False, seed: int | None = None
+    x: Tensor,
+    bits: int,
+    group: int,
+    *,
+    symmetric: bool = False,
+    seed: int | None = None,
+    max_programs: int | None = None,
 ) -> GroupCodes:
     """Quantize flat floats [n], n >= 1, in groups of `group` in a row; see `group_quantize_pack_ref`.
 
@@ -294,6 +324,7 @@ def group_quantize_pack(
         bits, group: one of GROUP_BITS and GROUP_SIZES.
         symmetric: no offsets; codes are centred on zero.
         seed: None rounds to nearest; a number rounds stochastically, the same way for the same seed.
+        max_programs: the most programs to launch (of 2 warps each); None for as many as there is work.
 
     The codes are not differentiable. Raises LaneError for any other input.
     """
@@ -309,7 +340,7 @@ def group_quantize_pack(
     parts = carve(group_sizes(numel, bits, group, symmetric), x.device)
     codes = GroupCodes(parts[0], parts[1], None if symmetric else parts[2], bits, group, numel)
     if use_triton(x):
-        group_quantize_pack_into(x, codes, seed=seed)
+        group_quantize_pack_into(x, codes, seed=seed, max_programs=max_programs)
     else:
         want = group_quantize_pack_ref(x.detach(), bits, group, symmetric=symmetric, seed=seed)
         for name, part in want.sections.items():
@@ -317,28 +348,35 @@ def group_quantize_pack(
     return codes
 
 
-def group_quantize_pack_into(x: Tensor, codes: GroupCodes, *, seed: int | None = None) -> None:
+def group_quantize_pack_into(
+    x: Tensor, codes: GroupCodes, *, seed: int | None = None, max_programs: int | None = None
+) -> None:
     """The launch of `group_quantize_pack`: fills the parts of `codes`, which begin at multiples of 16."""
-    block = TILE // codes.group
+    numel, group = codes.numel, codes.group
+    block = 32 * PACK_WARPS * 4 * (16 // x.element_size()) // group
     with device_of(x):
-        _group_quantize_pack_kernel[(cdiv(codes.numel, TILE),)](
+        _group_quantize_pack_kernel[(programs(cdiv(numel, block * group), max_programs),)](
             x,
             codes.codes,
             codes.scale,
             codes.offset,
-            codes.numel,
+            numel,
             0 if seed is None else _as_int32(seed),
-            BITS=codes.bits,
-            GROUP=codes.group,
-            SYMMETRIC=codes.offset is None,
-            STOCHASTIC=seed is not None,
-            RAGGED=codes.numel % codes.group > 0,
-            BLOCK_GROUPS=block,
+            codes.bits,
+            group,
+            codes.offset is None,
+            seed is not None,
+            numel % group > 0,
+            block,
+            num_warps=PACK_WARPS,
+            maxnreg=PACK_REGISTERS,
             enable_fp_fusion=False,
         )
 
 
-def group_unpack_dequantize(codes: GroupCodes, dtype: torch.dtype) -> Tensor:
+def group_unpack_dequantize(
+    codes: GroupCodes, dtype: torch.dtype, *, max_programs: int | None = None
+) -> Tensor:
     """The flat tensor [numel] of `dtype` that `codes` stand for; never waits for the device.
 
     Raises LaneError if `dtype` is not one of FLOATS or the parts of `codes` do not fit each other.
@@ -347,29 +385,30 @@ def group_unpack_dequantize(codes: GroupCodes, dtype: torch.dtype) -> Tensor:
     if not use_triton(codes.codes):
         return group_unpack_dequantize_ref(codes, dtype)
     out = torch.empty(codes.numel, dtype=dtype, device=codes.codes.device)
-    group_unpack_dequantize_into(codes, out)
+    group_unpack_dequantize_into(codes, out, max_programs=max_programs)
     return out
 
 
-def group_unpack_dequantize_into(codes: GroupCodes, out: Tensor) -> None:
+def group_unpack_dequantize_into(codes: GroupCodes, out: Tensor, *, max_programs: int | None = None) -> None:
     """The launch of `group_unpack_dequantize` into `out` [numel]."""
-    block = TILE // codes.group
+    numel, group = codes.numel, codes.group
     limit, infinity, nan = _LIMITS[out.dtype]
     with device_of(out):
-        _group_unpack_dequantize_kernel[(cdiv(codes.numel, TILE),)](
+        _group_unpack_dequantize_kernel[(programs(cdiv(numel, UNPACK_TILE), max_programs),)](
             codes.codes,
             codes.scale,
             codes.offset,
             out,
-            codes.numel,
-            BITS=codes.bits,
-            GROUP=codes.group,
-            SYMMETRIC=codes.offset is None,
-            RAGGED=codes.numel % codes.group > 0,
-            BLOCK_GROUPS=block,
-            LIMIT=limit,
-            INF=infinity,
-            NAN=nan,
+            numel,
+            codes.bits,
+            group,
+            codes.offset is None,
+            numel % group > 0,
+            UNPACK_TILE // group,
+            limit,
+            infinity,
+            nan,
+            num_warps=UNPACK_WARPS,
             enable_fp_fusion=False,
         )
 
@@ -385,11 +424,4 @@ def _check_codes(codes: GroupCodes, dtype: torch.dtype) -> None:
     if codes.bits not in GROUP_BITS or codes.group not in GROUP_SIZES or codes.numel < 1:
         raise LaneError(f"no {codes.bits}-bit groups of {codes.group} for {codes.numel} elements")
     sizes = group_sizes(codes.numel, codes.bits, codes.group, codes.offset is None)
-    device = codes.codes.device
-    for (name, part), size in zip(codes.sections.items(), sizes, strict=True):
-        if part.dtype != torch.uint8 or part.shape != (size,) or not part.is_contiguous():
-            raise LaneError(f"{name} is {part.dtype} {tuple(part.shape)}, not contiguous uint8 [{size}]")
-        if part.device != device:
-            raise LaneError(f"{name} is on {part.device}, codes on {device}: move them together")
-        if part.data_ptr() % 16:
-            raise LaneError(f"{name} does not begin at a multiple of 16 bytes: pass a copy")
+    check_parts(codes.sections, sizes)

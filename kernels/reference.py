@@ -17,10 +17,12 @@ from sidelane.layout import CHANNEL_ROWS, TOKEN_ROWS, SurfaceLayout
 GROUP_BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128, 256)
 WIDE, WIDE_NONFINITE = 0x7E00, 0x100  # in the scale word of a wide group
-NOISE_BITS = 15  # of stochastic rounding; with 8 bits of code they fill the mantissa of a float32
+NOISE_BITS = 8  # of stochastic rounding
 MAX_CODE_BITS = 12
-EXACT_BLOCK = 1024  # elements between two entries of the escape index
-EXACT_ESCAPE = 15  # the 4-bit code that stands for "exponent in the side list"
+EXACT_BLOCK = 1024  # elements that share a base exponent and an entry of the escape index
+EXACT_SLACK = 4  # how far the base exponent may lie above that of the quietest part of a block
+EXACT_ZERO = 15  # the 4-bit code that stands for exponent 0
+EXACT_SECTIONS = ("base", "codes", "ends", "planes", "odd", "escapes")
 EXACT_CHUNK = 256 * EXACT_BLOCK  # elements the reference holds temporaries for
 
 
@@ -251,7 +253,9 @@ def group_quantize_pack_ref(
     if seed is None:
         q = (t + (at + 2.0**23)).view(torch.int32)  # the code in the low bits, rounded half to even
     else:
-        q = (t + (at + 2.0**8)).view(torch.int32) + group_noise(seed, groups, group, x.device) >> NOISE_BITS
+        q = (t + (at + 2.0 ** (23 - NOISE_BITS))).view(torch.int32) + group_noise(
+            seed, groups, group, x.device
+        ) >> NOISE_BITS
     codes = (q & top).to(torch.uint8)
     special = torch.where(padded > 0, top, torch.where(padded < 0, top - 1, top - 2)).to(torch.uint8)
     codes = torch.where(finite, codes, special)
@@ -309,14 +313,13 @@ def _half_step(e: Tensor) -> Tensor:
 
 
 def group_noise(seed: int, groups: int, group: int, device: torch.device | None = None) -> Tensor:
-    """int32 [groups, group] of 0..2^NOISE_BITS - 1, a function of (seed, index) alone.
+    """int32 [groups, group] of 0..255, a function of (seed, index) alone.
 
-    Elements i and i + group / 2 of group g share the lowbias32 hash of g * group / 2 + i: its lowest bits and
-    its highest ones.
+    Byte j, lowest first, of the hash of g * group / 4 + i is for element i + j * group / 4 of group g.
     """
-    pairs = hash32(seed, groups * group // 2, device).view(groups, 1, group // 2)
-    low, high = pairs & 2**NOISE_BITS - 1, pairs >> 32 - NOISE_BITS
-    return torch.cat((low, high), 1).view(groups, group).int()
+    hashes = hash32(seed, groups * group // 4, device).view(groups, 1, group // 4)
+    shifts = torch.arange(0, 32, NOISE_BITS, device=device).view(1, 4, 1)
+    return (hashes >> shifts & 255).view(groups, group).int()
 
 
 def hash32(seed: int, numel: int, device: torch.device | None = None) -> Tensor:
@@ -399,6 +402,11 @@ class FloatFields:
         """Bits of the rest beyond its byte planes."""
         return self.rest % 8
 
+    @property
+    def droppable(self) -> int:
+        """Byte planes that are left out where they are zero: those of floats that have several."""
+        return self.planes if self.planes > 1 else 0
+
     def exponents(self, word: Tensor) -> Tensor:
         return (word >> self.mantissa).bitwise_and(2**self.exponent - 1)
 
@@ -412,39 +420,62 @@ EXACT_FIELDS = {
 
 @dataclass(frozen=True)
 class ExactCodes:
-    """A flat float tensor of `numel` elements, losslessly.
+    """A flat float tensor of `numel` elements, losslessly, in blocks of EXACT_BLOCK; zeros fill up the last.
 
-    `book` uint8 [15]: the most frequent exponents (ties: the smaller first; unused entries 0). `codes` uint8
-    [ceil(n / 2)]: 4-bit index into `book`, element 2i in the low half; 15 escapes. `escapes` uint8 [*]:
-    exponents of the escaped elements in order; `counts` int16 [ceil(n / 1024)]: escapes in each block of 1024
-    elements, so that blocks decode independently. `planes` uint8 [stored, n]: the byte planes of sign <<
-    mantissa_bits | mantissa, lowest first, without those in `zero_planes` (bit p set: plane p is zero
-    everywhere and not stored). `odd` uint8: the bits of the rest above its byte planes (float16 has 3), as
-    bit planes of ceil(n / 8) bytes, lowest first.
+    The parts are bytes, uint8 [*]. `base`: an exponent per block. `codes`: 4 bits per element, byte c of a
+    block holds its elements c (low half) and c + EXACT_BLOCK / 2. Code d < 15 is the exponent base - d, 15
+    the exponent 0, to which escapes add bits. `ends`: int32 per block, escapes in all blocks up to this one,
+    so that blocks decode independently. `planes`: the byte planes of sign << mantissa_bits | mantissa, lowest
+    first, without those in `zero_planes` (bit p set: plane p is zero everywhere; float32 only). `odd`: the
+    bits above the byte planes (float16 has 3) as bit planes, lowest first; bit i of byte b is that of element
+    8 b + i.
+
+    `escapes`: 16 bits each: the number of an element in its block, and from bit 10 on what is set in its
+    exponent: p < 32 stands for base - 15 - p, 32 + n for the low half n of an exponent, 48 + n for its high
+    half. Exponents that the first form cannot give take the two others. The high halves of a block come last;
+    apart from that the element 256 q + 8 r + i, i < 8, r < 32, is sorted by (r, q, i).
     """
 
-    book: Tensor
+    base: Tensor
     codes: Tensor
-    counts: Tensor
-    escapes: Tensor
+    ends: Tensor
     planes: Tensor
     odd: Tensor
+    escapes: Tensor
     zero_planes: int
     numel: int
 
     @property
+    def sections(self) -> dict[str, Tensor]:
+        """The parts by name, in order."""
+        return {name: getattr(self, name) for name in EXACT_SECTIONS}
+
+    @property
     def nbytes(self) -> int:
-        parts = (self.book, self.codes, self.counts, self.escapes, self.planes, self.odd)
-        return sum(p.numel() * p.element_size() for p in parts)
+        return sum(part.numel() for part in self.sections.values())
 
 
-def exact_book(histogram: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the counts [256] of exponents: `ExactCodes.book` and its inverse, exponent -> code, uint8 [256]."""
-    order = torch.argsort(histogram, descending=True, stable=True)[:EXACT_ESCAPE]
-    book = torch.where(histogram[order] > 0, order, 0)
-    index = torch.full((256,), EXACT_ESCAPE, dtype=torch.uint8, device=histogram.device)
-    index[order] = torch.arange(EXACT_ESCAPE, dtype=torch.uint8, device=histogram.device)
-    return book.to(torch.uint8), index
+def exact_sizes(
+    dtype: torch.dtype, numel: int, zero_planes: int, escapes: int
+) -> tuple[int, int, int, int, int, int]:
+    """Bytes of the parts of `ExactCodes` in order."""
+    f, blocks = EXACT_FIELDS[dtype], -(-numel // EXACT_BLOCK)
+    stored = f.planes - zero_planes.bit_count()
+    padded = blocks * EXACT_BLOCK
+    return blocks, padded // 2, 4 * blocks, stored * padded, f.odd_bits * padded // 8, 2 * escapes
+
+
+def exact_base(exponent: Tensor, special: int) -> Tensor:
+    """Base exponents [blocks] for exponents [blocks, EXACT_BLOCK]; `special` is that of Inf and NaN.
+
+    The largest exponent, but no more than EXACT_SLACK above the smallest of the largest exponents of the 64
+    parts of the block, so that a few outliers do not push the others out of reach. Part j has the elements
+    8 j..8 j + 7 and those EXACT_BLOCK / 2 behind them. Exponents 0 and `special`, and parts without others,
+    do not count.
+    """
+    part = torch.where(exponent == special, 0, exponent).view(-1, 2, EXACT_BLOCK // 16, 8).amax((1, 3))
+    floor = torch.where(part > 0, part, special).amin(1)
+    return torch.minimum(part.amax(1), floor + EXACT_SLACK)
 
 
 def exact_encode_ref(x: Tensor) -> ExactCodes | None:
@@ -452,70 +483,86 @@ def exact_encode_ref(x: Tensor) -> ExactCodes | None:
     f = EXACT_FIELDS[x.dtype]
     words = x.view(f.word)
     chunks = [words[i : i + EXACT_CHUNK] for i in range(0, x.numel(), EXACT_CHUNK)]
-    histogram = torch.stack([torch.bincount(f.exponents(word), minlength=256) for word in chunks]).sum(0)
-    book, index = exact_book(histogram)
-    parts = zip(*(_encode_chunk(word, f, index) for word in chunks), strict=True)
-    codes, counts, escapes, planes, odd = (torch.cat(part, dim=-1) for part in parts)
-    used = planes.any(1).bool().tolist()  # `any` of uint8 is uint8
+    parts = zip(*(_encode_chunk(word, f) for word in chunks), strict=True)
+    base, codes, counts, planes, odd, escapes = (torch.cat(part, dim=-1) for part in parts)
+    used = planes.any(1).bool().tolist() if f.droppable else [True]  # `any` of uint8 is uint8
     encoded = ExactCodes(
-        book=book,
+        base=base,
         codes=codes,
-        counts=counts,
-        escapes=escapes,
-        planes=planes if all(used) else planes[used],
-        odd=odd.view(-1),
+        ends=counts.cumsum(0, dtype=torch.int32).view(torch.uint8),
+        planes=(planes if all(used) else planes[used]).reshape(-1),
+        odd=odd.reshape(-1),
+        escapes=escapes.view(torch.uint8),
         zero_planes=sum(1 << p for p, u in enumerate(used) if not u),
         numel=x.numel(),
     )
     return encoded if encoded.nbytes < x.numel() * x.element_size() else None
 
 
-def _encode_chunk(
-    word: Tensor, f: FloatFields, index: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """codes, counts, escapes, planes [f.planes, n] and odd bits [f.odd_bits, ceil(n / 8)] of words [n]."""
-    n = word.numel()
-    exponent = f.exponents(word)
-    code = index.index_select(0, exponent.to(torch.int32))
-    escaped = code == EXACT_ESCAPE
-    blocks = _pad_last(escaped, -(-n // EXACT_BLOCK) * EXACT_BLOCK, 0).view(-1, EXACT_BLOCK)
-    pairs = _pad_last(code, n + n % 2, 0).view(-1, 2)
-    rest = ((word >> (f.exponent + f.mantissa)) & 1) << f.mantissa | word & (2**f.mantissa - 1)
+def _encode_chunk(word: Tensor, f: FloatFields) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """base, codes, counts of escapes, planes [planes, *], odd bits [odd_bits, *], escapes of words [n]."""
+    blocks = _pad_last(word, -(-word.numel() // EXACT_BLOCK) * EXACT_BLOCK, 0).view(-1, EXACT_BLOCK)
+    exponent = f.exponents(blocks).to(torch.int32)
+    base = exact_base(exponent, 2**f.exponent - 1)
+    code = base[:, None] - exponent
+    below = code - EXACT_ZERO  # 0..31: one escape
+    code = torch.where((code >= 0) & (code < EXACT_ZERO), code, EXACT_ZERO)
+    escaped = (code == EXACT_ZERO) & (exponent > 0)
+    single = (below >= 0) & (below < 32)
+    first = torch.where(single, below, 32 + (exponent & 15))
+    listed = _escape_order(torch.stack((escaped, escaped & ~single), 1))
+    place = torch.arange(EXACT_BLOCK, dtype=torch.int32, device=word.device)
+    escapes = _escape_order(torch.stack((first, 48 + (exponent >> 4)), 1) << 10 | place)[listed]
+    low, high = code.to(torch.uint8).view(-1, 2, EXACT_BLOCK // 2).unbind(1)
+    flat = blocks.view(-1)
+    rest = ((flat >> (f.exponent + f.mantissa)) & 1) << f.mantissa | flat & (2**f.mantissa - 1)
     top = (rest >> (8 * f.planes)).to(torch.int16)
     return (
-        pairs[:, 0] | pairs[:, 1] << 4,
-        blocks.sum(1, dtype=torch.int16),
-        exponent[escaped].to(torch.uint8),
+        base.to(torch.uint8),
+        (low | high << 4).view(-1),
+        listed.sum(1, dtype=torch.int32),
         torch.stack([((rest >> (8 * p)) & 255).to(torch.uint8) for p in range(f.planes)]),
-        pack_bits_ref(top[:, None], [f.odd_bits]).view(f.odd_bits, -(-n // 8)),
+        pack_bits_ref(top[:, None], [f.odd_bits]).view(f.odd_bits, flat.numel() // 8),
+        escapes.to(torch.int16),
     )
 
 
+def _escape_order(x: Tensor) -> Tensor:
+    """[blocks, 2, EXACT_BLOCK] to [blocks, 2 * EXACT_BLOCK] in the order of escapes."""
+    return x.view(-1, 2, 4, 32, 8).transpose(2, 3).reshape(-1, 2 * EXACT_BLOCK)
+
+
 def exact_decode_ref(codes: ExactCodes, dtype: torch.dtype) -> Tensor:
-    """The flat tensor [numel] that was encoded, bit for bit. LaneError if escapes are missing or left."""
+    """The flat tensor [numel] that was encoded, bit for bit. LaneError if `ends` does not fit `escapes`."""
     f = EXACT_FIELDS[dtype]
-    out = torch.empty(codes.numel, dtype=f.word, device=codes.codes.device)
+    out = torch.empty(codes.base.numel() * EXACT_BLOCK, dtype=f.word, device=codes.codes.device)
     stored = [p for p in range(f.planes) if not codes.zero_planes >> p & 1]
-    odd = codes.odd.view(f.odd_bits, -(-codes.numel // 8))
-    book = _pad_last(codes.book, EXACT_ESCAPE + 1, 0)
-    used = 0
-    for start in range(0, codes.numel, EXACT_CHUNK):
-        stop = min(start + EXACT_CHUNK, codes.numel)
-        pairs = codes.codes[start // 2 : -(-stop // 2)]
-        code = torch.stack((pairs & 15, pairs >> 4), dim=1).view(-1)[: stop - start]
-        exponent = book.index_select(0, code.to(torch.int32)).to(f.word)
-        escaped = code == EXACT_ESCAPE
-        escapes = codes.escapes[used : used + int(escaped.sum())]
-        used += int(escaped.sum())
-        if used > codes.escapes.numel():
-            break
-        exponent[escaped] = escapes.to(f.word)
-        octets = odd[:, start // 8 : -(-stop // 8)].reshape(-1)
+    planes = codes.planes.view(len(stored), out.numel())
+    odd = codes.odd.view(f.odd_bits, out.numel() // 8)
+    ends = codes.ends.view(torch.int32).long()
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    escapes = codes.escapes.view(torch.int16).int()
+    if ends[-1] != escapes.numel() or counts.min() < 0 or counts.max() > 2 * EXACT_BLOCK:
+        raise LaneError(f"exact codes end their escapes at {int(ends[-1])}, {escapes.numel()} are listed")
+    for start in range(0, out.numel(), EXACT_CHUNK):
+        stop = min(start + EXACT_CHUNK, out.numel())
+        first, last = start // EXACT_BLOCK, stop // EXACT_BLOCK
+        pairs = codes.codes[start // 2 : stop // 2].view(-1, 1, EXACT_BLOCK // 2)
+        code = torch.cat((pairs & 15, pairs >> 4), dim=1).view(-1, EXACT_BLOCK)
+        base = codes.base[first:last].to(torch.int32)
+        exponent = torch.where(code < EXACT_ZERO, base[:, None] - code, 0).view(-1)
+        mine = escapes[int(ends[first] - counts[first]) : int(ends[last - 1])]
+        block = torch.arange(last - first, device=out.device).repeat_interleave(counts[first:last])
+        place, what = block * EXACT_BLOCK + (mine & 1023), mine >> 10 & 63
+        added = (base[block] - EXACT_ZERO - what, what & 15, (what & 15) << 4)
+        for kind, bits in enumerate(added):
+            chosen = (what >= 32).int() + (what >= 48).int() == kind
+            exponent[place[chosen]] |= bits[chosen]
+        octets = odd[:, start // 8 : stop // 8].reshape(-1)
         rest = unpack_bits_ref(octets, [f.odd_bits], stop - start)[:, 0].to(f.word) << (8 * f.planes)
-        for p, plane in zip(stored, codes.planes, strict=True):
+        for p, plane in zip(stored, planes, strict=True):
             rest |= plane[start:stop].to(f.word) << (8 * p)
         sign = (rest >> f.mantissa) << (f.exponent + f.mantissa)
-        out[start:stop] = sign | exponent << f.mantissa | rest & (2**f.mantissa - 1)
-    if used != codes.escapes.numel():
-        raise LaneError(f"exact codes mark {used} escapes or more, {codes.escapes.numel()} are listed")
-    return out.view(dtype)
+        exponent = (exponent & 2**f.exponent - 1).to(f.word) << f.mantissa
+        out[start:stop] = sign | exponent | rest & (2**f.mantissa - 1)
+    return out[: codes.numel].view(dtype)

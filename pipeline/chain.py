@@ -10,13 +10,11 @@ is enqueued, and until the program's stream has reached the `receive` that was `
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import count
 from threading import Lock
 from time import perf_counter
 from traceback import clear_frames
@@ -34,8 +32,9 @@ from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.compress import choose_lane, compress, present_device
 from sidelane.pipeline.extent import distinct_bytes
 from sidelane.pipeline.lanes import decode_packet, plain, undisturbed
+from sidelane.pipeline.stages import Stages
 from sidelane.pipeline.stash import Budget, describe
-from sidelane.pipeline.streams import Event, Ring, Slot, Stream, current_stream, on, side_stream
+from sidelane.pipeline.streams import Event, Slot, current_stream
 from sidelane.pipeline.ticket import ChainReport, Stored, Ticket
 from sidelane.pipeline.trace import Recorder, Trace
 
@@ -111,18 +110,15 @@ class Chain:
         self._depth = depth
         self._device = None if device is None else _with_index(present_device(device))
         self._kernel, self._inverse = kernel, inverse
-        self._priority = priority
         self._recorder = Recorder() if trace else None
-        self._rings = {stage: Ring[Any](depth) for stage in ("source", "kernel", "encode", "load", "decode")}
+        self._stages = Stages(depth, priority, self._recorder)
         self._host = Budget(host_budget)
-        self._thread = threading.local()  # .number among the threads of its direction
         self._sender, self._receiver = (
-            ThreadPoolExecutor(workers, f"sidelane-{name}", _set_number, (self._thread, count()))
+            ThreadPoolExecutor(workers, f"sidelane-{name}", *self._stages.thread())
             for name in ("send", "receive")
         )
         self._pending: set[Future[Any]] = set()
         self._lock = Lock()
-        self._copying = {"store": Lock(), "load": Lock()}
         self._fetched: WeakKeyDictionary[Ticket, Future[tuple[Tensor, Event]]] = WeakKeyDictionary()
         self._handed: deque[Event] = deque()
         self._errors: deque[BaseException] = deque(maxlen=MAX_ERRORS)
@@ -149,11 +145,11 @@ class Chain:
         tensor = plain(tensor)
         self._check(tensor.device)
         stream = current_stream(tensor.device)
-        self._sweep()
-        slot = self._wait(partial(self._rings["source"].take, stream))
+        self._stages.sweep()
+        slot = self._wait(partial(self._stages.rings["source"].take, stream))
         slot.fill(tensor)
         with self._lock:
-            ticket = Ticket(self._sent, self._rings)
+            ticket = Ticket(self._sent, self._stages)
             self._sent += 1
         ticket._stored = self._submit(
             self._sender, self._store, ticket.number, slot, _version(tensor), ticket._read
@@ -180,7 +176,7 @@ class Chain:
         another chain and after `close`, OffloadError inside the capture of a CUDA graph.
         """
         self._check_ticket(ticket)
-        self._sweep()
+        self._stages.sweep()
         with self._lock:
             future = self._fetched.pop(ticket, None) or self._start(ticket)
         try:
@@ -223,8 +219,8 @@ class Chain:
         """Wait until all that was sent is in host memory. Raises the first error that nobody received."""
         self._wait(partial(wait, set(self._pending)))
         for device in set(self._stores):
-            self._wait(self._stream("store", device).record_event().synchronize)
-        self._sweep()
+            self._wait(self._stages.stream("store", device).record_event().synchronize)
+        self._stages.sweep()
         if self._errors:
             error = self._errors.popleft()
             self._errors.clear()
@@ -273,16 +269,16 @@ class Chain:
         """What the sender's thread does for one tensor, which was at `version` when it was sent."""
         tensor = source.peek()
         device, nbytes = tensor.device, distinct_bytes(tensor)
-        stream = self._stream("encode", device)
+        stages, stream = self._stages, self._stages.stream("encode", device)
         with ExitStack() as slots, undisturbed(device):
             slots.callback(source.give)
             try:
                 last = source
                 if self._kernel is not None:
-                    last = self._stage(slots, "kernel", number, device, (source,), self._kernel, nbytes)
+                    last = stages.fill(slots, "kernel", number, (source,), self._kernel, device, nbytes)
                 inputs = (last,) if last is source else (last, source)  # what a kernel returns may be a view
-                encoded: Slot[Packet] = self._stage(
-                    slots, "encode", number, device, inputs, self._encode, nbytes
+                encoded: Slot[Packet] = stages.fill(
+                    slots, "encode", number, inputs, self._encode, device, nbytes
                 )
                 if _version(tensor) != version:
                     raise OffloadError(
@@ -292,10 +288,10 @@ class Chain:
                 read.set_result(stream.record_event())
             packet = encoded.peek()
             stored = Stored(packet, nbytes, self._device or device)
-            out = self._stream("store", packet.device)
-            with self._copying["store"]:
+            out = stages.stream("store", packet.device)
+            with stages.copying["store"]:
                 encoded.open(out)
-                self._run("store", number, out, partial(stored.write, self._host, out), stored.nbytes)
+                stages.run("store", number, out, partial(stored.write, self._host, out), stored.nbytes)
             self._stores.add(packet.device)
         with self._lock:
             self._bytes_in += nbytes
@@ -305,60 +301,22 @@ class Chain:
     def _load(self, number: int, sent: Future[Stored]) -> tuple[Tensor, Event]:
         """What the receiver's thread does for one tensor."""
         stored = sent.result()
-        device, nbytes = stored.device, stored.raw_nbytes
+        stages, device, nbytes = self._stages, stored.device, stored.raw_nbytes
         with ExitStack() as slots, undisturbed(device):
-            stream = self._stream("load", device)
-            loaded: Slot[Packet] = self._rings["load"].take(stream)
+            stream = stages.stream("load", device)
+            loaded: Slot[Packet] = stages.rings["load"].take(stream)
             slots.callback(loaded.give)
-            with self._copying["load"]:
+            with stages.copying["load"]:
                 stream.wait_event(stored.ready)
-                loaded.fill(self._run("load", number, stream, partial(stored.read, stream), stored.nbytes))
+                loaded.fill(stages.run("load", number, stream, partial(stored.read, stream), stored.nbytes))
             last: Slot[Any] = loaded
             stage, work = "decode", self._decode
             if self._inverse is not None:
-                last = self._stage(slots, stage, number, device, (loaded,), work, nbytes)
+                last = stages.fill(slots, stage, number, (loaded,), work, device, nbytes)
                 stage, work = "inverse", self._inverse
-            stream = self._stream(stage, device)
-            tensor = self._run(stage, number, stream, partial(work, last.open(stream)), nbytes)
+            stream = stages.stream(stage, device)
+            tensor = stages.run(stage, number, stream, partial(work, last.open(stream)), nbytes)
             return tensor, stream.record_event()
-
-    def _stage(
-        self,
-        slots: ExitStack,
-        stage: str,
-        number: int,
-        device: torch.device,
-        inputs: tuple[Slot[Any], ...],
-        work: Callable[[Any], T],
-        nbytes: int,
-    ) -> Slot[T]:
-        """Run `work` on the first of `inputs` and put what it returns into a slot that `slots` gives."""
-        stream = self._stream(stage, device)
-        slot: Slot[T] = self._rings[stage].take(stream)
-        slots.callback(slot.give)
-        values = [each.open(stream) for each in inputs]
-        slot.fill(self._run(stage, number, stream, partial(work, values[0]), nbytes))
-        return slot
-
-    def _run(self, stage: str, number: int, stream: Stream, work: Callable[[], T], nbytes: int) -> T:
-        """Enqueue `work` on `stream`."""
-        with on(stream):
-            if self._recorder is None:
-                return work()
-            begin = self._recorder.mark(stream)
-            value = work()
-            self._recorder.add(
-                self._role(stage), stream.device, number, begin, self._recorder.mark(stream), nbytes
-            )
-            return value
-
-    def _role(self, stage: str) -> str:
-        """The name of the stream on which this thread runs `stage`. Copies share one in each direction."""
-        number = 0 if stage in self._copying else self._thread.number
-        return f"{stage} {number}" if number else stage
-
-    def _stream(self, stage: str, device: torch.device) -> Any:
-        return side_stream(device, self._role(stage), 0 if stage in self._copying else self._priority)
 
     def _start(self, ticket: Ticket) -> Future[tuple[Tensor, Event]]:
         return self._submit(self._receiver, self._load, ticket.number, ticket._stored)
@@ -392,10 +350,6 @@ class Chain:
             with self._lock:
                 self._seconds += perf_counter() - begin
 
-    def _sweep(self) -> None:
-        for ring in self._rings.values():
-            ring.sweep()
-
     def _check(self, device: torch.device) -> None:
         if self._closed:
             raise LaneError("the chain is closed: make another one")
@@ -407,7 +361,7 @@ class Chain:
             )
 
     def _check_ticket(self, ticket: Ticket) -> None:
-        if not isinstance(ticket, Ticket) or ticket._rings is not self._rings:
+        if not isinstance(ticket, Ticket) or ticket._stages is not self._stages:
             raise LaneError("this is no ticket of this chain: pass what its send returned")
         self._check(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -424,12 +378,7 @@ class Chain:
             self._sender.shutdown()
             self._receiver.shutdown()
             self._fetched.clear()
-            for ring in self._rings.values():
-                ring.clear()
-
-
-def _set_number(thread: threading.local, numbers: Iterator[int]) -> None:
-    thread.number = next(numbers)
+            self._stages.clear()
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -16,16 +16,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sidelane.codec.lane import Lane
 from sidelane.codec.packet import DTYPES, MAX_NDIM, NO_DIGEST, Packet, flatten
 from sidelane.errors import BasisError, LaneError, PacketError
-from sidelane.kernels._launch import cdiv
+from sidelane.kernels._launch import aligned
 from sidelane.kernels.exact import exact_decode, exact_encode
 from sidelane.kernels.reference import (
-    EXACT_BLOCK,
-    EXACT_ESCAPE,
     EXACT_FIELDS,
+    EXACT_SECTIONS,
     GROUP_BITS,
     GROUP_SIZES,
     MAX_CODE_BITS,
     ExactCodes,
+    exact_sizes,
 )
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.packed import (
@@ -306,15 +306,7 @@ def _encode_exact(packet: Packet, flat: Tensor) -> Packet:
     codes = exact_encode(real) if real.dtype in EXACT_FIELDS and real.numel() else None
     if codes is None:
         return _encode_raw(packet, flat)
-    parts = ("book", "codes", "counts", "escapes", "planes", "odd")
-    return _or_raw(
-        packet.with_(
-            lane="exact",
-            sections={name: as_bytes(getattr(codes, name)) for name in parts},
-            params=(codes.zero_planes,),
-        ),
-        flat,
-    )
+    return _or_raw(packet.with_(lane="exact", sections=codes.sections, params=(codes.zero_planes,)), flat)
 
 
 def _decode_exact(packet: Packet) -> Tensor:
@@ -322,25 +314,19 @@ def _decode_exact(packet: Packet) -> Tensor:
     dtype = _REAL.get(packet.dtype, packet.dtype)
     if dtype not in EXACT_FIELDS:
         raise PacketError("dtype", f"{packet.dtype} has no exact code")
-    f = EXACT_FIELDS[dtype]
     n = packet.raw_nbytes // dtype.itemsize
     if not n:
         raise PacketError("shape", "empty tensors have no exact code")
     (zero_planes,) = packet.numbers(1)
-    if zero_planes >> f.planes:
-        raise PacketError("params", f"zero planes {zero_planes:#x}, but {dtype} has {f.planes}")
-    stored = f.planes - zero_planes.bit_count()
-    packet.check_sections("book", "codes", "counts", "escapes", "planes", "odd")
-    codes = ExactCodes(
-        packet.section("book", numel=EXACT_ESCAPE),
-        packet.section("codes", numel=cdiv(n, 2)),
-        packet.section("counts", torch.int16, cdiv(n, EXACT_BLOCK)),
-        packet.section("escapes"),
-        packet.section("planes", numel=stored * n).view(stored, n),
-        packet.section("odd", numel=cdiv(n, 8) * f.odd_bits),
-        zero_planes,
-        n,
+    if zero_planes >= 1 << EXACT_FIELDS[dtype].droppable:
+        raise PacketError("params", f"zero planes {zero_planes:#x}, but {dtype} has no such planes")
+    packet.check_sections(*EXACT_SECTIONS)
+    escapes = packet.section("escapes", torch.int16).numel()
+    sizes = exact_sizes(dtype, n, zero_planes, escapes)
+    parts = (
+        aligned(packet.section(name, numel=size)) for name, size in zip(EXACT_SECTIONS, sizes, strict=True)
     )
+    codes = ExactCodes(*parts, zero_planes, n)
     try:
         return exact_decode(codes, dtype).view(packet.dtype)
     except LaneError as error:

@@ -277,7 +277,8 @@ class Ring(Generic[T]):
         """Drop the values whose readers are done; waits for nothing."""
         with self._lock:
             for place in self._places:
-                if place.free and all(event.query() for event in place.release()):
+                done = place.value is not None and place.free
+                if done and all(event.query() for event in place.release()):
                     place.value = None
 
     def clear(self) -> None:

@@ -68,9 +68,9 @@ class Ticket:
         number: how many tensors the chain had sent before.
     """
 
-    def __init__(self, number: int, rings: object) -> None:
+    def __init__(self, number: int, stages: object) -> None:
         self.number = number
-        self._rings = rings
+        self._stages = stages
         self._read: Future[Event] = Future()
         self._stored: Future[Stored]
 

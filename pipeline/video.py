@@ -120,7 +120,7 @@ class VideoLane:
         return self._begin(tensor).finish()
 
     def encode_many(self, tensors: Iterable[Tensor]) -> Iterator[Packet]:
-        """The packets of `encode`, in order; engines work on up to `FRAMES_AHEAD` frames at a time.
+        """The packets of `encode`, in order; engines work on the next ones, `FRAMES_AHEAD` frames in all.
 
         Tensors are taken from `tensors` ahead of the packets and must stay unchanged until theirs is out. The
         error of a tensor is raised at its place and ends the iteration.
@@ -215,10 +215,13 @@ class VideoLane:
 class EngineVideoLane(VideoLane):
     """`VideoLane` on the video engines of the GPU that holds the tensor, in software where they cannot.
 
-    Packets are of the same kind; `sidelane.codec.engines.capabilities` tells which engines work and why.
+    Packets are of the same kind, with smaller frames by default, so that large tensors keep several engines
+    busy; `sidelane.codec.engines.capabilities` tells which engines work and why.
 
     NVENC has not been run on hardware yet, only against an emulated driver.
     """
+
+    max_side: int = 2048
 
     name = "video"
 
@@ -239,7 +242,7 @@ class _Encoding:
 
     @property
     def frames(self) -> int:
-        return self.slot.layout.frames if self.slot is not None else 0
+        return self.slot.layout.frames if self.slot is not None else 1
 
     def finish(self) -> Packet:
         if self.slot is None:

@@ -7,16 +7,29 @@ program of its own: the interpreter must be off.
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from sidelane.kernels import _launch, bits, exact, groups, surface
-from sidelane.kernels.reference import EXACT_FIELDS
-from sidelane.layout import CHANNEL_TILES, NV12_SPLIT12, P010, TOKEN_ROWS, plan_surface
+from sidelane.kernels.reference import EXACT_FIELDS, ExactCodes, exact_sizes
+from sidelane.layout import (
+    CHANNEL_ROWS,
+    CHANNEL_TILES,
+    NV12,
+    NV12_SPLIT12,
+    P010,
+    TOKEN_ROWS,
+    SurfaceLayout,
+    plan_surface,
+)
 
 
 class NoDevice:
@@ -32,14 +45,28 @@ class NoDevice:
         return 0
 
 
+def stack_bytes(cubin: bytes) -> int:
+    """Local memory of a thread: registers that the compiler spilled."""
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(int(n) for n in re.findall(r"STACK:(\d+)", usage))
+
+
 def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
     ptx = kernel.asm["ptx"]
     row = {
         "kernel": self.fn.__name__,
+        "ragged": ragged,
         "cubin": len(kernel.asm["cubin"]),
         "wgmma": "wgmma.mma_async" in ptx,
         "fma": "fma.rn" in ptx,
+        "descriptors": "cp.async.bulk.tensor" in ptx,
+        "shared": kernel.metadata.shared,
+        "stack": stack_bytes(kernel.asm["cubin"]),
     }
     print(json.dumps(row))
 
@@ -47,28 +74,41 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwarg
 driver.set_active(NoDevice())
 run = JITFunction.run
 JITFunction.run = compile_only
+ragged = False
 
 with _launch.interpret():  # CPU tensors go to the kernels
     x = torch.randn(8192)
     for dtype in (torch.bfloat16, torch.float32):
         flat = x.to(dtype)
         for symmetric, seed in ((False, None), (True, 1)):
-            groups.group_quantize_pack(flat, 4, 64, symmetric=symmetric, seed=seed)
-            codes = groups.empty_group_codes(flat, 4, 64, symmetric=symmetric)
+            codes = groups.group_quantize_pack(flat, 4, 64, symmetric=symmetric, seed=seed)
             groups.group_unpack_dequantize_into(codes, flat)
     planes = bits.pack_bits(torch.zeros((256, 64), dtype=torch.int16), [4] * 64)
     bits.unpack_bits(planes, [4] * 64, 256)
-    for dtype, fields in EXACT_FIELDS.items():
+    for dtype in EXACT_FIELDS:
         flat = x.to(dtype)
-        exact.survey_into(flat, torch.empty((4, 256 + fields.planes), dtype=torch.int32))
-        exact_codes = exact.empty_exact_codes(fields, flat.numel(), 8, 0, torch.device("cpu"))
-        exact.exact_encode_into(flat, torch.zeros(256, dtype=torch.uint8), exact_codes)
-        exact.exact_decode_into(exact_codes, flat)
-    rows = torch.randn(512, 512, dtype=torch.bfloat16)
-    components = torch.randn(512, 256, dtype=torch.bfloat16)
-    channel, bias = torch.ones(256), torch.ones(512)
-    for layout_format, mapping in ((P010, TOKEN_ROWS), (NV12_SPLIT12, CHANNEL_TILES)):
-        layout = plan_surface(layout_format, mapping, 512, 256)
+        sizes = exact_sizes(dtype, flat.numel(), 0, 8)
+        buffer = torch.empty(_launch.span(sizes), dtype=torch.uint8)
+        exact.exact_encode_into(flat, buffer, 8)
+        exact.exact_decode_into(ExactCodes(*_launch.cut(buffer, sizes), 0, flat.numel()), flat)
+    # Rows of an odd pitch that begin anywhere: no two samples can be moved together.
+    odd = SurfaceLayout(NV12_SPLIT12, TOKEN_ROWS, 70, 72, width=46, height=30, frames=8, pitch=53)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for layout, dtype, components_dtype in (
+        (odd, bf16, bf16),
+        (plan_surface(P010, TOKEN_ROWS, 16384, 1024), bf16, bf16),
+        (plan_surface(P010, CHANNEL_ROWS, 16384, 512), bf16, bf16),
+        (plan_surface(NV12_SPLIT12, CHANNEL_TILES, 16384, 512), bf16, bf16),
+        (plan_surface(NV12, CHANNEL_ROWS, 16384, 64), bf16, bf16),
+        (plan_surface(NV12, CHANNEL_ROWS, 512, 256), bf16, bf16),
+        (plan_surface(P010, CHANNEL_ROWS, 16384, 512), bf16, fp32),
+        (plan_surface(P010, CHANNEL_ROWS, 16384, 512), fp32, fp32),
+    ):
+        ragged = layout is odd
         planes = torch.zeros(layout.shape, dtype=torch.uint8)
-        surface.project_quantize_pack(rows, components, channel, channel, channel, planes, layout)
-        surface.unpack_dequantize_project(planes, layout, components, channel, bias, torch.bfloat16)
+        rows = torch.zeros((layout.tokens, 512), dtype=dtype)
+        components = torch.zeros((512, layout.channels), dtype=components_dtype)
+        channel, bias = torch.ones(layout.channels), torch.ones(512)
+        for basis in (components, None) if layout.channels == 512 else (components,):
+            surface.project_quantize_pack(rows, basis, channel, channel, channel, planes, layout)
+            surface.unpack_dequantize_project(planes, layout, basis, channel, bias, dtype)

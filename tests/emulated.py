@@ -1,7 +1,8 @@
 """An emulated NVENC driver, in C, on host memory (emulated_driver/): building it, using it, controlling it.
 
-The code that talks to the real driver talks to it unchanged, in the layouts of API 11.1. Pictures are real
-HEVC, encoded by libx265, where `real_hevc` is on; else a few bytes that describe the picture.
+The code that talks to the real driver talks to it unchanged, in every API version there is a table for.
+Where `real_hevc` is on, pictures are HEVC encoded by libx265, QP maps included; else they are a few bytes
+that describe a picture.
 """
 
 from __future__ import annotations
@@ -10,19 +11,23 @@ import ctypes
 import gc
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from sidelane.codec import _driver, _nvenc, nvenc
+import emulated_layout
+from sidelane.codec import _driver, _nvenc, hevc, nvenc
 from sidelane.codec._abi import NVENC_VERSIONS, load
+from sidelane.codec._nvenc_output import EncodedSurface
 from sidelane.codec.hevc import END_OF_BITSTREAM, encode_hevc
 from sidelane.layout import FORMATS, TOKEN_ROWS, SurfaceFormat, SurfaceLayout
 
@@ -32,9 +37,11 @@ KINDS = ("memory", "event", "stream", "session", "resource", "mapping", "bitstre
 _FORMATS = {0x1: "nv12", 0x1000: "yuv444", 0x10000: "p010", 0x100000: "yuv444_10"}
 _WITH_HEADERS, _HEADERS_ONLY = 1, 2
 _SLICE_TYPES = range(16, 24)  # NAL unit types of intra random access pictures, ITU-T H.265 table 7-1
+API_CODES = {version: int(version[:2]) << 4 | int(version[3:]) for version in NVENC_VERSIONS}
+_HEADERS = b"\0\0\1\x40\1h"
 _FACTS = struct.Struct("<5sQQqQ")  # start code and NAL header, width, height, QP or -1, sum of the samples
 _ENCODER = ctypes.CFUNCTYPE(
-    *(ctypes.c_int32, ctypes.c_void_p, *(ctypes.c_uint32,) * 4, ctypes.c_int32),
+    *(ctypes.c_int32, ctypes.c_void_p, *(ctypes.c_uint32,) * 4, ctypes.c_int32, ctypes.c_int32),
     *(ctypes.POINTER(ctypes.c_int8), ctypes.c_uint32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_uint32),
 )
 
@@ -45,11 +52,22 @@ def _build_folder() -> TemporaryDirectory[str]:
 
 
 @cache
-def build(*flags: str) -> Path:
-    """The driver as a shared library, compiled once per process and set of compiler flags."""
-    library = Path(_build_folder().name, f"libemulated{len(list(Path(_build_folder().name).iterdir()))}.so")
-    command = [*COMPILE, *flags, "-fPIC", "-shared", "-fvisibility=hidden", "-o", str(library)]
-    subprocess.run([*command, *map(str, sorted(SOURCES.glob("*.c")))], check=True)
+def build(*, public_header: bool = False) -> Path:
+    """The driver as a shared library, compiled once per process; API 11.1 by NVIDIA's header if asked."""
+    folder = Path(_build_folder().name, "public" if public_header else "own")
+    folder.mkdir(exist_ok=True)
+    for version in NVENC_VERSIONS:
+        code = emulated_layout.header(version, public=public_header and version == "11.1")
+        (folder / f"layout_{version}.h").write_text(code)
+        parts = (folder / f"layout_{version}.h", SOURCES / "sessions.c", SOURCES / "pictures.c")
+        (folder / f"api_{version}.c").write_text("".join(f'#include "{part}"\n' for part in parts))
+    sources = [
+        *sorted(folder.glob("*.c")),
+        *(SOURCES / f"{name}.c" for name in ("cuda", "engine", "exports")),
+    ]
+    library = folder / "libemulated.so"
+    command = [*COMPILE, "-fPIC", "-shared", "-fvisibility=hidden", f"-I{SOURCES}", "-o", str(library)]
+    subprocess.run([*command, *map(str, sources)], check=True)
     return library
 
 
@@ -74,6 +92,10 @@ class EmulatedDriver:
         for name, value in settings.items():
             self._library.emulated_set(name.encode(), value)
 
+    def speak(self, version: str) -> None:
+        """Know the NVENC interface up to `version`."""
+        self.set(version=API_CODES[version], accepts=API_CODES[version])
+
     def fail(self, call: str, status: int, *, skip: int = 0, times: int = 1, after: bool = False) -> None:
         """After `skip` calls the next `times` calls of `call` give `status`, before or `after` their work."""
         self._library.emulated_fail(call.encode(), status, skip, times, int(after))
@@ -94,6 +116,10 @@ class EmulatedDriver:
         text: bytes = self._library.emulated_violation()
         return text.decode()
 
+    def forgive(self) -> None:
+        """Forget the broken rule: it was meant."""
+        self._library.emulated_forgive()
+
     def context_depth(self) -> int:
         return int(self._library.emulated_context_depth())
 
@@ -109,6 +135,7 @@ class EmulatedDriver:
         pitch: int,
         code: int,
         qp: int,
+        mapped: int,
         qp_map: Any,
         map_size: int,
         parts: int,
@@ -123,13 +150,58 @@ class EmulatedDriver:
             surface = host_view(frame, layout.rows * layout.pitch).view(layout.shape)
         if map_size:
             self.maps.append(qp_map[:map_size])
-        stream = encode_hevc(surface, layout, qp=None if qp < 0 else qp).removesuffix(END_OF_BITSTREAM)
+        if mapped:
+            stream = encode_mapped(surface, layout, qp, qp_map[:map_size])
+        else:
+            stream = encode_hevc(surface, layout, qp=None if qp < 0 else qp).removesuffix(END_OF_BITSTREAM)
         headers, picture = split_headers(stream)
         data = headers if parts == _HEADERS_ONLY else stream if parts == _WITH_HEADERS else picture
         if len(data) > capacity:
             return 0
         ctypes.memmove(out, data, len(data))
         return len(data)
+
+
+def encode_mapped(surface: Tensor, layout: SurfaceLayout, qp: int, deltas: Sequence[int]) -> bytes:
+    """The stream of one frame by libx265 at `qp` plus one difference per 32x32 block, in raster order.
+
+    libx265 takes offsets only beside adaptive quantization, which therefore is on, with a strength too small
+    to move a QP; and only without a constant QP, for which a constant quality stands: the same number when
+    complexity has no weight in it.
+    """
+    import av
+
+    fmt = layout.format
+    pixels = hevc.PIXEL_FORMATS[fmt.name]
+    columns, span = -(-layout.width // 32), 51 + 6 * (fmt.bits - 8)
+    graph = av.filter.Graph()
+    last = graph.add_buffer(
+        width=layout.width, height=layout.height, format=pixels, time_base=Fraction(1, 25)
+    )
+    for number, delta in enumerate(deltas):
+        x, y = number % columns * 32, number // columns * 32
+        area = f"x={x}:y={y}:w={min(32, layout.width - x)}:h={min(32, layout.height - y)}"
+        region = graph.add("addroi", f"{area}:qoffset={delta}/{span}")
+        last.link_to(region)
+        last = region
+    sink = graph.add("buffersink")
+    last.link_to(sink)
+    graph.configure()
+    frame = av.VideoFrame(layout.width, layout.height, pixels)
+    frame.pts, frame.time_base = 0, Fraction(1, 25)
+    (rows,) = hevc._frames(surface.numpy(), layout)
+    for source, plane in zip(hevc._surface_planes(rows, layout), frame.planes, strict=True):
+        np.right_shift(source, fmt.shift, out=hevc._samples(plane, fmt))
+    graph.push(frame)
+    marked = graph.pull()
+    marked.pict_type = av.video.frame.PictureType.I
+    encoder = av.CodecContext.create("libx265", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = layout.width, layout.height, pixels
+    encoder.time_base = Fraction(1, 25)
+    rate = {"crf": qp, "qcomp": 1, "cutree": 0, "aq-mode": 1, "aq-strength": 0.001, "ctu": 32, "qg-size": 32}
+    options = ":".join(f"{key}={value}" for key, value in (hevc._X265 | rate).items())
+    encoder.options = {"preset": hevc._PRESET, "tune": "psnr", "forced-idr": "1", "x265-params": options}
+    return b"".join(bytes(packet) for picture in (marked, None) for packet in encoder.encode(picture))
 
 
 def split_headers(stream: bytes) -> tuple[bytes, bytes]:
@@ -163,6 +235,11 @@ def canned(surface: Tensor, layout: SurfaceLayout, qp: int | None = None) -> lis
     sums = [int(frame.sum()) for frame in used.chunk(layout.frames)]
     code = -1 if qp is None else qp
     return [_FACTS.pack(b"\0\0\1\x26\1", layout.width, layout.height, code, total) for total in sums]
+
+
+def canned_stream(surface: Tensor, layout: SurfaceLayout, qp: int | None = None) -> bytes:
+    """What an encoder makes of `canned`."""
+    return EncodedSurface(_HEADERS, tuple(canned(surface, layout, qp))).stream()
 
 
 def random_surface(layout: SurfaceLayout, seed: int = 0) -> Tensor:

@@ -1,56 +1,53 @@
 """A stand-in for libcuda and libnvcuvid: C function pointers with the real signatures, made from Python.
 
 It decodes a toy format (`toy_stream`) and punishes what a driver punishes: a call without a current context
-fails, copies happen only when their stream is synchronized, an unmapped frame is overwritten, no more frames
-can be mapped than there are output surfaces. `live` holds every handle that was not destroyed.
+fails, frames are written and copied only when their stream is synchronized and in its order, the output
+surfaces of a decoder that is resized or destroyed are overwritten at once, no more frames can be mapped than
+there are output surfaces. `live` holds every handle that was not destroyed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
-import struct
+import re
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from sidelane.codec._abi import Abi
-from sidelane.layout import SurfaceLayout
+import pytest
+import torch
 
-_VPS = b"\x00\x00\x01\x40\x01"  # so that the frames of a stream can be found as in HEVC
-_UNIT = struct.Struct(f"<{len(_VPS)}sHHBBHIB")  # _VPS, width, height, chroma, bits, cut, bytes, status
-GOOD, DAMAGED = 2, 8  # cuvidDecodeStatus
+from sidelane.codec import _driver
+from sidelane.codec._abi import CUVID_VERSION, Abi, load
+from sidelane.codec.nvdec import release_idle_decoders
+from toy_hevc import DAMAGED as DAMAGED
+from toy_hevc import GOOD as GOOD
+from toy_hevc import SEQUENCE, SLICE, START, VPS, payload_of, picture_of
+from toy_hevc import toy_stream as toy_stream
+
 MIN_SIDE, MAX_SIDE = 144, 8192
 
 
-def toy_stream(
-    frames: list[bytes],
-    layout: SurfaceLayout,
-    *,
-    width: int | None = None,
-    bits: int | None = None,
-    chroma: int | None = None,
-    damaged: int | None = None,
-    cut: int = 0,
-) -> bytes:
-    """A stream of raw frames, each `layout.format.rows(height)` rows of `width` samples without pitch.
-
-    Frame number `damaged` is reported so; `cut` samples more than needed are coded to the right.
-    """
-    fmt = layout.format
-    sequence = (
-        width or layout.width,
-        layout.height,
-        chroma or (1 if fmt.subsampled else 3),
-        bits or (8 if fmt.itemsize == 1 else fmt.bits),
-        cut,
-    )
-    return b"".join(
-        _UNIT.pack(_VPS, *sequence, len(frame), DAMAGED if i == damaged else GOOD) + frame
-        for i, frame in enumerate(frames)
-    )
+@contextmanager
+def installed(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
+    """Put `fake` in the place of the driver, with host memory for device memory; no handle may be left."""
+    names = ("cuda", f"cuvid-{CUVID_VERSION}")
+    libraries = {name: _driver.Library(load(name), open=partial(fake.open, load(name))) for name in names}
+    monkeypatch.setattr(_driver, "_libraries", libraries)
+    monkeypatch.setattr(_driver, "_contexts", {})
+    monkeypatch.setattr(_driver, "torch_device", lambda index: torch.device("cpu"))
+    monkeypatch.setattr(_driver, "current_stream", lambda index: 0)
+    yield fake
+    release_idle_decoders()
+    gc.collect()
+    assert fake.kinds() == []
+    assert fake.stack == []
 
 
 class FakeDriver:
@@ -63,6 +60,7 @@ class FakeDriver:
         self.engines = 3
         self.reuse = 0  # which of the free decode surfaces the parser takes: 0 the oldest, -1 the newest
         self._handles = itertools.count(0x1000)
+        self._released: list[Any] = []  # memory of output surfaces that are gone
         self._stacks = threading.local()
         self._abi: dict[str, Abi] = {}
 
@@ -148,11 +146,9 @@ class FakeDriver:
         return 0 if self.live[event][0] == "event" else 400
 
     def cuStreamSynchronize(self, stream: int) -> int:
-        pending = self.live[stream][1]
+        pending: list[Callable[[], None]] = self.live[stream][1]
         while pending:
-            source, target, pitches, width, height = pending.pop(0)
-            for row in range(height):
-                ctypes.memmove(target + row * pitches[1], source + row * pitches[0], width)
+            pending.pop(0)()
         return 0
 
     def cuEventCreate(self, event: Any, flags: int) -> int:
@@ -168,9 +164,14 @@ class FakeDriver:
         c = pointer.contents
         if (c.srcMemoryType, c.dstMemoryType) != (2, 2) or c.WidthInBytes > min(c.srcPitch, c.dstPitch):
             return 1
-        self.live[stream][1].append(
-            (c.srcDevice, c.dstDevice, (c.srcPitch, c.dstPitch), c.WidthInBytes, c.Height)
-        )
+        source, target, pitches = c.srcDevice, c.dstDevice, (c.srcPitch, c.dstPitch)
+        width, height = c.WidthInBytes, c.Height
+
+        def copy() -> None:
+            for row in range(height):
+                ctypes.memmove(target + row * pitches[1], source + row * pitches[0], width)
+
+        self.live[stream][1].append(copy)
         return 0
 
     # libnvcuvid
@@ -193,16 +194,25 @@ class FakeDriver:
             limit=(info.ulMaxWidth, info.ulMaxHeight),
             itemsize=2 if info.bitDepthMinus8 else 1,
             rows3=info.ChromaFormat == 3,
-            outputs=info.ulNumOutputSurfaces,
-            mapped={},
+            outputs=[ctypes.create_string_buffer(0)] * info.ulNumOutputSurfaces,
+            mapped={},  # number of the output surface by address
         )
         return self._size_decoder(state, info) or self._new("decoder", state, decoder)
 
     def _size_decoder(self, state: Any, info: Any) -> int:
+        self._release_outputs(state)
         state.surfaces = [b""] * info.ulNumDecodeSurfaces
-        state.size = (info.ulTargetWidth, info.ulTargetHeight)
+        state.size = width, height = info.ulTargetWidth, info.ulTargetHeight
+        state.pitch = -(-width * state.itemsize // 512) * 512
+        state.rows = height * 3 if state.rows3 else height * 3 // 2
+        state.outputs = [ctypes.create_string_buffer(state.pitch * state.rows) for _ in state.outputs]
         area = info.display_area
         return 0 if state.size == (area.right - area.left, area.bottom - area.top) else 1
+
+    def _release_outputs(self, state: Any) -> None:
+        for buffer in state.outputs:
+            ctypes.memset(buffer, 0xEE, len(buffer))
+        self._released += state.outputs  # copies that wait may still read them
 
     def cuvidReconfigureDecoder(self, decoder: int, pointer: Any) -> int:
         info, state = pointer.contents, self.live[decoder][1]
@@ -211,6 +221,7 @@ class FakeDriver:
         return self._size_decoder(state, info)
 
     def cuvidDestroyDecoder(self, decoder: int) -> int:
+        self._release_outputs(self.live[decoder][1])
         return self._drop("decoder", decoder)
 
     def cuvidDecodePicture(self, decoder: int, pointer: Any) -> int:
@@ -218,6 +229,11 @@ class FakeDriver:
         if not 0 <= picture.CurrPicIdx < len(state.surfaces):
             return 1
         data = ctypes.string_at(picture.pBitstreamData, picture.nBitstreamDataLen)
+        if data.startswith(START + SLICE):
+            offsets = (ctypes.c_uint32 * picture.nNumSlices).from_address(picture.pSliceDataOffsets)
+            if list(offsets) != [found.start() for found in re.finditer(START, data)]:
+                return 1
+            data = picture_of(data)
         state.surfaces[picture.CurrPicIdx] = data
         return 0
 
@@ -227,24 +243,23 @@ class FakeDriver:
 
     def cuvidMapVideoFrame64(self, decoder: int, index: int, address: Any, pitch: Any, how: Any) -> int:
         state = self.live[decoder][1]
-        if len(state.mapped) >= state.outputs:
+        free = [number for number in range(len(state.outputs)) if number not in state.mapped.values()]
+        if not free:
             return 205
-        if self.live[how.contents.output_stream][0] != "stream" or not how.contents.progressive_frame:
+        kind, pending = self.live[how.contents.output_stream]
+        if kind != "stream" or not how.contents.progressive_frame:
             return 1
-        data, (width, height) = state.surfaces[index][1:], state.size
-        row = width * state.itemsize
-        pitch[0] = -(-row // 512) * 512
-        rows = height * 3 if state.rows3 else height * 3 // 2
-        padded = b"".join(data[r * row : (r + 1) * row].ljust(pitch[0], b"\xdd") for r in range(rows))
-        buffer = ctypes.create_string_buffer(padded, len(padded))
+        buffer, row = state.outputs[free[0]], state.size[0] * state.itemsize
+        data = state.surfaces[index][1:]
+        lines = [data[r * row : (r + 1) * row].ljust(state.pitch, b"\xdd") for r in range(state.rows)]
+        pending.append(partial(ctypes.memmove, buffer, b"".join(lines), len(buffer)))
+        pitch[0] = state.pitch
         address[0] = ctypes.addressof(buffer)
-        state.mapped[address[0]] = buffer
+        state.mapped[address[0]] = free[0]
         return 0
 
     def cuvidUnmapVideoFrame64(self, decoder: int, address: int) -> int:
-        buffer = self.live[decoder][1].mapped.pop(address)
-        ctypes.memset(buffer, 0xEE, len(buffer))
-        return 0
+        return 1 if self.live[decoder][1].mapped.pop(address, None) is None else 0
 
     def cuvidCreateVideoParser(self, parser: Any, pointer: Any) -> int:
         params = type(pointer.contents).from_buffer_copy(pointer.contents)
@@ -258,7 +273,8 @@ class FakeDriver:
         if packet.payload_size:
             state.data += ctypes.string_at(packet.payload, packet.payload_size)
         if packet.flags & 1:
-            self._play(state.params, state.data)
+            data, state.data = state.data, b""
+            self._play(state.params, data)
         return 0
 
     def _play(self, params: Any, data: bytes) -> None:
@@ -276,29 +292,37 @@ class FakeDriver:
             on_display(None, ctypes.byref(abi.struct("CUVIDPARSERDISPINFO")(picture_index=index)))
             free.append(index)
 
-        while len(data) >= _UNIT.size:
-            _, *found, size, _ = _UNIT.unpack_from(data)
-            if len(data) < _UNIT.size + size:
-                break
-            if sequence != tuple(found):
-                sequence = tuple(found)
-                surfaces = on_sequence(None, ctypes.byref(self._sequence(abi, *sequence)))
-                if surfaces < 2:
-                    return
-                free = list(range(surfaces))
-            # The status byte and the samples are what the "hardware" gets.
-            buffer = ctypes.create_string_buffer(data[_UNIT.size - 1 : _UNIT.size + size], size + 1)
+        units = [unit.rstrip(b"\x00") for unit in data.split(START)[1:]]
+        while units:
+            unit = units.pop(0)
+            if unit.startswith(VPS) and len(payload := payload_of(unit)) == SEQUENCE.size:
+                changed, sequence = sequence != SEQUENCE.unpack(payload), SEQUENCE.unpack(payload)
+                if changed:
+                    surfaces = on_sequence(None, ctypes.byref(self._sequence(abi, *sequence)))
+                    if surfaces < 2:
+                        return
+                    free = list(range(surfaces))
+            if not unit.startswith(SLICE) or not sequence:
+                continue
+            slices = [START + unit]
+            while units and units[0].startswith(SLICE):
+                slices.append(START + units.pop(0))
+            coded, starts = b"".join(slices), itertools.accumulate(map(len, slices[:-1]), initial=0)
+            buffer = ctypes.create_string_buffer(coded, len(coded))
+            offsets = (ctypes.c_uint32 * len(slices))(*starts)
             picture = abi.struct("CUVIDPICPARAMS")(
                 CurrPicIdx=free.pop(self.reuse),
-                nBitstreamDataLen=size + 1,
+                nBitstreamDataLen=len(coded),
                 pBitstreamData=ctypes.addressof(buffer),
+                nNumSlices=len(slices),
+                pSliceDataOffsets=ctypes.addressof(offsets),
             )
             if not on_decode(None, ctypes.byref(picture)):
                 return
+            ctypes.memset(buffer, 0xEE, len(coded))
             shown.append(picture.CurrPicIdx)
             while len(shown) > params.ulMaxDisplayDelay:
                 show()
-            data = data[_UNIT.size + size :]
         while shown:
             show()
 

@@ -184,6 +184,18 @@ def test_bit_fields_of_one_word_are_independent(split: int, vidmem: int, slices:
     assert int.from_bytes(bytes(params)[68:72], "little") == slices | split << 5 | vidmem << 9
 
 
+def test_output_in_device_memory() -> None:
+    """What it needs is in every table: a flag that moves, a usage, a byte format, the head of the buffer."""
+    for version, bit in (("11.1", 5), ("12.1", 9), ("13.0", 9)):
+        abi = load(f"nvenc-{version}")
+        params = abi.struct("NV_ENC_INITIALIZE_PARAMS")(enableOutputInVidmem=1)
+        assert int.from_bytes(bytes(params)[68:72], "little") == 1 << bit
+        assert abi.number("NV_ENC_OUTPUT_BITSTREAM") == 2
+        assert abi.number("NV_ENC_BUFFER_FORMAT_U8") == 0x40000000
+        head = abi.struct("NV_ENC_ENCODE_OUT_PARAMS")
+        assert (ctypes.sizeof(head), head.bitstreamSizeInBytes.offset) == (256, 4)
+
+
 def test_a_value_too_wide_for_a_bit_field_is_refused() -> None:
     params = load("nvenc-13.0").struct("NV_ENC_INITIALIZE_PARAMS")()
     for value in (16, -1):

@@ -15,6 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from faults import Event, Stream
 from interrupt import interrupted
 from sidelane.errors import DriverError, LaneError
 from sidelane.pipeline import arena as arena_module
@@ -24,29 +25,6 @@ from sidelane.pipeline.arena import GRANULE, Arena, Slot, available_memory, slot
 from sidelane.pipeline.space import MAX_EVENTS, Block, Space, both
 
 KIB, MIB = 1 << 10, 1 << 20
-
-
-class Event:
-    """In place of torch.cuda.Event."""
-
-    def __init__(self, reached: bool = False) -> None:
-        self.reached = reached
-
-    def query(self) -> bool:
-        return self.reached
-
-    def synchronize(self) -> None:
-        self.reached = True
-
-
-class Stream:
-    """In place of torch.cuda.Stream."""
-
-    def __init__(self) -> None:
-        self.waited: list[Event] = []
-
-    def wait_event(self, event: Event) -> None:
-        self.waited.append(event)
 
 
 class Driver:

@@ -31,10 +31,15 @@ def test_every_kernel_compiles_for_hopper(compiled: list[dict[str, object]]) -> 
         "_unpack_bits_kernel",
         "_exact_survey_kernel",
         "_exact_encode_kernel",
-        "_exact_escapes_kernel",
+        "_exact_list_kernel",
         "_exact_decode_kernel",
         "project_quantize_kernel",
-        "dequantize_project_kernel",
+        "quantize_kernel",
+        "split_kernel",
+        "center_kernel",
+        "restore_kernel",
+        "restore_narrow_kernel",
+        "dequantize_kernel",
     }
     assert all(row["cubin"] for row in compiled)
 
@@ -45,7 +50,20 @@ def test_group_kernels_round_after_every_operation(compiled: list[dict[str, obje
     assert not any(row["fma"] for row in groups)
 
 
-def test_bf16_projection_uses_tensor_cores(compiled: list[dict[str, object]]) -> None:
-    rows = [row for row in compiled if row["kernel"] == "project_quantize_kernel"]
-    assert rows
-    assert all(row["wgmma"] for row in rows)
+PRODUCTS = ("project_quantize_kernel", "restore_kernel", "restore_narrow_kernel")
+PASSES = ("quantize_kernel", "split_kernel", "center_kernel", "dequantize_kernel")
+
+
+def test_projections_use_tensor_cores_and_descriptors(compiled: list[dict[str, object]]) -> None:
+    rows = [row for row in compiled if row["kernel"] in PRODUCTS]
+    assert len(rows) == 16
+    assert all(row["wgmma"] and row["descriptors"] for row in rows)
+
+
+def test_surface_kernels_fit_a_multiprocessor(compiled: list[dict[str, object]]) -> None:
+    """Compute capability 9.0 has 227 KiB of shared memory for a block (CUDA C++ Programming Guide, technical
+    specifications). A spilled register costs local memory: a few outside the loop of a product do no harm.
+    """
+    rows = [row for row in compiled if row["kernel"] in PRODUCTS + PASSES]
+    assert all(row["shared"] <= 227 * 1024 for row in rows)
+    assert all(row["stack"] <= (32 if row["kernel"] in PRODUCTS else 0) for row in rows if not row["ragged"])

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from torch import Tensor
 
+from faults import Event, Stream
 from interrupt import interrupted
 from sidelane.errors import LaneError, OffloadError
 from sidelane.pipeline import arena as arena_module
@@ -26,7 +27,6 @@ from sidelane.pipeline import disk as disk_module
 from sidelane.pipeline import pool as pool_module
 from sidelane.pipeline.arena import slot_bytes
 from sidelane.pipeline.disk import Disk, Spill
-from test_arena import Event, Stream
 
 KIB = 1 << 10
 

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sidelane.codec import hevc
 from sidelane.codec.hevc import (
     END_OF_BITSTREAM,
     PIXEL_FORMATS,
@@ -24,6 +27,7 @@ from sidelane.codec.hevc import (
     encode_hevc,
     hevc_support,
 )
+from sidelane.codec.hevc_syntax import Sequence, check_stream, parse_sps
 from sidelane.errors import LaneError, LaneUnavailable, PacketError
 from sidelane.kernels.reference import pack_surface_ref, unpack_surface_ref
 from sidelane.layout import (
@@ -252,8 +256,113 @@ def test_pictures_larger_than_the_layout_are_refused_before_they_are_decoded() -
     large = plan_surface(NV12, CHANNEL_ROWS, 1024, 1536)
     stream = encode_hevc(torch.zeros(large.shape, dtype=torch.uint8), large)
     layout = plan_surface(NV12, CHANNEL_ROWS, 100, 100)
-    with pytest.raises(PacketError, match="FFmpeg cannot decode it"):
+    with pytest.raises(
+        PacketError, match="holds 1024x1024 4:2:0, 8 bit, the packet says 200x144 4:2:0, 8 bit"
+    ):
         decode_hevc(stream, layout)
+
+
+def units(stream: bytes) -> list[bytes]:
+    """The NAL units of a stream, start codes included."""
+    starts = [m.start() for m in re.finditer(b"\x00\x00\x01", stream)]
+    return [stream[a:b] for a, b in zip(starts, [*starts[1:], len(stream)], strict=True)]
+
+
+@pytest.mark.parametrize("qp", [None, 51])
+@pytest.mark.parametrize(("width", "height", "frames"), [(144, 144, 1), (178, 150, 3), (194, 1002, 2)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_headers_say_what_is_in_the_stream(
+    name: str, width: int, height: int, frames: int, qp: int | None
+) -> None:
+    fmt = FORMATS[name]
+    layout = SurfaceLayout(fmt, CHANNEL_ROWS, 2, 2, width, height, frames, 512)
+    surface = surface_of(torch.zeros(2, 2, dtype=torch.int16), layout)
+    stream = encode_hevc(surface, layout, qp=None if fmt.split else qp)
+    check_stream(stream, layout)
+    depth = 8 if fmt.itemsize == 1 else fmt.bits
+    sps = units(stream)[1][3:]
+    assert sps[0] >> 1 == SPS
+    want = Sequence(width, height, "4:2:0" if fmt.subsampled else "4:4:4", depth, depth)
+    assert parse_sps(sps) == want
+
+
+def test_the_flattest_pictures_are_long_enough() -> None:
+    """A bit for every block of 64x64 samples is a bound that no stream may fall below."""
+    layout = SurfaceLayout(NV12, CHANNEL_ROWS, 2, 2, 2048, 1024, 2, 2048)
+    for qp in (None, 51):
+        stream = encode_hevc(torch.full(layout.shape, 128, dtype=torch.uint8), layout, qp=qp)
+        check_stream(stream, layout)
+        assert len(stream) * 8 > 2 * layout.frames * (2048 // 64) * (1024 // 64)
+
+
+@cache
+def lies() -> dict[str, tuple[bytes, str]]:
+    """Streams that do not hold the 3 frames of the layout of `sample(size="frames")`, and what is said."""
+    surface, layout = sample(size="frames")
+    parts = units(encode_hevc(surface, layout))
+    vps, sps, pps, picture, end = *parts[:4], parts[-1]
+    large = SurfaceLayout(NV12, CHANNEL_ROWS, 2, 2, 8192, 144, 1, 8192)
+    header = units(encode_hevc(surface_of(torch.zeros(2, 2, dtype=torch.int16), large), large, qp=51))[1]
+    whole = b"".join(parts)
+    return {
+        "empty": (b"", "0 bytes do not end as a stream does"),
+        "end alone": (end, "holds 0 frames, 3 expected"),
+        "cut": (whole[:-1], "do not end as a stream does"),
+        "another frame": (whole[: -len(end)] + vps + sps + pps + picture + end, "holds 4 frames, 3 expected"),
+        "no frames": (vps + sps + pps + bytes(500) + end, "holds 0 frames, 3 expected"),
+        "no parameters": (picture * 3 + end, "holds no sequence parameter set"),
+        "larger frames": (vps + header + pps + picture * 3 + end, "holds 8192x144 4:2:0, 8 bit"),
+        "larger frames later": (
+            whole[: -len(end)] + header + end,
+            "holds 8192x144 4:2:0, 8 bit",
+        ),
+        "short parameters": (vps + sps[:12] + pps + picture * 3 + end, "a parameter set ends early"),
+        "long parameters": (vps + sps[:6] + b"\x5a" * 10**6 + pps + picture * 3 + end, "'bitstream'"),
+        "endless number": (
+            vps + sps[:6] + bytes([0, 0, 3]) * 100 + b"\xff" + pps + picture * 3 + end,
+            "more than 32 bits",
+        ),
+        "pictures that refer to others": (
+            b"".join(parts[:4]) + b"\0\0\1\x02\1" + picture[5:] + end,
+            "a NAL unit of type 1, but every picture has to be intra",
+        ),
+    }
+
+
+@pytest.mark.parametrize("lie", lies())
+def test_headers_that_lie_are_refused_before_decoding(lie: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, problem = lies()[lie]
+    _, layout = sample(size="frames")
+    assert layout.frames == 3
+
+    def refuse(*args: object) -> Tensor:
+        raise AssertionError("a frame was made")
+
+    monkeypatch.setattr(hevc, "_read_frame", refuse)
+    for check in (check_stream, decode_hevc):
+        with pytest.raises(PacketError, match=problem) as caught:
+            check(stream, layout)
+        assert caught.value.field == "bitstream"
+
+
+def test_a_stream_too_short_for_its_frames_is_not_even_read() -> None:
+    surface, layout = sample(size="frames")
+    stream = encode_hevc(surface, layout)
+    blocks = len(stream) * 8
+    huge = SurfaceLayout(NV12, CHANNEL_ROWS, 2, 2, 64, 64 * blocks, 1, 64)
+    with pytest.raises(PacketError, match="the stream holds"):
+        check_stream(stream, huge)
+    with pytest.raises(PacketError, match=f"{len(stream)} bytes are too few for 2 frames of 64x"):
+        check_stream(stream, replace(huge, frames=2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_sequence_parameter_set_or_refused(data: bytes) -> None:
+    try:
+        assert parse_sps(data).luma_bits >= 8
+    except PacketError as error:
+        assert error.field == "bitstream"
 
 
 FUZZED = {

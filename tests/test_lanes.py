@@ -420,9 +420,9 @@ LIES = [
     ("raw", "data", {"shape": (81, 4)}),
     ("raw", "data", {"shape": (1 << 50, 4)}),
     ("raw", "data", {"dtype": torch.float64}),
-    ("raw", "sections", {"sections": {"date": section(6400)}}),
+    ("raw", "sections", {"sections": {"date": section(8192)}}),
     ("raw", "params", {"params": (1,)}),
-    ("exact", "codes", {"shape": (1 << 50, 4)}),
+    ("exact", "base", {"shape": (1 << 50, 4)}),
     ("exact", "dtype", {"dtype": torch.float64}),
     ("exact", "params", {"params": (8,)}),
     ("exact", "planes", {"params": (1,)}),
@@ -436,7 +436,7 @@ LIES = [
     ("packed", "scale", {"params": (32, 0)}),
     ("packed", "dtype", {"dtype": torch.int32}),
     ("packed", "shape", {"shape": (0, 4)}),
-    ("basis", "shape", {"shape": (200, 8), "strides": (8, 1)}),
+    ("basis", "shape", {"shape": (256, 8), "strides": (8, 1)}),
     ("basis", "shape", {"shape": (1 << 50, 4)}),
     ("basis", "shape", {"shape": (0, 4)}),
     ("basis", "codes", {"shape": (900, 4)}),
@@ -449,7 +449,7 @@ LIES = [
 
 @pytest.mark.parametrize(("lane", "field", "changes"), LIES)
 def test_lying_fields(lane, field, changes):
-    packet = LANES[lane].encode(torch.randn(400, 4))
+    packet = LANES[lane].encode(torch.randn(512, 4))
     with pytest.raises(PacketError) as caught:
         decode_packet(packet.with_(**changes), hadamard_basis())
     assert caught.value.field == field
@@ -465,7 +465,7 @@ def test_lying_escapes():
     for packet, name, part in [
         (exact, "escapes", exact.sections["escapes"][1:]),
         (exact, "escapes", torch.zeros(4097, dtype=torch.uint8)),
-        (exact, "counts", torch.zeros(5, dtype=torch.int16)),
+        (exact, "ends", torch.zeros(4, dtype=torch.int32)),
     ]:
         with pytest.raises(PacketError):
             decode_packet(with_section(packet, name, part))

@@ -2,68 +2,32 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import subprocess
 import threading
 from collections import deque
 from collections.abc import Iterator
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from fake_nvdec import FakeDriver, toy_stream
-from sidelane.codec import _driver, nvdec
-from sidelane.codec._abi import CUVID_VERSION, load
+from fake_nvdec import FakeDriver, installed
+from sidelane.codec import _nvdec, nvdec
 from sidelane.codec._nvdec import PIPELINE_DEPTH
-from sidelane.codec.nvdec import NvDecoder, NvDecoderPool, decode_nvdec, release_idle_decoders
+from sidelane.codec.nvdec import NvDecoder, decode_nvdec, release_idle_decoders
 from sidelane.codec.probe import probe_nvdec
 from sidelane.errors import DriverError, LaneError, LaneUnavailable, PacketError
-from sidelane.layout import FORMATS, NV12, P010, TOKEN_ROWS, YUV444, SurfaceFormat, SurfaceLayout
-
-
-def layout_of(
-    format: SurfaceFormat, width: int = 160, height: int = 144, frames: int = 1, pitch: int = 1024
-) -> SurfaceLayout:
-    return SurfaceLayout(format, TOKEN_ROWS, 1, 2, width, height, frames, pitch)
-
-
-def samples(layout: SurfaceLayout, seed: int = 0) -> Tensor:
-    """A surface [rows, pitch] of random samples of the layout's depth; the padding is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    fmt = layout.format
-    codes = torch.randint(
-        0, 1 << (8 if fmt.itemsize == 1 else fmt.bits), (layout.rows, layout.width), generator=generator
-    )
-    surface = torch.zeros(layout.shape, dtype=torch.uint8)
-    if fmt.itemsize == 1:
-        surface[:, : layout.width] = codes.to(torch.uint8)
-    else:
-        surface.view(torch.int16)[:, : layout.width] = (codes << fmt.shift).to(torch.int16)
-    return surface
-
-
-def frames_of(surface: Tensor, layout: SurfaceLayout) -> list[bytes]:
-    """The bytes of each frame's samples, rows without padding."""
-    rows = surface[:, : layout.width * layout.format.itemsize]
-    return [frame.contiguous().numpy().tobytes() for frame in rows.chunk(layout.frames)]
+from sidelane.layout import FORMATS, NV12, P010, YUV444, SurfaceFormat
+from toy_hevc import frames_of, layout_of, samples, toy_stream
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
-    """A stand-in driver whose device memory is host memory; every handle must be gone at the end."""
-    fake = FakeDriver()
-    names = ("cuda", f"cuvid-{CUVID_VERSION}")
-    libraries = {name: _driver.Library(load(name), open=partial(fake.open, load(name))) for name in names}
-    monkeypatch.setattr(_driver, "_libraries", libraries)
-    monkeypatch.setattr(_driver, "_contexts", {})
-    monkeypatch.setattr(_driver, "torch_device", lambda index: torch.device("cpu"))
-    monkeypatch.setattr(_driver, "current_stream", lambda index: 0)
-    yield fake
-    release_idle_decoders()
-    gc.collect()
-    assert fake.kinds() == []
-    assert fake.stack == []
+    with installed(FakeDriver(), monkeypatch) as fake:
+        yield fake
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
@@ -99,12 +63,41 @@ def test_a_stream_may_be_a_tensor(driver: FakeDriver) -> None:
     assert torch.equal(got[:, : layout.width], want[:, : layout.width])
 
 
-def test_the_copy_waits_for_the_callers_stream(driver: FakeDriver) -> None:
-    layout = layout_of(NV12)
-    decode_nvdec(toy_stream(frames_of(samples(layout), layout), layout), layout, "cuda:0")
+def test_copies_wait_for_the_callers_stream_and_are_awaited_once(driver: FakeDriver) -> None:
+    layout = layout_of(NV12, frames=6)
+    stream = toy_stream(frames_of(samples(layout), layout), layout)
+    with NvDecoder("cuda:0") as decoder:
+        decoder.decode(stream, layout)
+        driver.calls.clear()
+        decoder.decode(stream, layout)
     order = ["cuEventRecord", "cuStreamWaitEvent", "cuMemcpy2DAsync_v2", "cuStreamSynchronize"]
-    assert [c for c in driver.calls if c in order] == order
-    assert driver.calls.index("cuStreamSynchronize") < driver.calls.index("cuvidUnmapVideoFrame64")
+    found = [c for c in driver.calls[: driver.calls.index("cuvidDestroyDecoder")] if c in order]
+    assert found == order[:2] + order[2:3] * 6 + order[3:] * 2  # the second time to destroy the decoder
+
+
+def test_copies_do_not_pile_up(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_nvdec, "MAX_COPIES", 3)
+    layout = layout_of(NV12, frames=17)
+    want = samples(layout)
+    got = decode_nvdec(toy_stream(frames_of(want, layout), layout), layout, "cuda:0")
+    assert torch.equal(got[:, :160], want[:, :160])
+    queued, most = 0, 0
+    for call in driver.calls:
+        queued = 0 if call == "cuStreamSynchronize" else queued + (call == "cuMemcpy2DAsync_v2")
+        most = max(most, queued)
+    assert (most, queued) == (3, 0)
+
+
+@pytest.mark.parametrize("picture", [5, 6, 8])
+def test_no_copy_is_under_way_after_a_failure(driver: FakeDriver, picture: int) -> None:
+    layout = layout_of(NV12, frames=9)
+    stream = toy_stream(frames_of(samples(layout), layout), layout)
+    driver.fail["cuvidDecodePicture"] = deque([0] * picture + [999])
+    with NvDecoder("cuda:0") as decoder:
+        with pytest.raises(DriverError):
+            decoder.decode(stream, layout)
+        assert "cuMemcpy2DAsync_v2" in driver.calls
+        assert [pending for kind, pending in driver.live.values() if kind == "stream"] == [[]]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +132,44 @@ def test_a_stream_may_change_its_coded_size_midway(driver: FakeDriver) -> None:
     assert torch.equal(got[:, :160], want[:, :160])
 
 
+def test_the_parser_sees_one_frame_of_those_that_are_alike(driver: FakeDriver) -> None:
+    layout = layout_of(NV12, frames=9)
+    with NvDecoder("cuda:0") as decoder:
+        for seed in range(3):
+            want = samples(layout, seed)
+            got = decoder.decode(toy_stream(frames_of(want, layout), layout), layout)
+            assert torch.equal(got[:, :160], want[:, :160])
+    assert driver.calls.count("cuvidCreateVideoParser") == driver.calls.count("cuvidDestroyVideoParser") == 1
+    parsed = [c for c in driver.calls if c == "cuvidParseVideoData"]
+    assert len(parsed) == 2  # a frame and the end of the stream
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"slices": 2}, {"slices": 3, "long": False}, {"sei": 0}, {"sei": 4}, {"sei": 8}, {"long": False}],
+)
+def test_frames_unlike_those_of_our_encoders_go_to_the_parser(
+    driver: FakeDriver, changes: dict[str, Any]
+) -> None:
+    layout = layout_of(NV12, frames=9)
+    want = samples(layout)
+    stream = toy_stream(frames_of(want, layout), layout, **changes)
+    ours = toy_stream(frames_of(want, layout), layout)
+    with NvDecoder("cuda:0") as decoder:
+        for data in (stream, ours, stream):
+            assert torch.equal(decoder.decode(data, layout)[:, :160], want[:, :160])
+
+
+def test_slices_of_a_picture_stay_together_after_frames_of_one_slice(driver: FakeDriver) -> None:
+    layout = layout_of(NV12, frames=6)
+    want = samples(layout)
+    frames = frames_of(want, layout)
+    stream = toy_stream(frames[:3], layout) + toy_stream(frames[3:], layout, slices=2)
+    with NvDecoder("cuda:0") as decoder:
+        for _ in range(2):
+            assert torch.equal(decoder.decode(stream, layout)[:, :160], want[:, :160])
+
+
 @pytest.mark.parametrize("present", [0, 1, 2, 4, 9])
 def test_another_number_of_frames_is_refused(driver: FakeDriver, present: int) -> None:
     layout = layout_of(NV12, frames=3)
@@ -148,12 +179,16 @@ def test_another_number_of_frames_is_refused(driver: FakeDriver, present: int) -
         decode_nvdec(stream, layout, "cuda:0")
 
 
-def test_any_cut_of_a_stream_is_refused(driver: FakeDriver) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_any_cut_of_a_stream_is_refused(driver: FakeDriver, known: bool) -> None:
     layout = layout_of(NV12, frames=2)
     stream = toy_stream(frames_of(samples(layout), layout), layout)
-    for size in (0, 1, 10, 40, len(stream) // 2, len(stream) - 1):
-        with pytest.raises(PacketError, match="frames were decoded; the stream is cut or damaged"):
-            decode_nvdec(stream[:size], layout, "cuda:0")
+    for size in (0, 1, 4, 5, 10, 20, 40, len(stream) // 2 - 3, len(stream) // 2, len(stream) - 1):
+        with NvDecoder("cuda:0") as decoder:
+            if known:
+                decoder.decode(stream, layout)
+            with pytest.raises(PacketError, match="the stream is (cut or )?damaged"):
+                decoder.decode(stream[:size], layout)
 
 
 @pytest.mark.parametrize(
@@ -301,77 +336,6 @@ def test_sizes_the_gpu_refuses(driver: FakeDriver, width: int, height: int) -> N
         decode_nvdec(stream, layout, "cuda:0")
 
 
-def test_a_pool_keeps_the_order(driver: FakeDriver) -> None:
-    layouts = [layout_of(NV12, 144 + 16 * (i % 5), frames=1 + i % 3) for i in range(20)]
-    jobs = [(toy_stream(frames_of(samples(x, i), x), x), x) for i, x in enumerate(layouts)]
-    with NvDecoderPool("cuda:0") as pool:
-        assert pool.engines == driver.engines
-        for i, (got, layout) in enumerate(zip(pool.decode(jobs), layouts, strict=True)):
-            assert torch.equal(got[:, : layout.width], samples(layout, i)[:, : layout.width])
-    assert driver.kinds() == []
-
-
-@pytest.mark.parametrize("frames", [1, 2, 3, 7])
-def test_a_pool_spreads_the_frames_of_a_surface(driver: FakeDriver, frames: int) -> None:
-    layout = layout_of(P010, frames=frames)
-    want = samples(layout)
-    stream = toy_stream(frames_of(want, layout), layout)
-    with NvDecoderPool("cuda:0") as pool:
-        got = pool.decode_surface(stream, layout)
-        assert torch.equal(got[:, :320], want[:, :320])
-        assert driver.calls.count("cuvidCreateVideoParser") == min(frames, pool.engines)
-        tensor = torch.frombuffer(bytearray(stream), dtype=torch.uint8)
-        assert torch.equal(pool.decode_surface(tensor, layout)[:, :320], want[:, :320])
-        with pytest.raises(PacketError, match=r"\d of \d frames were decoded"):
-            pool.decode_surface(stream, layout_of(P010, frames=frames + 1))
-        with pytest.raises(PacketError, match=r"\d of \d frames were decoded"):
-            pool.decode_surface(stream[:-1], layout)
-
-
-def test_a_pool_survives_a_bad_stream(driver: FakeDriver) -> None:
-    layout = layout_of(NV12)
-    good = toy_stream(frames_of(samples(layout), layout), layout)
-    bad = toy_stream(frames_of(samples(layout), layout), layout, width=176)
-    with NvDecoderPool("cuda:0", engines=2) as pool:
-        results = [pool.submit(bad if i % 3 == 0 else good, layout) for i in range(12)]
-        for i, result in enumerate(results):
-            if i % 3 == 0:
-                with pytest.raises(PacketError, match="176x144"):
-                    result.result()
-            else:
-                assert torch.equal(result.result()[:, :160], samples(layout)[:, :160])
-        surfaces = pool.decode([(good, layout), (bad, layout), (good, layout)])
-        next(surfaces)
-        with pytest.raises(PacketError):
-            next(surfaces)
-
-
-def test_a_pool_replaces_a_broken_decoder(driver: FakeDriver) -> None:
-    layout = layout_of(NV12)
-    stream = toy_stream(frames_of(samples(layout), layout), layout)
-    driver.fail["cuvidDecodePicture"] = deque([0, 999, 0, 999, 999, 0])
-    with NvDecoderPool("cuda:0", engines=1) as pool:
-        assert torch.equal(pool.submit(stream, layout).result()[:, :160], samples(layout)[:, :160])
-        assert torch.equal(pool.submit(stream, layout).result()[:, :160], samples(layout)[:, :160])
-        with pytest.raises(DriverError):
-            pool.submit(stream, layout).result()
-        assert torch.equal(pool.submit(stream, layout).result()[:, :160], samples(layout)[:, :160])
-        driver.fail["cuvidDecodePicture"] = deque([719, 0])
-        with pytest.raises(DriverError, match="719.*restart the process"):
-            pool.submit(stream, layout).result()
-
-
-def test_a_pool_closes_once(driver: FakeDriver) -> None:
-    layout = layout_of(NV12)
-    pool = NvDecoderPool("cuda:0", engines=1)
-    pool.close()
-    pool.close()
-    with pytest.raises(LaneError, match="closed"):
-        pool.submit(b"", layout)
-    with pytest.raises(LaneError, match="at least 1"):
-        NvDecoderPool("cuda:0", engines=0)
-
-
 def test_a_decoder_is_shared_by_threads_in_turns(driver: FakeDriver) -> None:
     layout = layout_of(NV12, frames=3)
     want = samples(layout)
@@ -398,3 +362,12 @@ def test_probing(driver: FakeDriver) -> None:
     assert not caps["av1", "4:2:0", 8].supported
     assert caps["av1", "4:2:0", 8].refusal(256, 256) == "this GPU does not decode av1 4:2:0 at 8 bit"
     assert caps["hevc", "4:2:0", 8].refusal(144, 8192) is None
+
+
+@pytest.mark.abi_probe
+def test_the_c_loop_of_the_benchmark_compiles(tmp_path: Path) -> None:
+    source = Path(__file__).parent.parent / "benchmarks" / "nvdec_loop.c"
+    library = tmp_path / "nvdec_loop.so"
+    options = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
+    subprocess.run(["cc", *options, "-o", library, source], check=True)
+    assert ctypes.CDLL(str(library)).nvdec_loop

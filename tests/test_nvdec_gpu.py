@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sidelane.codec._nvdec_stream import StreamDecode
 from sidelane.codec.hevc import decode_hevc, encode_hevc
 from sidelane.codec.nvdec import NvDecoder, NvDecoderPool, decode_nvdec, release_idle_decoders
 from sidelane.codec.probe import probe_nvdec, probe_nvenc
@@ -118,8 +119,25 @@ def test_decoder_changes_size_and_format(cuda: torch.device) -> None:
             assert same_samples(decoder.decode(encode_hevc(want, layout), layout), want, layout), seed
 
 
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
+def test_the_parser_is_not_asked_again(
+    cuda: torch.device, format: SurfaceFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("the parser was asked")
+
+    layout = layout_of(format, 256, 208, frames=12)
+    pictures = [picture(layout, seed) for seed in range(2)]
+    streams = [encode_hevc(p, layout) for p in pictures]
+    with NvDecoder(cuda) as decoder:
+        decoder.decode(streams[0], layout)
+        monkeypatch.setattr(StreamDecode, "feed", refuse)
+        for stream, want in zip(streams, pictures, strict=True):
+            assert same_samples(decoder.decode(stream, layout), want, layout)
+
+
 def test_writes_after_the_work_of_the_callers_stream(cuda: torch.device) -> None:
-    layout = layout_of(NV12, 256, 208, frames=3)
+    layout = layout_of(NV12, 256, 208, frames=100)  # many times the surfaces of the decoder
     want = picture(layout)
     stream = encode_hevc(want, layout)
     out = torch.empty(layout.shape, dtype=torch.uint8, device=cuda)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -23,17 +27,19 @@ from hypothesis.stateful import (
     rule,
 )
 
-from emulated import EmulatedDriver, build, canned, installed, one_frame, random_surface
+from emulated import EmulatedDriver, build, canned, canned_stream, installed, one_frame, random_surface
 from sidelane.codec import _driver, _nvenc
+from sidelane.codec._abi import NVENC_VERSIONS
 from sidelane.codec._nvenc import Memory, Session, open_session
 from sidelane.codec._nvenc_config import Coding
-from sidelane.codec._nvenc_ring import EncodedSurface, Surface
-from sidelane.codec.nvenc import Encoder
+from sidelane.codec._nvenc_ring import Surface
+from sidelane.codec.nvenc import Encoder, encode_nvenc, release_idle_encoders
 from sidelane.codec.nvenc_pool import EncoderPool
-from sidelane.errors import DriverError, LaneError, LaneUnavailable
-from sidelane.layout import NV12
+from sidelane.errors import DriverError, LaneError, LaneUnavailable, SpaceError
+from sidelane.layout import NV12, SurfaceLayout
 
 LAYOUT = one_frame(NV12, 160, 48, frames=3)
+LARGE = one_frame(NV12, 192, 64, frames=2)
 SOURCES = [random_surface(LAYOUT, seed) for seed in range(4)]
 EVERY = (3, 4, 5, 6, 8, 9, 10, 12, 15, 20, 22)  # any call may return these
 CALLS = {  # and beside them
@@ -62,11 +68,25 @@ CALLS = {  # and beside them
 CUDA_CALLS = (
     *("cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuStreamCreate", "cuStreamWaitEvent"),
     *("cuEventCreate", "cuEventRecord", "cuEventDestroy_v2", "cuMemAlloc_v2", "cuStreamDestroy_v2"),
+    *("cuStreamSynchronize", "cuMemcpyDtoHAsync_v2", "cuMemcpyDtoDAsync_v2", "cuMemcpyHtoDAsync_v2"),
 )
+# Not called where streams stay in the memory of the device, and only there.
+OF_THE_HOST = ("nvEncCreateBitstreamBuffer", "nvEncLockBitstream", "nvEncUnlockBitstream")
+OF_THE_HOST += ("nvEncDestroyBitstreamBuffer",)
+OF_THE_DEVICE = CUDA_CALLS[-4:]
 INITIALIZING = ("nvEncGetEncodePresetConfigEx", "nvEncInitializeEncoder", "nvEncSetIOCudaStreams")
 SOAK_SECONDS = 60
 # The driver is done with the handle whatever it returns.
 FINAL = ("nvEncDestroyEncoder", "cuEventDestroy_v2", "cuStreamDestroy_v2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_garbage_collections() -> Iterator[None]:
+    """What lives before the tests need not be looked at by each of them."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -77,9 +97,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedDriver]:
         yield emulated
 
 
-def use_an_encoder() -> None:
+def use_the_host() -> None:
     """A bit of everything; the results must be right."""
-    with Encoder(LAYOUT, qp=30, device="cuda:0") as encoder:
+    with Encoder(LARGE, qp=30, device="cuda:0") as encoder:
+        encoder.reconfigure(LAYOUT)
         for qp in (30, 20):
             encoder.set_qp(qp)
             jobs = []
@@ -90,16 +111,42 @@ def use_an_encoder() -> None:
             del surface
             for job, source in zip(jobs, SOURCES, strict=False):
                 assert list(job.result(timeout=10).pictures) == canned(source, LAYOUT, qp)
+        assert encoder.encode_stream(SOURCES[2]).numpy().tobytes() == canned_stream(SOURCES[2], LAYOUT, 20)
+
+
+def use_the_device() -> None:
+    """The same with streams that stay on the device."""
+    out = torch.zeros(2000, dtype=torch.uint8)
+    with Encoder(LARGE, qp=30, device="cuda:0", on_device=True) as encoder:
+        encoder.reconfigure(LAYOUT)
+        for one in (out, None, out[:50]):
+            surface = encoder.acquire(timeout=10)
+            surface.tensor.copy_(SOURCES[0])
+            job = encoder.submit_stream(surface, out=one)
+            try:
+                stream = job.result(timeout=10)
+            except SpaceError as error:
+                assert one is not None and len(one) == 50
+                stream = error.stream
+            assert stream.numpy().tobytes() == canned_stream(SOURCES[0], LAYOUT, 30)
+
+
+USES = {"host": use_the_host, "device": use_the_device}
+
+
+def called_by(use: str, calls: Iterable[str]) -> list[tuple[str, str]]:
+    left_out = OF_THE_DEVICE if use == "host" else OF_THE_HOST
+    return [(use, call) for call in calls if call not in left_out]
 
 
 @cache
-def times_called() -> dict[str, int]:
+def times_called(use: str) -> dict[str, int]:
     with installed(build()) as driver:
-        use_an_encoder()
+        USES[use]()
         return {call: driver.calls(call) for call in (*CALLS, *CUDA_CALLS)}
 
 
-def outcome(call: str, status: int, *, once: bool) -> type[Exception] | None:
+def outcome(call: str, status: int, api: str, *, once: bool) -> type[Exception] | None:
     """What a fault must end in; None where the facts say to go on."""
     if (call, status) in (("nvEncEncodePicture", 18), ("nvEncLockBitstream", 13)):
         return None if once else DriverError
@@ -107,6 +154,8 @@ def outcome(call: str, status: int, *, once: bool) -> type[Exception] | None:
         return None if once else DriverError
     if (call, status) == ("nvEncGetEncodeCaps", 8):
         return None if once else LaneUnavailable
+    if call in ("nvEncOpenEncodeSessionEx", "NvEncodeAPICreateInstance") and status == 15:
+        return None if once and api != NVENC_VERSIONS[-1] else DriverError  # the next older API is tried
     if call == "nvEncOpenEncodeSessionEx" and status in (10, 21):
         return None if once else LaneUnavailable
     if call in ("nvEncOpenEncodeSessionEx", "NvEncodeAPIGetMaxSupportedVersion") and status in (1, 2):
@@ -125,11 +174,11 @@ def run(work: Callable[[], None]) -> Exception | None:
     return None
 
 
-def check_fault(driver: EmulatedDriver, call: str, status: int, *, once: bool) -> None:
-    error = run(use_an_encoder)
-    want = outcome(call, status, once=once)
+def check_fault(driver: EmulatedDriver, use: str, api: str, call: str, status: int, *, once: bool) -> None:
+    error = run(USES[use])
+    want = outcome(call, status, api, once=once)
     if call == "nvEncGetEncodeCaps" and status == 8:  # it depends on what was asked
-        assert error is None or isinstance(error, LaneUnavailable)
+        assert error is None or isinstance(error, LaneError)
     elif want is None:
         assert error is None
     else:
@@ -142,36 +191,43 @@ def check_fault(driver: EmulatedDriver, call: str, status: int, *, once: bool) -
     assert driver.live() == {}
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_every_fault_of_nvenc_ends_well(driver: EmulatedDriver, call: str) -> None:
-    last = times_called()[call] - 1
+@pytest.mark.parametrize(("use", "call"), [*called_by("host", CALLS), *called_by("device", CALLS)])
+def test_every_fault_of_nvenc_ends_well(driver: EmulatedDriver, use: str, call: str) -> None:
+    last = times_called(use)[call] - 1
+    assert last >= 0
     early = [(status, 0, False) for status in {*EVERY, *CALLS[call]}]
     late = [
         (status, skip, after) for status in (10, 20) for skip in (last // 2, last) for after in (False, True)
     ]
-    for status, skip, after in early + late:
+    for (status, skip, after), api in zip(early + late, cycle(NVENC_VERSIONS), strict=False):
         driver.reset()
+        driver.speak(api)
         driver.fail(call, status, skip=skip, after=after or call in FINAL)
-        check_fault(driver, call, status, once=True)
+        check_fault(driver, use, api, call, status, once=True)
 
 
-@pytest.mark.parametrize("call", [c for c in CALLS if c not in FINAL])
-def test_a_call_that_always_fails(driver: EmulatedDriver, call: str) -> None:
-    for status in sorted({*EVERY, *CALLS[call]}):
+@pytest.mark.parametrize(
+    ("use", "call"),
+    [(use, call) for use in USES for use, call in called_by(use, CALLS) if call not in FINAL],
+)
+def test_a_call_that_always_fails(driver: EmulatedDriver, use: str, call: str) -> None:
+    for status, api in zip(sorted({*EVERY, *CALLS[call]}), cycle(NVENC_VERSIONS), strict=False):
         driver.reset()
+        driver.speak(api)
         driver.fail(call, status, times=1 << 30)
-        check_fault(driver, call, status, once=False)
+        check_fault(driver, use, api, call, status, once=False)
 
 
-@pytest.mark.parametrize("call", CUDA_CALLS)
-@pytest.mark.parametrize("status", [2, 201, 700, 999])
-def test_every_fault_of_cuda_ends_well(driver: EmulatedDriver, call: str, status: int) -> None:
-    last = times_called()[call] - 1
-    for skip in {0, last // 2, last}:
-        driver.reset()
-        _driver._contexts.clear()
-        driver.fail(call, status, skip=skip, after=call in FINAL)
-        check_fault(driver, call, status, once=True)
+@pytest.mark.parametrize(("use", "call"), [*called_by("host", CUDA_CALLS), *called_by("device", CUDA_CALLS)])
+def test_every_fault_of_cuda_ends_well(driver: EmulatedDriver, use: str, call: str) -> None:
+    last = times_called(use)[call] - 1
+    assert last >= 0
+    for status in (2, 201, 700, 999):
+        for skip in {0, last // 2, last}:
+            driver.reset()
+            _driver._contexts.clear()
+            driver.fail(call, status, skip=skip, after=call in FINAL)
+            check_fault(driver, use, NVENC_VERSIONS[0], call, status, once=True)
 
 
 def test_no_context_can_be_bound(driver: EmulatedDriver) -> None:
@@ -234,15 +290,30 @@ def test_a_picture_that_comes_out_of_turn_is_not_taken_for_another(
             encoder.encode(random_surface(layout))
 
 
-@pytest.mark.parametrize("call", ["nvEncMapInputResource", "nvEncEncodePicture", "nvEncLockBitstream"])
-def test_a_pool_lives_through_every_single_fault(driver: EmulatedDriver, call: str) -> None:
-    with EncoderPool(LAYOUT, device="cuda:0") as pool:
-        for status in (5, 9, 10, 20):
-            for skip in (0, 4, 11):
-                driver.fail(call, status, skip=skip)
-                got = pool.encode(SOURCES[i % 4] for i in range(12))
-                for i, encoded in enumerate(got):
-                    assert list(encoded.pictures) == canned(SOURCES[i % 4], LAYOUT)
+def send_through(pool: EncoderPool, count: int) -> None:
+    """Encode surfaces with a pool; the streams must be right."""
+    jobs = []
+    for i in range(count):
+        surface = pool.acquire(timeout=10)
+        surface.tensor.copy_(SOURCES[i % 4])
+        jobs.append(pool.submit_stream(surface))
+    for i, job in enumerate(jobs):
+        assert job.result(timeout=10).numpy().tobytes() == canned_stream(SOURCES[i % 4], LAYOUT)
+
+
+def faults_of_a_pool(on_device: bool) -> tuple[str, ...]:
+    common = ("nvEncMapInputResource", "nvEncEncodePicture", "nvEncUnmapInputResource")
+    return common + (OF_THE_DEVICE if on_device else ("nvEncLockBitstream", "nvEncUnlockBitstream"))
+
+
+@pytest.mark.parametrize(
+    ("on_device", "call"), [(where, call) for where in (False, True) for call in faults_of_a_pool(where)]
+)
+def test_a_pool_lives_through_every_single_fault(driver: EmulatedDriver, on_device: bool, call: str) -> None:
+    with EncoderPool(LAYOUT, device="cuda:0", on_device=on_device) as pool:
+        for status, skip in ((20, 0), (5, 4), (20, 11)):
+            driver.fail(call, status, skip=skip)
+            send_through(pool, 9)
         assert pool.sessions == 3
 
 
@@ -264,14 +335,23 @@ class EncoderMachine(RuleBasedStateMachine):
         self.driver = self.stack.enter_context(installed(build()))
         self.encoder: Encoder | None = None
         self.held: list[Surface] = []
-        self.jobs: list[tuple[Future[EncodedSurface], list[bytes]]] = []
+        self.jobs: list[tuple[Future[Any], bytes]] = []
         self.faults = False
 
     @precondition(lambda self: self.encoder is None)
-    @rule(qp=st.sampled_from([None, 25]), surfaces=st.integers(1, 3))
-    def open(self, qp: int | None, surfaces: int) -> None:
-        self.qp, self.surfaces, self.taken = qp, surfaces, 0
-        self.encoder = self.attempt(lambda: Encoder(LAYOUT, qp=qp, device="cuda:0", surfaces=surfaces))
+    @rule(
+        api=st.sampled_from(NVENC_VERSIONS),
+        qp=st.sampled_from([None, 25]),
+        surfaces=st.integers(1, 3),
+        on_device=st.booleans(),
+    )
+    def open(self, api: str, qp: int | None, surfaces: int, on_device: bool) -> None:
+        self.driver.speak(api)
+        self.qp, self.surfaces, self.taken, self.on_device = qp, surfaces, 0, on_device
+        self.layout = LARGE
+        self.encoder = self.attempt(
+            lambda: Encoder(LARGE, qp=qp, device="cuda:0", surfaces=surfaces, on_device=on_device)
+        )
 
     @precondition(lambda self: self.encoder is not None)
     @rule()
@@ -284,17 +364,22 @@ class EncoderMachine(RuleBasedStateMachine):
             self.held.append(surface)
 
     @precondition(lambda self: self.held)
-    @rule(which=st.integers(0, 3), again=st.booleans())
-    def submit(self, which: int, again: bool) -> None:
-        surface, source = self.held.pop(0), SOURCES[which]
+    @rule(seed=st.integers(0, 3), room=st.sampled_from([None, 0, 60, 1000]), again=st.booleans())
+    def submit(self, seed: int, room: int | None, again: bool) -> None:
+        surface, source = self.held.pop(0), random_surface(self.layout, seed)
         surface.tensor.copy_(source)
-        want = canned(source, LAYOUT, self.qp)
-        if (job := self.attempt(lambda: self.encoder.submit(surface))) is not None:
+        want = canned_stream(source, self.layout, self.qp)
+        out = None if room is None else torch.zeros(room, dtype=torch.uint8)
+        if room is None and not self.on_device:
+            work: Callable[[], Any] = lambda: self.encoder.submit(surface)  # noqa: E731
+        else:
+            work = lambda: self.encoder.submit_stream(surface, out=out)  # noqa: E731
+        if (job := self.attempt(work)) is not None:
             self.taken -= 1
             self.jobs.append((job, want))
         if again:
             with pytest.raises(LaneError):
-                self.encoder.submit(surface)
+                work()
         if self.faults:
             self.settle()
 
@@ -307,14 +392,25 @@ class EncoderMachine(RuleBasedStateMachine):
     @rule()
     def wait(self) -> None:
         job, want = self.jobs.pop(0)
-        got = self.attempt(lambda: job.result(timeout=10))
-        assert got is None or list(got.pictures) == want
+        try:
+            got = self.attempt(lambda: job.result(timeout=10), (SpaceError,))
+        except SpaceError as error:
+            got = error.stream
+        if got is not None:
+            assert (got.numpy().tobytes() if isinstance(got, torch.Tensor) else got.stream()) == want
 
     @precondition(lambda self: self.encoder is not None)
     @rule(qp=st.integers(0, 51))
     def change_qp(self, qp: int) -> None:
         if self.attempt(lambda: (self.encoder.set_qp(qp), True)) is not None:
             self.qp = qp
+
+    @precondition(lambda self: self.encoder is not None)
+    @rule(layout=st.sampled_from([LARGE, LAYOUT]))
+    def change_size(self, layout: SurfaceLayout) -> None:
+        if self.attempt(lambda: (self.encoder.reconfigure(layout), True)) is not None:
+            assert layout == self.layout or not self.taken
+            self.layout = layout
 
     @precondition(lambda self: self.encoder is not None)
     @rule()
@@ -328,7 +424,7 @@ class EncoderMachine(RuleBasedStateMachine):
         self.held.clear()
 
     @rule(
-        call=st.sampled_from([c for c in CALLS if c not in FINAL]),
+        call=st.sampled_from([c for c in (*CALLS, *OF_THE_DEVICE) if c not in FINAL]),
         status=st.sampled_from((5, 8, 13, 18, 20)),
         skip=st.integers(0, 5),
     )
@@ -346,10 +442,12 @@ class EncoderMachine(RuleBasedStateMachine):
         assert self.driver.violation() == ""
         assert self.driver.context_depth() == 0
 
-    def attempt(self, work: Callable[[], Any]) -> Any:
-        """The result, or None for a typed error."""
+    def attempt(self, work: Callable[[], Any], through: tuple[type[Exception], ...] = ()) -> Any:
+        """The result, or None for a typed error other than those let `through`."""
         try:
             return work()
+        except through:
+            raise
         except LaneError:
             return None
         except DriverError:
@@ -376,25 +474,31 @@ class SessionMachine(RuleBasedStateMachine):
         self.outputs: list[int] = []
 
     @precondition(lambda self: self.session is None)
-    @rule()
-    def open(self) -> None:
+    @rule(api=st.sampled_from(NVENC_VERSIONS), on_device=st.booleans())
+    def open(self, api: str, on_device: bool) -> None:
+        self.driver.speak(api)
         self.session, self.initialized = open_session(0), False
+        self.coding = Coding(NV12, 160, 48, 30, max_width=192, max_height=64, on_device=on_device)
 
     @precondition(lambda self: self.session is not None)
     @rule(data=st.data())
     def call(self, data: st.DataObject) -> None:
         pick: Callable[[list[int]], int] = lambda some: data.draw(st.sampled_from([*some, 0xBAD]))  # noqa: E731
-        session, coding = self.session, Coding(NV12, 160, 48, 30)
+        session, coding = self.session, self.coding
         assert session is not None
+        larger = replace(coding, width=192, height=64)
         steps: dict[str, Callable[[], Any]] = {
             "initialize": lambda: session.initialize(coding),
-            "register": lambda: self.registered.append(session.register(Memory(0, 72 * 256), 0, 256)),
+            "register": lambda: self.registered.append(session.register(Memory(0, 96 * 256), 0, 256)),
+            "register output": lambda: self.registered.append(session.register_output(Memory(0, 9999))),
             "map": lambda: self.mapped.append(session.map(pick(self.registered))),
             "unmap": lambda: session.unmap(data.draw(st.sampled_from(self.registered or [0]))),
+            "unregister": lambda: session.unregister(pick(self.registered)),
             "output": lambda: self.outputs.append(session.create_output()),
-            "encode": lambda: session.encode(pick(self.mapped), 256, pick(self.outputs), 7),
-            "collect": lambda: session.collect(pick(self.outputs), 7),
-            "set_qp": lambda: session.set_qp(20),
+            "encode": lambda: session.encode(pick(self.mapped), 256, pick(self.outputs + self.mapped), 7),
+            "collect": lambda: session.collect(pick(self.outputs), 7, ctypes.string_at),
+            "reconfigure": lambda: session.reconfigure(data.draw(st.sampled_from([coding, larger]))),
+            "set_qp": lambda: session.reconfigure(replace(session.coding, qp=20)),
             "headers": session.headers,
         }
         name = data.draw(st.sampled_from(sorted(steps)))
@@ -405,6 +509,7 @@ class SessionMachine(RuleBasedStateMachine):
             self.initialized = True
         except DriverError as error:
             assert error.name.startswith("NV_ENC_ERR_")
+        self.registered = [r for r in self.registered if r in session._maps]
 
     @precondition(lambda self: self.session is not None)
     @rule()
@@ -444,14 +549,16 @@ def test_a_minute_of_faults_leaves_nothing_behind(driver: EmulatedDriver) -> Non
     peaks: list[int] = []
     rounds, threads = 0, threading.active_count()
     while time.monotonic() < end:
-        with EncoderPool(LAYOUT, device="cuda:0") as pool:
+        driver.speak(NVENC_VERSIONS[rounds % 3])
+        on_device = rounds % 2 == 1
+        with EncoderPool(LAYOUT, device="cuda:0", on_device=on_device) as pool:
             for _ in range(20):
                 if draw.random() < 0.3:
-                    call = draw.choice(["nvEncMapInputResource", "nvEncEncodePicture", "nvEncLockBitstream"])
-                    driver.fail(call, 20, skip=draw.randrange(20))
-                got = pool.encode(SOURCES[i % 4] for i in range(12))
-                for i, encoded in enumerate(got):
-                    assert list(encoded.pictures) == canned(SOURCES[i % 4], LAYOUT)
+                    driver.fail(draw.choice(faults_of_a_pool(on_device)), 20, skip=draw.randrange(20))
+                send_through(pool, 12)
+        encode_nvenc(SOURCES[0], LAYOUT, device="cuda:0")
+        encode_nvenc(random_surface(LARGE), LARGE, device="cuda:0")
+        release_idle_encoders()
         gc.collect()
         assert driver.live() == {} and driver.violation() == ""
         assert threading.active_count() == threads

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from math import isnan, nan
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import pytest
@@ -19,6 +20,7 @@ from sidelane.codec.packet import NO_DIGEST, Packet
 from sidelane.errors import BasisError, LaneError, LaneUnavailable, PacketError
 from sidelane.kernels.reference import dequantize_project_ref, project_quantize_ref
 from sidelane.layout import FORMATS, MAPPINGS, NV12, plan_surface
+from sidelane.pipeline import video
 from sidelane.pipeline.basis import Basis, clip_range
 from sidelane.pipeline.compress import compress
 from sidelane.pipeline.lanes import ExactLane, decode_packet, open_lane
@@ -212,6 +214,53 @@ def test_what_is_no_float_or_does_not_shrink_is_exact(x: Tensor) -> None:
     packet, decoded = through_bytes(VideoLane(qp=30), x)
     assert packet.lane in ("raw", "exact") and packet.rel_error == 0
     assert torch.equal(bits_of(decoded), bits_of(x))
+
+
+@pytest.mark.parametrize("x", [torch.tensor(2.5), torch.ones(4, 5), torch.full((300, 64), nan)], ids=str)
+def test_what_cannot_shrink_is_not_encoded_at_all(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("a surface was written")
+
+    monkeypatch.setattr(video, "project_quantize_pack", refuse)
+    packet = VideoLane().encode(x)
+    assert packet.lane == "raw"
+    assert torch.equal(bits_of(decode_packet(packet)), bits_of(x))
+
+
+def test_very_long_rows_are_no_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = smooth(400, 300)
+    assert VideoLane().encode(x).section("scale").numel() == 4 * 300
+    monkeypatch.setattr(video, "MAX_CHANNELS", 299)
+    packet, decoded = through_bytes(VideoLane(format="nv12_split12"), x)
+    assert packet.section("scale").numel() == 4 * FLAT_ROW
+    assert relative(decoded, x) < 2.0**-9
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_parameters_and_tensors_of_inference_mode(context: Callable[[], Any]) -> None:
+    x = smooth(300, 64)
+    want = VideoLane().encode(x).to_bytes()
+    with context():
+        source = torch.nn.Parameter(x.clone())
+        packet = VideoLane().encode(source)
+        assert packet.to_bytes() == want
+        assert not VideoLane().decode(packet).requires_grad
+    assert torch.equal(source, x)
+
+
+def test_many_tensors_are_encoded_as_one_by_one() -> None:
+    tensors = [smooth(300, 64), torch.arange(5), smooth(700, 64), torch.empty(0), smooth(300, 33).half()]
+    lane = VideoLane(max_side=144)
+    packets = [packet.to_bytes() for packet in lane.encode_many(x for x in tensors)]
+    assert packets == [lane.encode(x).to_bytes() for x in tensors]
+
+
+def test_few_tensors_are_taken_ahead_of_their_packets() -> None:
+    taken: list[int] = []
+    tensors = (taken.append(i) or torch.arange(5) for i in range(99))  # type: ignore[func-returns-value]
+    for number, _ in enumerate(VideoLane().encode_many(tensors)):
+        assert number < len(taken) <= number + 1 + video.FRAMES_AHEAD
+    assert (len(taken), number) == (99, 98)
 
 
 def test_error_grows_with_qp_and_bytes_fall() -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sidelane.codec.packet import Packet
     from sidelane.pipeline.basis import Basis
     from sidelane.pipeline.calibrate import calibrate
+    from sidelane.pipeline.chain import Chain
     from sidelane.pipeline.checkpoint import OffloadedCheckpoint, checkpoint
     from sidelane.pipeline.compress import compress, decompress
     from sidelane.pipeline.offload import offload
@@ -33,6 +34,7 @@ __all__ = [
     "Basis",
     "BasisError",
     "BudgetError",
+    "Chain",
     "DriverError",
     "LaneError",
     "LaneUnavailable",
@@ -51,6 +53,7 @@ __all__ = [
 
 _LAZY = {
     "Basis": "sidelane.pipeline.basis",
+    "Chain": "sidelane.pipeline.chain",
     "OffloadedCheckpoint": "sidelane.pipeline.checkpoint",
     "Packet": "sidelane.codec.packet",
     "calibrate": "sidelane.pipeline.calibrate",

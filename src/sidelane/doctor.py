@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sidelane import __version__
+from sidelane.codec._driver import hidden_gpus_hint
 from sidelane.codec.engines import capabilities
 from sidelane.codec.hevc import hevc_support
 from sidelane.codec.probe import probe_nvdec, probe_nvenc
@@ -121,17 +123,22 @@ def _video_cpu() -> Iterator[Finding]:
 
 
 def _video() -> Finding:
-    """Which engines the lane takes on the first GPU, or without one."""
+    """Which engines the lane takes on the first GPU, or without one, for which formats, and why."""
     try:
-        found = capabilities("cuda" if torch.cuda.is_available() else "cpu").values()
+        found = capabilities("cuda" if torch.cuda.is_available() else "cpu")
     except (LaneUnavailable, DriverError) as error:
         return Finding("lane video", "no", str(error), "install the PyAV wheel from PyPI")
-    encoders = sorted({e.name for c in found for e in (c.lossless, c.constant_qp)} - {"none"})
-    decoders = sorted({c.decode.name for c in found} - {"none"})
-    works = "yes" if encoders and decoders else "no"
-    return Finding(
-        "lane video", works, f"encodes with {', '.join(encoders)}, decodes with {', '.join(decoders)}"
+    lines: defaultdict[str, list[str]] = defaultdict(list)
+    for name, able in found.items():
+        for work, engine in (("lossless", able.lossless), ("QP", able.constant_qp), ("decode", able.decode)):
+            lines[f"{work} by {engine.name} ({engine.reason})"].append(name)
+    every = list(found)
+    detail = "\n".join(
+        f"{'all formats' if names == every else ', '.join(names)}: {work}" for work, names in lines.items()
     )
+    works = all(able.lossless.name != "none" and able.decode.name != "none" for able in found.values())
+    remedy = "" if works else "install the PyAV wheel from PyPI"
+    return Finding("lane video", "yes" if works else "no", detail, remedy)
 
 
 def _nvenc() -> Finding:
@@ -140,7 +147,7 @@ def _nvenc() -> Finding:
     probe = probe_nvenc()
     if probe.available:
         return Finding("NVENC", "yes", f"a session opens, API {probe.driver_api}")
-    return Finding("NVENC", "no", probe.reason, "the video lanes encode in software")
+    return Finding("NVENC", "no", probe.reason, _remedy("the video lanes encode in software"))
 
 
 def _nvdec() -> Finding:
@@ -149,11 +156,19 @@ def _nvdec() -> Finding:
     try:
         caps = [c for c in probe_nvdec() if c.supported]
     except (LaneUnavailable, DriverError) as error:
-        return Finding("NVDEC", "no", str(error), "install the NVIDIA driver with its video libraries")
+        remedy = _remedy("install the NVIDIA driver with its video libraries")
+        return Finding("NVDEC", "no", str(error), remedy)
     if not caps:
         return Finding("NVDEC", "no", "this GPU decodes nothing", "the video lanes decode in software")
     kinds = ", ".join(f"{c.codec} {c.chroma} {c.bits} bit" for c in caps)
     return Finding("NVDEC", "yes", f"{max(c.engines for c in caps)} engines: {kinds}")
+
+
+def _remedy(otherwise: str) -> str:
+    """What to do about an engine that the driver refuses: it may only be the container that hides GPUs."""
+    if not hidden_gpus_hint():
+        return otherwise
+    return "give the container every /dev/nvidia* node or update the driver; software works until then"
 
 
 def _library(engine: str, name: str) -> Finding:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 class SidelaneError(Exception):
     """Base of all errors raised by sidelane."""
@@ -25,6 +30,17 @@ class LaneError(SidelaneError, ValueError):
 
 class LaneUnavailable(LaneError):
     """The lane exists but not on this machine; the text gives the reason and the remedy."""
+
+
+class SpaceError(LaneError):
+    """A destination is too small for a stream; nothing is lost: `stream` has all bytes in memory of its own."""
+
+    def __init__(self, stream: Tensor, room: int) -> None:
+        super().__init__(
+            f"the stream takes {stream.numel()} bytes, its destination holds {room}: pass a larger one, "
+            "or take the stream from this error"
+        )
+        self.stream = stream
 
 
 class BasisError(SidelaneError, ValueError):

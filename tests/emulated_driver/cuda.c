@@ -41,11 +41,11 @@ static _Thread_local int depth;
 
 int settings[SETTINGS];
 static const int defaults[SETTINGS] = {
-    [VERSION] = 0xB1, [ENGINES] = 3, [SESSION_LIMIT] = 8, [HEVC] = 1, [YUV444] = 1, [TEN_BIT] = 1,
-    [LOSSLESS] = 1, [WIDTH_MIN] = 129, [HEIGHT_MIN] = 33, [WIDTH_MAX] = 8192, [HEIGHT_MAX] = 8192};
+    [VERSION] = 0xD0, [ACCEPTS] = 0xD0, [ENGINES] = 3, [SESSION_LIMIT] = 8, [HEVC] = 1, [YUV444] = 1, [TEN_BIT] = 1,
+    [LOSSLESS] = 1, [RESIZE] = 1, [VIDMEM] = 1, [WIDTH_MIN] = 129, [HEIGHT_MIN] = 33, [WIDTH_MAX] = 8192, [HEIGHT_MAX] = 8192};
 static const char *const setting_names[SETTINGS] = {
-    "version", "engines", "session_limit", "slow_us", "header_padding", "hevc", "yuv444", "ten_bit",
-    "lossless", "width_min", "height_min", "width_max", "height_max"};
+    "version", "accepts", "engines", "session_limit", "slow_us", "header_padding", "padding", "hevc", "yuv444",
+    "ten_bit", "lossless", "resize", "vidmem", "width_min", "height_min", "width_max", "height_max"};
 static const char *const kind_names[KINDS] = {
     "", "memory", "event", "stream", "session", "resource", "mapping", "bitstream"};
 
@@ -212,6 +212,8 @@ EXPORT uint64_t emulated_calls(const char *call)
 
 EXPORT const char *emulated_violation(void) { return broken; }
 
+EXPORT void emulated_forgive(void) { broken[0] = 0; }
+
 EXPORT int emulated_context_depth(void) { return depth; }
 
 /* libcuda. */
@@ -366,4 +368,38 @@ CUDA(cuMemFree_v2, (uint64_t address), (address))
         free(block->bytes);
     free(block);
     return CUDA_SUCCESS;
+}
+
+/* Copies are done at once. Where an encoder still writes nobody may read. */
+static int copy(void *target, const void *source, uint64_t size, uint64_t device, void *stream)
+{
+    if (!depth)
+        return INVALID_CONTEXT;
+    if (stream && !find(stream, STREAM))
+        return INVALID_HANDLE;
+    if (device && !is_memory(device, size))
+        return INVALID_VALUE;
+    if (device && written_at(device, size))
+        violation("an output was read before it was unmapped");
+    memcpy(target, source, size);
+    return CUDA_SUCCESS;
+}
+
+CUDA(cuMemcpyDtoHAsync_v2, (void *target, uint64_t source, uint64_t size, void *stream),
+     (target, source, size, stream))
+{
+    return copy(target, (void *)source, size, source, stream);
+}
+
+/* Either side may be a tensor of the test, which stands for device memory that this driver did not hand out. */
+CUDA(cuMemcpyDtoDAsync_v2, (uint64_t target, uint64_t source, uint64_t size, void *stream),
+     (target, source, size, stream))
+{
+    return copy((void *)target, (void *)source, size, is_memory(source, 1) ? source : 0, stream);
+}
+
+CUDA(cuMemcpyHtoDAsync_v2, (uint64_t target, const void *source, uint64_t size, void *stream),
+     (target, source, size, stream))
+{
+    return copy((void *)target, source, size, 0, stream);
 }

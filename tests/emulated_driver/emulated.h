@@ -1,4 +1,4 @@
-/* What the two halves of the emulated driver share: handles, the lock, faults on order, broken rules. */
+/* What the parts of the emulated driver share: handles, the lock, faults on order, broken rules, settings. */
 #pragma once
 #include <pthread.h>
 #include <stdarg.h>
@@ -13,10 +13,10 @@ struct fault {
     int after;  /* the work is done before the status is returned */
 };
 
-/* Settings by name (emulated_set). */
+/* Settings by name (emulated_set). VERSION is what the driver claims, ACCEPTS the newest API it takes. */
 enum setting {
-    VERSION, ENGINES, SESSION_LIMIT, SLOW_US, HEADER_PADDING, HEVC, YUV444, TEN_BIT, LOSSLESS,
-    WIDTH_MIN, HEIGHT_MIN, WIDTH_MAX, HEIGHT_MAX, SETTINGS
+    VERSION, ACCEPTS, ENGINES, SESSION_LIMIT, SLOW_US, HEADER_PADDING, PADDING, HEVC, YUV444, TEN_BIT, LOSSLESS,
+    RESIZE, VIDMEM, WIDTH_MIN, HEIGHT_MIN, WIDTH_MAX, HEIGHT_MAX, SETTINGS
 };
 extern int settings[SETTINGS];
 
@@ -36,7 +36,8 @@ int count(enum kind kind);
 /* A rule of the interface that the client broke, whatever the call returns; the first is kept. */
 void violation(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* libcuda as libnvidia-encode sees it. */
+/* libcuda as libnvidia-encode sees it, and back. */
 void *current_context(void);
 int is_memory(uint64_t address, uint64_t size);
 int registered_at(uint64_t address, uint64_t size); /* whether an encoder has a resource in there */
+int written_at(uint64_t address, uint64_t size);    /* whether an encoder may still write there */

@@ -1,80 +1,43 @@
-/* Sessions and what belongs to them, and the checks that every entry point of the emulated NVENC makes. */
+/* The checks that every entry point of the emulated NVENC makes. Included below the structures of one API version
+ * (layout_<version>.h, written from the driver tables); sessions.c and pictures.c are compiled for each. */
 #pragma once
-#include "emulated.h"
+#include "engine.h"
 
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
-#ifdef PUBLIC_HEADER
-#include <ffnvcodec/dynlink_cuda.h>
-#include <ffnvcodec/nvEncodeAPI.h>
-#else
-#include "nvenc_11_1.h"
-#endif
 
-#define HEADER_BYTES 4096
+#define API_12_1 (12 << 4 | 1)
+#define API_12_2 (12 << 4 | 2)
 
-enum parts { PICTURE_ONLY, WITH_HEADERS, HEADERS_ONLY };
-enum state { EMPTY, SUBMITTED, ENCODING, LOCKED };
-
-struct session {
-    void *context;
-    int failed, initialized, engine;
-    int faulty; /* a call failed on order: what was in flight then may never be locked */
+/* What a session was initialized with. */
+struct setup {
     NV_ENC_INITIALIZE_PARAMS params;
     NV_ENC_CONFIG config;
-    void **streams[2];
-    void *stream_values[2];
-    uint64_t submitted, collected; /* pictures */
-    char message[160];
 };
 
-struct resource {
-    void *session;
-    NV_ENC_REGISTER_RESOURCE params;
-    void *mapping;
-};
+static inline NVENCSTATUS refuse(struct session *session, NVENCSTATUS status, const char *why)
+{
+    snprintf(session->message, sizeof session->message, "%s", why);
+    return status;
+}
 
-struct mapping {
-    void *session, *resource;
-    int pictures; /* submitted and not locked yet */
-};
+/* Whether the bits of `record` that its layout reserves are zero. */
+static inline int unreserved(const void *record, const struct span *reserved)
+{
+    for (; reserved->size; reserved++)
+        for (uint32_t i = 0; i < reserved->size; i++)
+            if (((const uint8_t *)record)[reserved->offset + i] & reserved->mask)
+                return 0;
+    return 1;
+}
 
-struct bitstream {
-    void *session, *mapping;
-    enum state state;
-    uint64_t number, stamp, checksum;
-    int qp; /* -1: lossless */
-    int8_t *map;
-    uint32_t map_size, size;
-    uint8_t *bytes;
-};
-
-NVENCSTATUS refuse(struct session *session, NVENCSTATUS status, const char *why);
-void note_fault(const void *encoder, const char *call, int status);
-int zero(const void *bytes, size_t size);
-int is_444(uint32_t format);
-int is_10bit(uint32_t format);
-int session_qp(const struct session *s); /* -1: lossless */
-uint32_t session_format(const struct session *s);
-void free_bitstream(void *handle);
-
-/* Encodes on the caller's thread; `frame` is NULL for headers alone. Returns the bytes, 0 on failure. */
-int encode(const struct session *s, const struct bitstream *b, const uint8_t *frame, uint32_t pitch,
-           uint32_t format, enum parts parts, uint8_t *out, uint32_t capacity);
-
-/* The entry points of pictures.c. */
-NVENCSTATUS nvEncRegisterResource(void *encoder, NV_ENC_REGISTER_RESOURCE *p);
-NVENCSTATUS nvEncUnregisterResource(void *encoder, void *resource);
-NVENCSTATUS nvEncMapInputResource(void *encoder, NV_ENC_MAP_INPUT_RESOURCE *p);
-NVENCSTATUS nvEncUnmapInputResource(void *encoder, void *mapped);
-NVENCSTATUS nvEncCreateBitstreamBuffer(void *encoder, NV_ENC_CREATE_BITSTREAM_BUFFER *p);
-NVENCSTATUS nvEncDestroyBitstreamBuffer(void *encoder, void *bitstream);
-NVENCSTATUS nvEncEncodePicture(void *encoder, NV_ENC_PIC_PARAMS *p);
-NVENCSTATUS nvEncLockBitstream(void *encoder, NV_ENC_LOCK_BITSTREAM *p);
-NVENCSTATUS nvEncUnlockBitstream(void *encoder, void *bitstream);
+static inline int same(const GUID *a, const GUID *b) { return !memcmp(a, b, sizeof *a); }
 
 #define ENTRY(name, parameters, arguments)                                                          \
     static NVENCSTATUS name##_work parameters;                                                      \
-    NVENCSTATUS name parameters                                                                     \
+    static NVENCSTATUS name##_entry parameters                                                      \
     {                                                                                               \
         struct fault fault = enter(#name);                                                          \
         int status = fault.status && !fault.after ? fault.status : (int)name##_work arguments;      \
@@ -88,24 +51,23 @@ NVENCSTATUS nvEncUnlockBitstream(void *encoder, void *bitstream);
     struct session *s = find(encoder, SESSION);                                                     \
     if (!s || s->failed)                                                                            \
         return NV_ENC_ERR_INVALID_ENCODERDEVICE;                                                    \
+    if (s->api != NVENCAPI_VERSION) {                                                               \
+        violation("a session is used with the functions of another API version");                   \
+        return refuse(s, NV_ENC_ERR_INVALID_VERSION, "the session has another API version");        \
+    }                                                                                               \
     if (current_context() != s->context)                                                            \
         return refuse(s, NV_ENC_ERR_INVALID_DEVICE, "the context of the session is not current");   \
     s->message[0] = 0
 
-#define NEED_INITIALIZED(s)                                                                         \
-    if (!s->initialized)                                                                            \
-    return refuse(s, NV_ENC_ERR_ENCODER_NOT_INITIALIZED, "the encoder is not initialized")
-
-#define NEED_VERSION(s, p, word)                                                                    \
-    if (!(p))                                                                                       \
-        return refuse(s, NV_ENC_ERR_INVALID_PTR, "a parameter structure is NULL");                  \
-    if ((p)->version != (word))                                                                     \
-    return refuse(s, NV_ENC_ERR_INVALID_VERSION, "version word is not " #word)
-
-#define NEED_ZERO(s, field)                                                                         \
-    if (!zero(&(field), sizeof(field)))                                                             \
-    return refuse(s, NV_ENC_ERR_INVALID_PARAM, "reserved field is not zero: " #field)
-
 #define NEED(s, condition, status, why)                                                             \
     if (!(condition))                                                                               \
     return refuse(s, status, why)
+
+#define NEED_INITIALIZED(s)                                                                         \
+    NEED(s, s->initialized, NV_ENC_ERR_ENCODER_NOT_INITIALIZED, "the encoder is not initialized")
+
+/* `p` is a structure `type` with its version word, and its reserved bits are zero. */
+#define NEED_STRUCT(s, p, type)                                                                     \
+    NEED(s, p, NV_ENC_ERR_INVALID_PTR, #type " is NULL");                                           \
+    NEED(s, (p)->version == type##_VER, NV_ENC_ERR_INVALID_VERSION, "version word of " #type);      \
+    NEED(s, unreserved(p, type##_reserved), NV_ENC_ERR_INVALID_PARAM, "reserved bits of " #type)

@@ -1,61 +1,25 @@
-/* The emulated driver's libnvidia-encode, first half: sessions and their configuration. HEVC, intra pictures,
- * host memory. It follows the rules of the public documentation to the letter: every version word, handle,
- * state and order is checked. */
+/* The emulated driver's libnvidia-encode in one API version, first half: sessions and their configuration. HEVC,
+ * intra pictures, host memory. It follows the rules of the public documentation to the letter: every version
+ * word, reserved bit, handle, state and order is checked. */
 #include "nvenc.h"
 
-#include <stdio.h>
-#include <stdlib.h>
+extern int sessions_opened; /* so far, of every API version */
 
-static int opened; /* sessions so far */
-
-NVENCSTATUS refuse(struct session *session, NVENCSTATUS status, const char *why)
+static int bit_depth(const NV_ENC_CONFIG_HEVC *hevc)
 {
-    snprintf(session->message, sizeof session->message, "%s", why);
-    return status;
+#if API_CODE >= API_12_2
+    return hevc->inputBitDepth == hevc->outputBitDepth ? (int)hevc->outputBitDepth : 0;
+#else
+    return 8 + (int)hevc->pixelBitDepthMinus8;
+#endif
 }
 
-void note_fault(const void *encoder, const char *call, int status)
+static uint32_t input_format(const NV_ENC_CONFIG_HEVC *hevc)
 {
-    struct session *s = find(encoder, SESSION);
-    int busy = (status == NV_ENC_ERR_LOCK_BUSY && !strcmp(call, "nvEncLockBitstream")) ||
-               (status == NV_ENC_ERR_ENCODER_BUSY && !strcmp(call, "nvEncEncodePicture"));
-    if (s) {
-        s->faulty |= !busy;
-        refuse(s, (NVENCSTATUS)status, "fault on order");
-    }
-}
-
-int zero(const void *bytes, size_t size)
-{
-    for (const uint8_t *at = bytes; size--; at++)
-        if (*at)
-            return 0;
-    return 1;
-}
-
-static int same(const GUID *a, const GUID *b) { return !memcmp(a, b, sizeof *a); }
-
-int is_444(uint32_t format)
-{
-    return format == NV_ENC_BUFFER_FORMAT_YUV444 || format == NV_ENC_BUFFER_FORMAT_YUV444_10BIT;
-}
-
-int is_10bit(uint32_t format)
-{
-    return format == NV_ENC_BUFFER_FORMAT_YUV420_10BIT || format == NV_ENC_BUFFER_FORMAT_YUV444_10BIT;
-}
-
-int session_qp(const struct session *s)
-{
-    return s->params.tuningInfo == NV_ENC_TUNING_INFO_LOSSLESS ? -1 : (int)s->config.rcParams.constQP.qpIntra;
-}
-
-uint32_t session_format(const struct session *s)
-{
-    const NV_ENC_CONFIG_HEVC *hevc = &s->config.encodeCodecConfig.hevcConfig;
+    int ten = bit_depth(hevc) == 10;
     if (hevc->chromaFormatIDC == 3)
-        return hevc->pixelBitDepthMinus8 ? NV_ENC_BUFFER_FORMAT_YUV444_10BIT : NV_ENC_BUFFER_FORMAT_YUV444;
-    return hevc->pixelBitDepthMinus8 ? NV_ENC_BUFFER_FORMAT_YUV420_10BIT : NV_ENC_BUFFER_FORMAT_NV12;
+        return ten ? NV_ENC_BUFFER_FORMAT_YUV444_10BIT : NV_ENC_BUFFER_FORMAT_YUV444;
+    return ten ? NV_ENC_BUFFER_FORMAT_YUV420_10BIT : NV_ENC_BUFFER_FORMAT_NV12;
 }
 
 ENTRY(nvEncOpenEncodeSessionEx, (NV_ENC_OPEN_ENCODE_SESSION_EX_PARAMS * p, void **encoder), (p, encoder))
@@ -65,20 +29,21 @@ ENTRY(nvEncOpenEncodeSessionEx, (NV_ENC_OPEN_ENCODE_SESSION_EX_PARAMS * p, void 
         return NV_ENC_ERR_INVALID_VERSION;
     if (p->deviceType != NV_ENC_DEVICE_TYPE_CUDA || !p->device || p->device != current_context())
         return NV_ENC_ERR_INVALID_DEVICE;
-    if (!zero(p->reserved1, sizeof p->reserved1) || p->reserved || !zero(p->reserved2, sizeof p->reserved2))
+    if (!unreserved(p, NV_ENC_OPEN_ENCODE_SESSION_EX_PARAMS_reserved))
         return NV_ENC_ERR_INVALID_PARAM;
     struct session *s = calloc(1, sizeof *s);
     s->context = p->device;
+    s->api = NVENCAPI_VERSION;
     *encoder = new_handle(SESSION, s);
     if (count(SESSION) > settings[SESSION_LIMIT]) {
         s->failed = 1; /* only good for being destroyed */
         return NV_ENC_ERR_OUT_OF_MEMORY;
     }
-    s->engine = opened++;
+    s->engine = sessions_opened++;
     return NV_ENC_SUCCESS;
 }
 
-static const char *nvEncGetLastErrorString(void *encoder)
+static const char *nvEncGetLastErrorString_entry(void *encoder)
 {
     static _Thread_local char text[sizeof((struct session *)0)->message];
     lock_state();
@@ -110,8 +75,7 @@ ENTRY(nvEncGetEncodeGUIDs, (void *encoder, GUID *guids, uint32_t size, uint32_t 
 ENTRY(nvEncGetEncodeCaps, (void *encoder, GUID codec, NV_ENC_CAPS_PARAM *p, int *value), (encoder, codec, p, value))
 {
     USE_SESSION(s);
-    NEED_VERSION(s, p, NV_ENC_CAPS_PARAM_VER);
-    NEED_ZERO(s, p->reserved);
+    NEED_STRUCT(s, p, NV_ENC_CAPS_PARAM);
     NEED(s, same(&codec, &NV_ENC_CODEC_HEVC_GUID) && settings[HEVC], NV_ENC_ERR_INVALID_PARAM, "no such codec");
     NEED(s, (uint32_t)p->capsToQuery < NV_ENC_CAPS_EXPOSED_COUNT, NV_ENC_ERR_INVALID_PARAM, "unknown capability");
     switch ((int)p->capsToQuery) {
@@ -123,6 +87,7 @@ ENTRY(nvEncGetEncodeCaps, (void *encoder, GUID codec, NV_ENC_CAPS_PARAM *p, int 
     case NV_ENC_CAPS_SUPPORT_YUV444_ENCODE: *value = settings[YUV444]; break;
     case NV_ENC_CAPS_SUPPORT_10BIT_ENCODE: *value = settings[TEN_BIT]; break;
     case NV_ENC_CAPS_SUPPORT_LOSSLESS_ENCODE: *value = settings[LOSSLESS]; break;
+    case NV_ENC_CAPS_SUPPORT_DYN_RES_CHANGE: *value = settings[RESIZE]; break;
     case NV_ENC_CAPS_NUM_ENCODER_ENGINES: *value = settings[ENGINES]; break;
     default: *value = 0;
     }
@@ -140,10 +105,8 @@ ENTRY(nvEncGetEncodePresetConfigEx,
       (encoder, codec, preset, tuning, p))
 {
     USE_SESSION(s);
-    NEED_VERSION(s, p, NV_ENC_PRESET_CONFIG_VER);
+    NEED_STRUCT(s, p, NV_ENC_PRESET_CONFIG);
     NEED(s, p->presetCfg.version == NV_ENC_CONFIG_VER, NV_ENC_ERR_INVALID_VERSION, "version word of presetCfg");
-    NEED_ZERO(s, p->reserved1);
-    NEED_ZERO(s, p->reserved2);
     NEED(s, same(&codec, &NV_ENC_CODEC_HEVC_GUID) && is_preset(&preset), NV_ENC_ERR_UNSUPPORTED_PARAM, "no such preset");
     NEED(s, tuning >= NV_ENC_TUNING_INFO_HIGH_QUALITY && tuning <= NV_ENC_TUNING_INFO_LOSSLESS,
          NV_ENC_ERR_INVALID_PARAM, "no such tuning");
@@ -161,8 +124,12 @@ ENTRY(nvEncGetEncodePresetConfigEx,
         config->rcParams.enableAQ = 1;
         config->rcParams.constQP = (NV_ENC_QP){28, 31, 25};
     }
-    config->encodeCodecConfig.hevcConfig.idrPeriod = 250;
-    config->encodeCodecConfig.hevcConfig.chromaFormatIDC = 1;
+    NV_ENC_CONFIG_HEVC *hevc = &config->encodeCodecConfig.hevcConfig;
+    hevc->idrPeriod = 250;
+    hevc->chromaFormatIDC = 1;
+#if API_CODE >= API_12_2
+    hevc->inputBitDepth = hevc->outputBitDepth = NV_ENC_BIT_DEPTH_8;
+#endif
     return NV_ENC_SUCCESS;
 }
 
@@ -177,56 +144,103 @@ static NVENCSTATUS check_rate(struct session *s, const NV_ENC_RC_PARAMS *rate, i
                 !rate->maxBitRate && !rate->vbvBufferSize, NV_ENC_ERR_INVALID_PARAM, "rate control beside CONSTQP");
     NEED(s, rate->qpMapMode == NV_ENC_QP_MAP_DISABLED || rate->qpMapMode == NV_ENC_QP_MAP_DELTA,
          NV_ENC_ERR_UNSUPPORTED_PARAM, "no such QP map");
-    NEED_ZERO(s, rate->reserved);
     return NV_ENC_SUCCESS;
 }
 
 static NVENCSTATUS check_config(struct session *s, const NV_ENC_INITIALIZE_PARAMS *p)
 {
     const NV_ENC_CONFIG *c = p->encodeConfig;
-    NEED(s, c, NV_ENC_ERR_INVALID_PTR, "encodeConfig is NULL");
+    NEED_STRUCT(s, c, NV_ENC_CONFIG);
     const NV_ENC_CONFIG_HEVC *hevc = &c->encodeCodecConfig.hevcConfig;
-    int lossless = p->tuningInfo == NV_ENC_TUNING_INFO_LOSSLESS;
-    NEED(s, c->version == NV_ENC_CONFIG_VER, NV_ENC_ERR_INVALID_VERSION, "version word of encodeConfig");
+    int lossless = p->tuningInfo == NV_ENC_TUNING_INFO_LOSSLESS, depth = bit_depth(hevc);
     NEED(s, c->gopLength == 1 && hevc->idrPeriod == 1, NV_ENC_ERR_UNSUPPORTED_PARAM, "only intra pictures here");
     NEED(s, !lossless || settings[LOSSLESS], NV_ENC_ERR_UNSUPPORTED_PARAM, "no lossless coding");
+    NEED(s, depth == 8 || (depth == 10 && settings[TEN_BIT]), NV_ENC_ERR_UNSUPPORTED_PARAM, "bit depth");
     const GUID *profile = &NV_ENC_HEVC_PROFILE_FREXT_GUID;
     if (hevc->chromaFormatIDC == 1)
-        profile = hevc->pixelBitDepthMinus8 ? &NV_ENC_HEVC_PROFILE_MAIN10_GUID : &NV_ENC_HEVC_PROFILE_MAIN_GUID;
+        profile = depth == 10 ? &NV_ENC_HEVC_PROFILE_MAIN10_GUID : &NV_ENC_HEVC_PROFILE_MAIN_GUID;
     else
         NEED(s, hevc->chromaFormatIDC == 3 && settings[YUV444], NV_ENC_ERR_UNSUPPORTED_PARAM, "chroma format");
-    NEED(s, hevc->pixelBitDepthMinus8 == 0 || (hevc->pixelBitDepthMinus8 == 2 && settings[TEN_BIT]),
-         NV_ENC_ERR_UNSUPPORTED_PARAM, "bit depth");
     NEED(s, same(&c->profileGUID, profile), NV_ENC_ERR_INVALID_PARAM, "the profile does not hold the format");
-    NEED_ZERO(s, c->reserved);
-    NEED_ZERO(s, hevc->reserved1);
-    NEED(s, !hevc->reserved, NV_ENC_ERR_INVALID_PARAM, "reserved bits of hevcConfig");
     return check_rate(s, &c->rcParams, lossless);
+}
+
+static NVENCSTATUS check_size(struct session *s, const NV_ENC_INITIALIZE_PARAMS *p)
+{
+    uint32_t width = p->encodeWidth, height = p->encodeHeight;
+    uint32_t most[] = {p->maxEncodeWidth ? p->maxEncodeWidth : width, p->maxEncodeHeight ? p->maxEncodeHeight : height};
+    NEED(s, (int)width >= settings[WIDTH_MIN] && (int)height >= settings[HEIGHT_MIN], NV_ENC_ERR_INVALID_PARAM,
+         "the frame is too small");
+    NEED(s, width <= most[0] && height <= most[1] && (int)most[0] <= settings[WIDTH_MAX] &&
+                (int)most[1] <= settings[HEIGHT_MAX],
+         NV_ENC_ERR_INVALID_PARAM, "the frame is too large");
+    NEED(s, width % 2 == 0 && height % 2 == 0, NV_ENC_ERR_INVALID_PARAM, "odd frame size");
+    NEED(s, p->darWidth == width && p->darHeight == height, NV_ENC_ERR_INVALID_PARAM, "display aspect ratio");
+    return NV_ENC_SUCCESS;
+}
+
+/* Takes over parameters that were checked. */
+static void set_up(struct session *s, const NV_ENC_INITIALIZE_PARAMS *p)
+{
+    struct setup *setup = s->setup;
+    NV_ENC_CONFIG config = *(const NV_ENC_CONFIG *)p->encodeConfig; /* which may be the one that is held */
+    const NV_ENC_CONFIG_HEVC *hevc = &config.encodeCodecConfig.hevcConfig;
+    setup->params = *p;
+    setup->config = config;
+    setup->params.encodeConfig = &setup->config;
+    s->width = p->encodeWidth, s->height = p->encodeHeight;
+    s->format = input_format(hevc);
+    s->qp = p->tuningInfo == NV_ENC_TUNING_INFO_LOSSLESS ? -1 : (int)config.rcParams.constQP.qpIntra;
+    s->mapped = config.rcParams.qpMapMode == NV_ENC_QP_MAP_DELTA;
+    s->reorders = config.frameIntervalP > 1 || config.rcParams.enableLookahead;
+    s->headers = hevc->repeatSPSPPS ? EVERY_PICTURE : hevc->disableSPSPPS ? NEVER : FIRST_PICTURE;
+    s->vidmem = p->enableOutputInVidmem;
 }
 
 ENTRY(nvEncInitializeEncoder, (void *encoder, NV_ENC_INITIALIZE_PARAMS *p), (encoder, p))
 {
     USE_SESSION(s);
-    NEED_VERSION(s, p, NV_ENC_INITIALIZE_PARAMS_VER);
+    NEED_STRUCT(s, p, NV_ENC_INITIALIZE_PARAMS);
     NEED(s, !s->initialized, NV_ENC_ERR_INVALID_CALL, "initialized twice");
     NEED(s, same(&p->encodeGUID, &NV_ENC_CODEC_HEVC_GUID) && is_preset(&p->presetGUID),
          NV_ENC_ERR_INVALID_PARAM, "codec or preset");
-    NEED(s, (int)p->encodeWidth >= settings[WIDTH_MIN] && (int)p->encodeWidth <= settings[WIDTH_MAX] &&
-                (int)p->encodeHeight >= settings[HEIGHT_MIN] && (int)p->encodeHeight <= settings[HEIGHT_MAX],
-         NV_ENC_ERR_INVALID_PARAM, "the frame size is out of range");
-    NEED(s, p->encodeWidth % 2 == 0 && p->encodeHeight % 2 == 0, NV_ENC_ERR_INVALID_PARAM, "odd frame size");
     NEED(s, p->enablePTD && !p->enableEncodeAsync, NV_ENC_ERR_UNSUPPORTED_PARAM, "enablePTD or enableEncodeAsync");
     NEED(s, p->frameRateNum && p->frameRateDen, NV_ENC_ERR_INVALID_PARAM, "no frame rate");
-    NEED(s, !p->reservedBitFields, NV_ENC_ERR_INVALID_PARAM, "reserved bits");
-    NEED_ZERO(s, p->reserved);
-    NEED_ZERO(s, p->reserved2);
-    NVENCSTATUS status = check_config(s, p);
+    NEED(s, !p->privDataSize && !p->privData, NV_ENC_ERR_INVALID_PARAM, "private data");
+    NEED(s, !p->enableOutputInVidmem || settings[VIDMEM], NV_ENC_ERR_UNSUPPORTED_PARAM,
+         "no bitstreams in device memory");
+#if API_CODE >= API_12_1
+    NEED(s, !p->enableOutputInVidmem || p->splitEncodeMode == NV_ENC_SPLIT_DISABLE_MODE, NV_ENC_ERR_INVALID_PARAM,
+         "split frames do not go to device memory");
+#endif
+    NVENCSTATUS status = check_size(s, p);
+    if (!status)
+        status = check_config(s, p);
     if (status)
         return status;
-    s->params = *p;
-    s->config = *p->encodeConfig;
-    s->params.encodeConfig = &s->config;
+    s->setup = calloc(1, sizeof(struct setup));
+    set_up(s, p);
     s->initialized = 1;
+    return NV_ENC_SUCCESS;
+}
+
+static NVENCSTATUS check_unchanged(struct session *s, const NV_ENC_INITIALIZE_PARAMS *changed)
+{
+    const struct setup *setup = s->setup;
+    const NV_ENC_INITIALIZE_PARAMS *now = &setup->params;
+    const NV_ENC_CONFIG *config = changed->encodeConfig;
+    NEED(s, same(&changed->encodeGUID, &now->encodeGUID) && same(&changed->presetGUID, &now->presetGUID) &&
+                changed->tuningInfo == now->tuningInfo && changed->maxEncodeWidth == now->maxEncodeWidth &&
+                changed->maxEncodeHeight == now->maxEncodeHeight && changed->enablePTD == now->enablePTD &&
+                changed->enableEncodeAsync == now->enableEncodeAsync &&
+                changed->enableOutputInVidmem == now->enableOutputInVidmem,
+         NV_ENC_ERR_INVALID_PARAM, "this cannot be changed without a new session");
+    NEED(s, config->gopLength == setup->config.gopLength &&
+                config->frameIntervalP == setup->config.frameIntervalP &&
+                config->rcParams.rateControlMode == setup->config.rcParams.rateControlMode &&
+                !memcmp(&config->encodeCodecConfig, &setup->config.encodeCodecConfig,
+                        sizeof config->encodeCodecConfig),
+         NV_ENC_ERR_INVALID_PARAM, "picture structure and format cannot be changed without a new session");
     return NV_ENC_SUCCESS;
 }
 
@@ -234,22 +248,26 @@ ENTRY(nvEncReconfigureEncoder, (void *encoder, NV_ENC_RECONFIGURE_PARAMS *p), (e
 {
     USE_SESSION(s);
     NEED_INITIALIZED(s);
-    NEED_VERSION(s, p, NV_ENC_RECONFIGURE_PARAMS_VER);
+    NEED_STRUCT(s, p, NV_ENC_RECONFIGURE_PARAMS);
     NV_ENC_INITIALIZE_PARAMS *changed = &p->reInitEncodeParams;
     NEED(s, changed->version == NV_ENC_INITIALIZE_PARAMS_VER, NV_ENC_ERR_INVALID_VERSION, "version word inside");
-    NEED(s, changed->tuningInfo == s->params.tuningInfo && changed->encodeWidth == s->params.encodeWidth &&
-                changed->encodeHeight == s->params.encodeHeight &&
-                changed->maxEncodeWidth == s->params.maxEncodeWidth &&
-                changed->maxEncodeHeight == s->params.maxEncodeHeight && changed->enablePTD == s->params.enablePTD,
-         NV_ENC_ERR_INVALID_PARAM, "this cannot be changed without a new session");
-    NVENCSTATUS status = check_config(s, changed);
+    if (!changed->encodeConfig)
+        changed->encodeConfig = &((struct setup *)s->setup)->config;
+    NVENCSTATUS status = check_size(s, changed);
+    if (!status)
+        status = check_config(s, changed);
+    if (!status)
+        status = check_unchanged(s, changed);
     if (status)
         return status;
-    NEED(s, changed->encodeConfig->frameIntervalP == s->config.frameIntervalP &&
-                !memcmp(&changed->encodeConfig->encodeCodecConfig, &s->config.encodeCodecConfig,
-                        sizeof s->config.encodeCodecConfig),
-         NV_ENC_ERR_INVALID_PARAM, "picture structure and format cannot be changed without a new session");
-    s->config = *changed->encodeConfig;
+    if (changed->encodeWidth != s->width || changed->encodeHeight != s->height) {
+        NEED(s, changed->maxEncodeWidth && changed->maxEncodeHeight && settings[RESIZE], NV_ENC_ERR_UNSUPPORTED_PARAM,
+             "the frame size cannot change");
+        NEED(s, p->forceIDR, NV_ENC_ERR_INVALID_PARAM, "a new frame size starts with an IDR picture");
+        if (s->submitted != s->collected)
+            violation("the frame size was changed while pictures were in flight");
+    }
+    set_up(s, changed);
     return NV_ENC_SUCCESS;
 }
 
@@ -270,29 +288,14 @@ ENTRY(nvEncGetSequenceParams, (void *encoder, NV_ENC_SEQUENCE_PARAM_PAYLOAD *p),
 {
     USE_SESSION(s);
     NEED_INITIALIZED(s);
-    NEED_VERSION(s, p, NV_ENC_SEQUENCE_PARAM_PAYLOAD_VER);
+    NEED_STRUCT(s, p, NV_ENC_SEQUENCE_PARAM_PAYLOAD);
     NEED(s, p->spsppsBuffer && p->outSPSPPSPayloadSize, NV_ENC_ERR_INVALID_PTR, "no room for the headers");
     uint8_t headers[HEADER_BYTES] = {0};
-    struct bitstream none = {.qp = session_qp(s)};
-    uint32_t size = encode(s, &none, NULL, 0, session_format(s), HEADERS_ONLY, headers, sizeof headers);
-    size += settings[HEADER_PADDING];
+    uint32_t size = write_headers(s, headers, sizeof headers);
     NEED(s, size <= p->inBufferSize, NV_ENC_ERR_NOT_ENOUGH_BUFFER, "the headers are longer");
     memcpy(p->spsppsBuffer, headers, size);
-    *p->outSPSPPSPayloadSize = size;
+    *(uint32_t *)p->outSPSPPSPayloadSize = size;
     return NV_ENC_SUCCESS;
-}
-
-/* What a session still has when it is destroyed is lost on a real driver; here it is freed and told. */
-static void reclaim(void *handle, void *state, void *encoder)
-{
-    if (*(void **)state != encoder)
-        return;
-    if (!((struct session *)find(encoder, SESSION))->faulty)
-        violation("a session was destroyed before all it had was given back");
-    if (find(handle, BITSTREAM))
-        free_bitstream(handle);
-    else
-        free(drop(handle, find(handle, MAPPING) ? MAPPING : RESOURCE));
 }
 
 ENTRY(nvEncDestroyEncoder, (void *encoder), (encoder))
@@ -302,49 +305,9 @@ ENTRY(nvEncDestroyEncoder, (void *encoder), (encoder))
         return NV_ENC_ERR_INVALID_ENCODERDEVICE;
     if (current_context() != s->context)
         return refuse(s, NV_ENC_ERR_INVALID_DEVICE, "the context of the session is not current");
-    each(MAPPING, reclaim, encoder);
-    each(RESOURCE, reclaim, encoder);
-    each(BITSTREAM, reclaim, encoder);
-    free(drop(encoder, SESSION));
-    return NV_ENC_SUCCESS;
-}
-
-EXPORT NVENCSTATUS NvEncodeAPIGetMaxSupportedVersion(uint32_t *version)
-{
-    *version = settings[VERSION];
-    return (NVENCSTATUS)leave(enter("NvEncodeAPIGetMaxSupportedVersion").status);
-}
-
-#define SLOT(name) memcpy(&list->name, &(void *){(void *)name}, sizeof(void *))
-
-EXPORT NVENCSTATUS NvEncodeAPICreateInstance(NV_ENCODE_API_FUNCTION_LIST *list)
-{
-    NVENCSTATUS status = (NVENCSTATUS)leave(enter("NvEncodeAPICreateInstance").status);
-    if (status)
-        return status;
-    if (!list)
-        return NV_ENC_ERR_INVALID_PTR;
-    if (list->version != NV_ENCODE_API_FUNCTION_LIST_VER)
-        return NV_ENC_ERR_INVALID_VERSION;
-    SLOT(nvEncOpenEncodeSessionEx);
-    SLOT(nvEncGetLastErrorString);
-    SLOT(nvEncGetEncodeGUIDCount);
-    SLOT(nvEncGetEncodeGUIDs);
-    SLOT(nvEncGetEncodeCaps);
-    SLOT(nvEncGetEncodePresetConfigEx);
-    SLOT(nvEncInitializeEncoder);
-    SLOT(nvEncReconfigureEncoder);
-    SLOT(nvEncSetIOCudaStreams);
-    SLOT(nvEncGetSequenceParams);
-    SLOT(nvEncRegisterResource);
-    SLOT(nvEncUnregisterResource);
-    SLOT(nvEncMapInputResource);
-    SLOT(nvEncUnmapInputResource);
-    SLOT(nvEncCreateBitstreamBuffer);
-    SLOT(nvEncDestroyBitstreamBuffer);
-    SLOT(nvEncEncodePicture);
-    SLOT(nvEncLockBitstream);
-    SLOT(nvEncUnlockBitstream);
-    SLOT(nvEncDestroyEncoder);
+    give_back_all(encoder);
+    drop(encoder, SESSION);
+    free(s->setup);
+    free(s);
     return NV_ENC_SUCCESS;
 }

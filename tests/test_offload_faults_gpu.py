@@ -1,0 +1,198 @@
+"""Failures on a device: in codecs and copies, out of memory, full disks. The next step is correct, every slot
+is back."""
+
+from __future__ import annotations
+
+import gc
+from itertools import count
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from faults import Countdown, Flaky
+from models import MIN_BYTES, assert_same, build, gradients, loss_of
+from sidelane.errors import OffloadError
+from sidelane.pipeline import disk as disk_module
+from sidelane.pipeline import offload as offload_module
+from sidelane.pipeline.arena import shared
+from sidelane.pipeline.offload import offload
+from sidelane.pipeline.tiers import HostCopy
+
+pytestmark = pytest.mark.gpu
+
+MIB = 1 << 20
+SLEEP = 100_000_000  # cycles, 50 ms at 2 GHz
+TIGHT = {"min_bytes": MIN_BYTES, "gpu_budget": 20_000}
+
+
+@pytest.fixture(autouse=True)
+def _math_attention():
+    """The one attention whose backward repeats bit for bit."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def assert_settled(context: offload, pinned: int) -> None:
+    """Nothing is held, and the arena has what it had."""
+    # The autograd engine keeps what was queued in a failed pass until the next pass of the thread.
+    torch.ones((), requires_grad=True, device="cuda").backward()
+    torch.ones((), requires_grad=True).backward()
+    gc.collect()
+    report = context.report()
+    assert (report.host_bytes, report.device_bytes, report.tickets) == (0, 0, 0)
+    assert offload.current() is None and shared().held == pinned
+
+
+@pytest.mark.parametrize("where", ["encode", "decode", "write", "read"])
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
+def test_every_call_of_codecs_and_copies_may_fail(cuda, monkeypatch, where, error):
+    model, tokens = build(cuda)
+    expected = gradients(model, tokens)
+    pinned, fail = shared().held, Countdown(error)
+    lane = Flaky(fail) if where == "encode" else "exact"
+    target, name = {
+        "encode": (None, ""),
+        "decode": (offload_module, "decode_packet"),
+        "write": (HostCopy, "write"),
+        "read": (HostCopy, "read"),
+    }[where]
+    if target is not None:
+        call = getattr(target, name)
+        monkeypatch.setattr(target, name, lambda *args: (fail(), call(*args))[1])
+    context = offload(lane, **TIGHT)
+    failed = 0
+    for at in count(0, 4):
+        fail.left = at
+        try:
+            gradients(model, tokens, context)
+            break
+        except error:
+            failed += 1
+        assert_settled(context, pinned)
+        fail.left = -1
+        assert_same(gradients(model, tokens, context), expected)
+    assert failed > 2
+
+
+def test_out_of_memory_while_a_packet_comes_back(cuda):
+    x = torch.randn(64 * MIB // 4, device=cuda, requires_grad=True)
+
+    def loss():
+        return (x * 2).exp().sin().cos().sum()
+
+    expected = torch.autograd.grad(loss(), x)[0]
+    pinned = shared().held
+    context = offload("raw", gpu_budget=0)
+    with context:
+        y = loss()
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(cuda).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 32 * MIB) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.autograd.grad(y, x)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    del y
+    assert_settled(context, pinned)
+    with context:
+        y = loss()
+    assert torch.equal(torch.autograd.grad(y, x)[0], expected)
+    del y
+    assert_settled(context, pinned)
+
+
+def test_out_of_memory_in_the_program_between_packing_and_unpacking(cuda):
+    """The program may free memory and call backward again: nothing was lost."""
+    x = torch.randn(4 * MIB, device=cuda, requires_grad=True)
+    context = offload("raw", gpu_budget=0)
+    with context:
+        y = (x * 2).exp().sin().sum()
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(1 << 42, device=cuda)
+    expected = torch.autograd.grad((x * 2).exp().sin().sum(), x)[0]
+    assert torch.equal(torch.autograd.grad(y, x)[0], expected)
+
+
+@pytest.mark.parametrize("fault", ["none", "full", "late", "slow"])
+def test_disk(cuda, tmp_path, monkeypatch, fault):
+    """Packets on a disk come back; a disk that is full, fails late or is slow costs nothing but memory or
+    time."""
+    model, tokens = build(cuda)
+    expected = gradients(model, tokens)
+    pinned = shared().held
+    context = offload(host_budget=0, on_full="spill", spill_dir=str(tmp_path), **TIGHT)
+    if fault == "full":
+        context = offload(
+            host_budget=0, on_full="spill", spill_dir=str(tmp_path), min_bytes=MIN_BYTES, gpu_budget=64 * MIB
+        )
+        monkeypatch.setattr(disk_module, "RESERVE", 1 << 60)
+    write, calls = disk_module._File.write, count()
+
+    def failing(file, data, offset):
+        if fault == "slow":
+            torch.cuda._sleep(SLEEP)
+            torch.cuda.synchronize()
+        if fault == "late" and next(calls) % 3 == 2:
+            raise OSError(28, "No space left on device")
+        write(file, data, offset)
+
+    if fault in ("late", "slow"):
+        monkeypatch.setattr(disk_module._File, "write", failing)
+    for _ in range(1 if fault == "slow" else 3):
+        assert_same(gradients(model, tokens, context), expected)
+        assert_settled(context, pinned)
+    report = context.report()
+    assert (report.spilled.count > 0) == (fault != "full") and report.host_peak == 0
+
+
+def test_a_disk_that_cannot_be_read(cuda, tmp_path, monkeypatch):
+    model, tokens = build(cuda)
+    expected = gradients(model, tokens)
+    pinned = shared().held
+    context = offload(host_budget=0, on_full="spill", spill_dir=str(tmp_path), **TIGHT)
+
+    def failing(file, data, offset):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk_module._File, "read", failing)
+        with context:
+            loss = loss_of(model, tokens)
+        while context._tiers._disk._finish_write():
+            pass
+        with pytest.raises(OffloadError, match="cannot be read back"):
+            loss.backward()
+        del loss
+        assert_settled(context, pinned)
+    assert_same(gradients(model, tokens, context), expected)
+
+
+def test_capture_of_a_whole_step_keeps_or_refuses(cuda):
+    """Forward and backward in one CUDA graph: what is saved stays on the device, and replays are correct.
+    What was offloaded before cannot be fetched inside a capture, which is said before it is broken."""
+    x = torch.randn(256, 256, device=cuda, requires_grad=True)
+    context = offload(min_bytes=MIN_BYTES, gpu_budget=0)
+
+    def run():
+        with context:
+            return torch.autograd.grad((x * 2).exp().sin().sum(), x)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    packed = context.report().total.count
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grad = run()
+    assert context.report().total.count == packed
+    for scale in (0.5, 2.0):
+        with torch.no_grad():
+            x.mul_(scale)
+        graph.replay()
+        assert torch.equal(grad, torch.autograd.grad((x * 2).exp().sin().sum(), x)[0])
