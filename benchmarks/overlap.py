@@ -38,11 +38,15 @@ LANES: dict[str, dict[str, Any]] = {
     "packed 8": {"bits": 8},
     "exact": {},
 }
+TRACED = {
+    "packed 4": {"workers": 1, "streams": 4, "depth": 12},
+    "exact": {"workers": 3, "streams": 1, "depth": 12},
+}
 DIRECTIONS = ("store", "load", "both")
 LINE = (
     "{lane:9} {direction:5} {setting:26} h {hidden:.3f} ({hidden_p20:.3f}..{hidden_p80:.3f})  "
     "products {products_slowed:+.1%}  ms {ms_products} {ms_chain} {ms_both}  "
-    "wire {wire_gb_s_alone} GB/s  {tflops_alone} TFLOP/s"
+    "wire {wire_gb_s_alone} {wire_gb_s_beside} GB/s  {tflops_alone} TFLOP/s"
 )
 
 
@@ -73,12 +77,14 @@ class Setting:
 SETTINGS = {
     each.name: each
     for each in (
-        Setting("1 worker, depth 4", {"workers": 1, "depth": 4}),
-        Setting("1 worker, depth 12", {"workers": 1, "depth": 12}),
-        Setting("4 workers, depth 12", {"workers": 4, "depth": 12}),
-        Setting("8 workers, depth 16", {"workers": 8, "depth": 16}),
-        Setting("4 workers, 8 SMs free", {"workers": 4, "depth": 12, "priority": 0}, 8),
-        Setting("4 workers, 16 SMs free", {"workers": 4, "depth": 12, "priority": 0}, 16),
+        Setting("1 worker, 1 stream", {"workers": 1, "streams": 1, "depth": 12}),
+        Setting("1 worker, 4 streams", {"workers": 1, "streams": 4, "depth": 12}),
+        Setting("1 worker, 8 streams", {"workers": 1, "streams": 8, "depth": 16}),
+        Setting("2 workers, 4 streams", {"workers": 2, "streams": 4, "depth": 12}),
+        Setting("3 workers", {"workers": 3, "streams": 1, "depth": 12}),
+        Setting("6 workers", {"workers": 6, "streams": 1, "depth": 16}),
+        Setting("1 worker, 8 SMs free", {"workers": 1, "streams": 4, "depth": 12, "priority": 0}, 8),
+        Setting("3 workers, 16 SMs free", {"workers": 3, "streams": 1, "depth": 12, "priority": 0}, 16),
     )
 }
 
@@ -205,9 +211,10 @@ def row(
     """Medians over `repeats` rounds of: products alone, chain alone, both. The products are as many as take
     the time of the chain."""
     work = transfer.run
-    products.count = 1
+    products.count = 16
     measure(products, work, setting)
-    products.count = max(round(measure(products, work, None).total / products.seconds), 1)
+    seconds = measure(products, None, None).products / products.count
+    products.count = max(round(measure(products, work, None).total / seconds), 1)
     rounds = [
         (
             measure(products, None, None),
@@ -237,6 +244,7 @@ def row(
         "hidden_p80": round(high, 4),
         "products_slowed": round(beside / alone - 1, 4),
         "wire_gb_s_alone": round(wire / b / 1e9, 1),
+        "wire_gb_s_beside": round(wire / both / 1e9, 1),
         "tflops_alone": round(products.flop * products.count / alone / 1e12, 1),
         "repeats": repeats,
     }
@@ -293,7 +301,7 @@ def timeline(out: Path, name: str, products: Products, rows: int) -> None:
     xs = [torch.randn(rows, COLUMNS, device="cuda", dtype=torch.bfloat16) for _ in range(16)]
     products.count = 1
     for _ in range(2):  # first, kernels are compiled and memory is pinned
-        with Chain(name.split()[0], trace=True, workers=4, depth=12, **LANES[name]) as chain:
+        with Chain(name.split()[0], trace=True, **TRACED[name], **LANES[name]) as chain:
             for _ in range(8):
                 with chain.span("product"):
                     products.start(warm=False)
@@ -304,7 +312,11 @@ def timeline(out: Path, name: str, products: Products, rows: int) -> None:
     stem = f"overlap_trace_{name.replace(' ', '')}"
     trace.save(out / f"{stem}.json")
     trace.save(out / f"{stem}.png")
-    print(stem, {stage: f"{trace.busy(stage) * 1e3:.2f} ms" for stage, _ in trace.rows}, flush=True)
+    busy = {
+        stage: f"{trace.busy(stage) * 1e3:.2f} ms"
+        for stage in ("product", "encode", "store", "load", "decode")
+    }
+    print(stem, busy, flush=True)
 
 
 def main() -> None:
@@ -318,14 +330,14 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=SIDE)
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--wire", type=int, default=WIRE)
-    parser.add_argument("--trace", default="packed 4,exact", help="lanes to draw a timeline of")
+    parser.add_argument("--trace", action=argparse.BooleanOptionalAction, default=True, help="draw timelines")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = run(arguments)
     if rows:
         append_rows(arguments.out / "overlap.csv", rows)
         draw(arguments.out / "overlap.png", rows)
-    for name in filter(None, arguments.trace.split(",")):
+    for name in TRACED if arguments.trace else ():
         timeline(arguments.out, name, Products(arguments.side), arguments.rows)
 
 

@@ -15,36 +15,33 @@ from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
-from math import cos, pi
+from dataclasses import dataclass, field
+from math import cos, inf, pi
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once; deterministic GEMMs
 
 import torch
-from common import RESULTS, append_rows, environment, figure
-from regions import REGIONS, lane_in
+from common import RESULTS, append_rows, environment
+from regions import REGIONS, SoftmaxSpared, lane_in
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from training_runs import SHAPES, Job, Run, draw, summary
 
 import sidelane
+from sidelane.codec.lane import Lane
 from sidelane.demo_model import GPT, Corpus, Shape, call_layer
+from sidelane.pipeline.lanes import open_lane
 
 Row = dict[str, Any]
 
-SHAPES = {
-    "full": Shape(layers=8, width=512, heads=8, kv_heads=4, hidden=1408, context=256, batch=16),
-    "tiny": Shape(layers=2, width=32, heads=2, kv_heads=1, hidden=64, context=32, batch=4),
-}
 MIN_BYTES = 1024  # of a tensor that is offloaded: nearly all of them are
 GPU_BUDGET = 256 << 20  # of 0.86 GiB that a step saves
 LEARNING_RATE, WARM_UP = 1e-3, 100
-LAST = 100  # steps whose mean is the last training loss
 HELD_OUT = 0.05  # of the text
 HELD_BATCHES = 64
 PROBES = (1, 100, 500, 1000)  # steps at which gradients are compared
@@ -54,7 +51,7 @@ PROBES = (1, 100, 500, 1000)  # steps at which gradients are compared
 class Setting:
     """Arguments of `sidelane.offload`; no lane: no offload. `layers_only`: not around head and loss."""
 
-    lane: str | None
+    lane: str | Lane | None
     options: dict[str, Any] = field(default_factory=dict)
     layers_only: bool = False
 
@@ -73,47 +70,17 @@ SETTINGS = {
     "exact": Setting("exact"),
     "8-bit": Setting("packed", {"bits": 8, "seed": 0}),
     "4-bit": Setting("packed", {"bits": 4, "seed": 0}),
+    "4-bit softmax 8-bit": Setting(
+        SoftmaxSpared(open_lane("packed", bits=4, seed=0), open_lane("packed", bits=8, seed=0))
+    ),
     "4-bit layers": Setting("packed", {"bits": 4, "seed": 0}, layers_only=True),
     "4-bit nearest": Setting("packed", {"bits": 4}),
     "2-bit": Setting("packed", {"bits": 2, "seed": 0}),
 }
 
 
-@dataclass(frozen=True)
-class Job:
-    setting: str
-    seed: int
-    shape: str
-    steps: int
-
-
-@dataclass
-class Run:
-    """What one run gave.
-
-    Attributes:
-        losses: of every step, nats per byte.
-        held_out: loss on text that training does not see.
-        ratio: bytes of the saved tensors over their bytes on the wire.
-        cosines: (step, part, cosine) of gradients with and without the lane, same weights and batch. `part`
-            is a layer, what lies outside of layers, or "all"; for a region, "all" with the lane in that
-            region alone.
-    """
-
-    job: Job
-    losses: list[float]
-    held_out: float
-    ratio: float
-    parameters: int
-    cosines: list[tuple[int, str, float]]
-
-    @property
-    def last(self) -> float:
-        return fmean(self.losses[-LAST:])
-
-
 def train(job: Job) -> Run:
-    """One run, on the GPU where there is one."""
+    """One run, on the GPU where there is one. Raises TimeoutError when its time is up."""
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -128,6 +95,8 @@ def train(job: Job) -> Run:
     context = setting.context()
     losses, cosines = [], []
     for step in range(job.steps):
+        if time() > job.until:
+            raise TimeoutError(f"out of time at step {step}")
         tokens = learn.batch(shape, job.seed, step).to(place)
         if step in PROBES and not setting.exact:
             cosines += [(step, *pair) for pair in probe(model, tokens, setting)]
@@ -222,86 +191,6 @@ def evaluate(model: GPT, text: Corpus, shape: Shape, place: torch.device) -> flo
     return float(torch.stack(losses).mean())
 
 
-def summary(runs: Sequence[Run]) -> list[Row]:
-    """A row for each run: its last losses, and what sets them apart from no offload.
-
-    `difference`: of the held-out loss from that of no offload with the same seed; `spread`: largest minus
-    smallest held-out loss of no offload over the seeds. Raises RuntimeError when an exact lane differs.
-    """
-    plain = {run.job.seed: run for run in runs if run.job.setting == "none"}
-    spread = max(run.held_out for run in plain.values()) - min(run.held_out for run in plain.values())
-    rows = []
-    for run in runs:
-        other = plain[run.job.seed]
-        bitwise = run.losses == other.losses and run.held_out == other.held_out
-        if SETTINGS[run.job.setting].exact and not bitwise:
-            step = next(
-                (i for i, (a, b) in enumerate(zip(run.losses, other.losses, strict=True)) if a != b), -1
-            )
-            raise RuntimeError(f"{run.job}: the losses differ from those without offload from step {step}")
-        whole = [cosine for _, part, cosine in run.cosines if part == "all"]
-        layers = [cosine for _, part, cosine in run.cosines if part.startswith("layer ")]
-        rows.append(
-            {
-                "setting": run.job.setting,
-                "seed": run.job.seed,
-                "parameters": run.parameters,
-                "steps": run.job.steps,
-                **asdict(SHAPES[run.job.shape]),
-                "ratio": round(run.ratio, 3),
-                "bitwise": bitwise,
-                "last_loss": round(run.last, 5),
-                "held_out_loss": round(run.held_out, 5),
-                "difference": round(run.held_out - other.held_out, 5),
-                "spread": round(spread, 5),
-                "inside": abs(run.held_out - other.held_out) <= spread,
-                "cosine": round(min(whole), 6) if whole else 1.0,
-                "worst_layer_cosine": round(min(layers), 6) if layers else 1.0,
-            }
-        )
-    return rows
-
-
-def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Loss curves, their distance from no offload, and the gradient cosine of every part."""
-    plain = {run.job.seed: run for run in runs if run.job.setting == "none"}
-    names = list(dict.fromkeys(run.job.setting for run in runs))
-    colors = {name: f"C{i}" for i, name in enumerate(names)}
-    with figure(path, columns=3) as (left, middle, right):
-        for run in runs:
-            label = run.job.setting if run.job.seed == min(plain) else None
-            smooth = _smooth(run.losses)
-            style = {"color": colors[run.job.setting], "linewidth": 1, "label": label}
-            left.plot(smooth, **style)
-            if run.job.setting != "none":
-                base = _smooth(plain[run.job.seed].losses)
-                middle.plot([a - b for a, b in zip(smooth, base, strict=True)], **style)
-        ends = [run.last for run in plain.values()]
-        middle.axhspan(-(max(ends) - min(ends)), max(ends) - min(ends), alpha=0.15, label="spread of seeds")
-        parts = list(dict.fromkeys(part for run in runs for _, part, _ in run.cosines))
-        for name in names:
-            mine = [c for run in runs if run.job.setting == name for c in run.cosines]
-            worst = [min((c for _, part, c in mine if part == wanted), default=None) for wanted in parts]
-            if any(worst):
-                right.plot(parts, worst, "o", color=colors[name], label=name)
-        left.set(xlabel="step", ylabel=f"nats per byte, mean of {LAST} steps", title="Training loss")
-        middle.set(xlabel="step", title="Training loss minus that of no offload, same seed")
-        right.set(title="Gradient cosine with and without the lane, worst step and seed")
-        right.tick_params(axis="x", rotation=90)
-        for axes in (left, middle, right):
-            axes.grid(alpha=0.25)
-            axes.legend(fontsize=7)
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean of up to LAST values that end at each."""
-    out, total = [], 0.0
-    for i, value in enumerate(values):
-        total += value - (values[i - LAST] if i >= LAST else 0.0)
-        out.append(total / min(i + 1, LAST))
-    return out
-
-
 def all_runs(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, Run | Exception]]:
     """Runs in the order in which they end."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -318,7 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=12, help="runs at a time")
-    parser.add_argument("--settings", default="none,exact,8-bit,4-bit", help="names, by commas")
+    parser.add_argument("--deadline", type=float, default=inf, help="seconds after which runs give up")
+    parser.add_argument(
+        "--settings", default="none,exact,8-bit,4-bit,4-bit softmax 8-bit", help="names, by commas"
+    )
     options = parser.parse_args(arguments)
     names = [name.strip() for name in options.settings.split(",")]
     if unknown := [name for name in names if name not in SETTINGS]:
@@ -327,8 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--settings: 'none' is what the others are compared with")
     start, console, machine = monotonic(), Console(width=160), environment()
     slow_first = sorted(names, key=lambda name: name != "exact")
+    until = time() + options.deadline
     jobs = [
-        Job(name, seed, options.shape, options.steps) for name in slow_first for seed in range(options.seeds)
+        Job(name, seed, options.shape, options.steps, until)
+        for name in slow_first
+        for seed in range(options.seeds)
     ]
     runs, failed = [], False
     for job, run in all_runs(jobs, options.jobs):
@@ -362,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     if cosines:
         append_rows(options.out / "training_cosines.csv", cosines)
-    rows = summary(runs)
+    rows = summary(runs, [name for name in names if SETTINGS[name].exact])
     append_rows(options.out / "training.csv", [row | machine for row in rows])
     table = Table(box=None, pad_edge=False)
     shown = ("setting", "seed", "ratio", "bitwise", "last_loss", "held_out_loss", "difference", "spread")

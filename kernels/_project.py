@@ -346,6 +346,6 @@ def _project_tiles(rows: int, columns: int, depth: int, native: bool) -> Tiles:
     if rows * columns >= 128 * 256 * 100:
         return Tiles(128, 256, 64, stages=4, warps=8, slices=4)
     if min(rows, columns) <= 64:  # bound by memory: long steps
-        m, n = side(rows, 64), side(columns, 64)
-        return Tiles(m, n, side(depth, 128), stages=3, warps=4, per_sm=2, flatten=False)
+        m, n = side(rows, 64), side(columns, 64 if columns >= 8192 else 32)
+        return Tiles(m, n, side(depth, 8192 // n), stages=3, warps=4, per_sm=2, flatten=False)
     return Tiles(side(rows, 64), side(columns, 128), side(depth, 64), stages=4, warps=4, per_sm=2)

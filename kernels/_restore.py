@@ -53,6 +53,7 @@ def _weigh_components(  # type: ignore[no-untyped-def]
     first,
     depth,
     channels,
+    rows_of_part,
     strides,
     pitch,
     MIDDLE: tl.constexpr,
@@ -63,7 +64,7 @@ def _weigh_components(  # type: ignore[no-untyped-def]
     """Rows d = first.. of what `restore_kernel` multiplies and adds, from w = components * scale:
 
     unit[d] = the power of two with max |w[d]| / unit[d] in [2^13, 2^14), not below 2^-126,
-    weights[d] = w[d] / unit[d] in float16 and, with PARTS = 2, what its rounding dropped,
+    weights[d] = w[d] / unit[d] in float16 and, with PARTS = 2, what its rounding dropped; 0 from `depth` on,
     constant[d] = bias[d] + sum of w[d, k] * middle[k].
     """
     d = first + tl.arange(0, BLOCK_D)
@@ -91,10 +92,10 @@ def _weigh_components(  # type: ignore[no-untyped-def]
         w = w * load_channels(scale_ptr, k, channels, 1) * per_unit[:, None]
         at = weights_ptr + d.to(tl.int64)[:, None] * pitch + k[None, :]
         high = w.to(tl.float16)
-        tl.store(at, high, mask=mask)
+        tl.store(at, high, mask=(k < channels)[None, :])
         if PARTS == 2:
             low = (w - high.to(tl.float32)).to(tl.float16)
-            tl.store(at + tl.cast(depth, tl.int64) * pitch, low, mask=mask)
+            tl.store(at + tl.cast(rows_of_part, tl.int64) * pitch, low, mask=(k < channels)[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -112,6 +113,7 @@ def center_kernel(  # type: ignore[no-untyped-def]
     length,
     depth,
     channels,
+    rows_of_part,
     centered_pitch,
     weights_pitch,
     strides,
@@ -132,7 +134,7 @@ def center_kernel(  # type: ignore[no-untyped-def]
 ):
     """Operands of `restore_kernel`: code - middle, float16 [lines, length], and `_weigh_components`."""
     tiles_n = tl.cdiv(length, BLOCK_N)
-    bands = tl.cdiv(depth, BLOCK_D)
+    bands = rows_of_part // BLOCK_D
     for tile in range(tl.program_id(0), bands + tl.cdiv(lines, BLOCK_M) * tiles_n, tl.num_programs(0)):
         if tile < bands:
             _weigh_components(
@@ -146,6 +148,7 @@ def center_kernel(  # type: ignore[no-untyped-def]
                 tile * BLOCK_D,
                 depth,
                 channels,
+                rows_of_part,
                 strides,
                 weights_pitch,
                 MIDDLE,
@@ -177,6 +180,7 @@ def restore_kernel(  # type: ignore[no-untyped-def]
     tokens,
     depth,
     channels,
+    rows_of_part,
     CENTERED: tl.constexpr,
     OUT: tl.constexpr,
     PARTS: tl.constexpr,
@@ -202,7 +206,7 @@ def restore_kernel(  # type: ignore[no-untyped-def]
             a = load_tile(centered, m0, k0, 0, 0, (0, 0), CENTERED, BLOCK_M, BLOCK_K)
             x = tl.dot(a, weights.load([n0, k0]).T, x)
             if PARTS == 2:
-                x = tl.dot(a, weights.load([depth + n0, k0]).T, x)
+                x = tl.dot(a, weights.load([rows_of_part + n0, k0]).T, x)
         parts = slices(x, SLICES)
         WIDTH: tl.constexpr = BLOCK_N // SLICES
         for s in tl.static_range(SLICES):
@@ -223,6 +227,7 @@ def restore_narrow_kernel(  # type: ignore[no-untyped-def]
     tokens,
     depth,
     channels,
+    rows_of_part,
     span,
     g,
     CHANNEL_LINES: tl.constexpr,
@@ -255,7 +260,7 @@ def restore_narrow_kernel(  # type: ignore[no-untyped-def]
         for d0 in range(start, tl.minimum(start + span, depth), BLOCK_D):
             x = tl.dot(a, weights.load([d0, 0]).T)
             if PARTS == 2:
-                x = tl.dot(a, weights.load([depth + d0, 0]).T, x)
+                x = tl.dot(a, weights.load([rows_of_part + d0, 0]).T, x)
             d = d0 + tl.arange(0, BLOCK_D)
             restored = x * load_channels(unit_ptr, d, depth, 1) + load_channels(constant_ptr, d, depth, 1)
             store_tile(out, restored, first, d0, tokens, depth, OUT)
@@ -343,7 +348,7 @@ def restore(
                 **flags,
             )
             return out
-        narrow = scale.numel() <= NARROW
+        narrow = scale.numel() <= NARROW and min(out.shape) >= NARROW
         lines, tiles = (0, 0) if narrow else (lines, tiles)
         centered = torch.empty((lines, cdiv(length, 8) * 8), dtype=torch.float16, device=codes.device)
         if levels is None:
@@ -351,11 +356,11 @@ def restore(
         else:
             middle = 0
         depth, channels = components.shape
-        weights = torch.empty(
-            (parts * depth, cdiv(channels, 8) * 8), dtype=torch.float16, device=codes.device
-        )
+        rows_of_part = cdiv(depth, 16) * 16
+        shape = (parts * rows_of_part, cdiv(channels, 8) * 8)
+        weights = torch.empty(shape, dtype=torch.float16, device=codes.device)
         unit, constant = torch.empty_like(bias), torch.empty_like(bias)
-        tiles += cdiv(depth, WEIGHT_ROWS)
+        tiles += rows_of_part // WEIGHT_ROWS
         center_kernel[(programs(tiles, PASS_PER_SM, sms, codes.device),)](
             codes,
             centered,
@@ -370,6 +375,7 @@ def restore(
             length,
             depth,
             channels,
+            rows_of_part,
             centered.stride(0),
             weights.stride(0),
             components.stride(),
@@ -401,7 +407,7 @@ def _restore(
     sms: int | None,
 ) -> None:
     tokens, depth = out.shape
-    t = _restore_tiles(tokens, depth, parts)
+    t = _restore_tiles(tokens, depth, weights.shape[1], parts)
     a_tiles, a_access = access(centered, t.m, t.step)
     b_tiles, _ = access(weights, t.n, t.step)
     out_tiles, out_access = access(out, t.m, t.n // t.slices)
@@ -415,6 +421,7 @@ def _restore(
         tokens,
         depth,
         weights.shape[1],
+        len(weights) // parts,
         CENTERED=a_access,
         OUT=out_access,
         PARTS=parts,
@@ -460,6 +467,7 @@ def _restore_narrow(
         tokens,
         depth,
         weights.shape[1],
+        len(weights) // parts,
         span,
         g,
         MIDDLE=middle,
@@ -476,13 +484,17 @@ def _restore_narrow(
     )
 
 
-def _restore_tiles(tokens: int, depth: int, parts: int) -> Tiles:
-    """Tiles of a product [tokens, depth]."""
-    if tokens * depth >= 128 * 256 * 100:
-        return Tiles(128, 256, 64, stages=3 if parts == 1 else 2, warps=8, slices=1 if parts == 1 else 4)
-    return Tiles(side(tokens, 64), side(depth, 128), 64, stages=3, warps=4, per_sm=2)
+def _restore_tiles(tokens: int, depth: int, channels: int, parts: int) -> Tiles:
+    """Tiles of a product [tokens, channels] x [channels, depth]."""
+    if parts == 2:
+        return Tiles(side(tokens, 128), side(depth, 128), 64, stages=3, warps=8)
+    if tokens * depth >= 128 * 256 * 500 and channels > 768:
+        return Tiles(128, 256, 64, stages=3, warps=8)
+    # Two programs on a multiprocessor: one stores while the other multiplies.
+    n = side(depth, 128)
+    return Tiles(side(tokens, 128), n, 64, stages=3, warps=4, slices=4 if n == 128 else 1, group=16, per_sm=2)
 
 
 def _narrow_tiles(tokens: int, depth: int) -> Tiles:
     """Tiles of a product of few channels; `group` programs share the features of their tokens."""
-    return Tiles(side(tokens, 64), side(depth, 64), 0, stages=3, warps=4, group=2, per_sm=4)
+    return Tiles(64, 64, 0, stages=3, warps=4, group=2 if tokens >= 8192 else 4, per_sm=4)

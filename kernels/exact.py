@@ -31,6 +31,7 @@ from sidelane.kernels.reference import (
 
 SURVEY_TILE = 4096  # elements per step of a surveying program
 SURVEY_PROGRAMS = 2048  # at most
+ENCODE_REGISTERS = 96  # of a thread
 LIST_PROGRAMS = 8192  # at most
 ROOM = 32  # elements per escape that is expected at most
 BLOCK = tl.constexpr(EXACT_BLOCK)
@@ -351,7 +352,7 @@ def exact_encode_into(
             )
         _exact_encode_kernel[(programs(blocks, max_programs),)](
             word, info, base, codes, counts, marks, planes, odd, numel,
-            f.mantissa, f.exponent, f.planes, f.odd_bits, num_warps=1,
+            f.mantissa, f.exponent, f.planes, f.odd_bits, num_warps=1, maxnreg=ENCODE_REGISTERS,
         )  # fmt: skip
         torch.cumsum(counts, 0, dtype=torch.int32, out=ends.view(torch.int32))
     _list_escapes(x, parts, info, marks, room, f.planes, max_programs)

@@ -24,7 +24,7 @@ _LIMITS = {  # largest number, words of Inf and NaN
     torch.float16: (torch.finfo(torch.float16).max, 0x7C00, 0x7E00),
     torch.float32: (torch.finfo(torch.float32).max, 0x7F800000, 0x7FC00000),
 }
-PACK_WARPS, PACK_REGISTERS = 2, 80
+PACK_REGISTERS = {False: 80, True: 96}  # of a thread, by stochastic rounding
 UNPACK_TILE, UNPACK_WARPS = 2048, 2  # elements per program, a power of two
 WIDE = tl.constexpr(reference.WIDE)
 WIDE_NONFINITE = tl.constexpr(reference.WIDE_NONFINITE)
@@ -324,7 +324,7 @@ def group_quantize_pack(
         bits, group: one of GROUP_BITS and GROUP_SIZES.
         symmetric: no offsets; codes are centred on zero.
         seed: None rounds to nearest; a number rounds stochastically, the same way for the same seed.
-        max_programs: the most programs to launch (of 2 warps each); None for as many as there is work.
+        max_programs: the most programs to launch, a warp each; None for as many as there is work.
 
     The codes are not differentiable. Raises LaneError for any other input.
     """
@@ -353,7 +353,7 @@ def group_quantize_pack_into(
 ) -> None:
     """The launch of `group_quantize_pack`: fills the parts of `codes`, which begin at multiples of 16."""
     numel, group = codes.numel, codes.group
-    block = 32 * PACK_WARPS * 4 * (16 // x.element_size()) // group
+    block = 32 * 4 * (16 // x.element_size()) // group  # a warp loads four times 16 bytes per thread
     with device_of(x):
         _group_quantize_pack_kernel[(programs(cdiv(numel, block * group), max_programs),)](
             x,
@@ -368,8 +368,8 @@ def group_quantize_pack_into(
             seed is not None,
             numel % group > 0,
             block,
-            num_warps=PACK_WARPS,
-            maxnreg=PACK_REGISTERS,
+            num_warps=1,
+            maxnreg=PACK_REGISTERS[seed is not None],
             enable_fp_fusion=False,
         )
 

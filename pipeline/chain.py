@@ -66,9 +66,11 @@ class Chain:
             or "packed" when `max_rel_error` is given.
         depth: tensors in each stage: those that wait for the encoder, encoded packets on the device, loaded
             packets, and fetched tensors are at most so many each.
-        workers: threads for each direction, each with streams of its own for kernels. A lane that waits
-            inside encode, since the size of its packets depends on the data, or that runs on the CPU is
-            faster with several; for others one is enough.
+        workers: threads for each direction. One is fastest for lanes that only launch kernels. A lane that
+            waits inside encode, since the size of its packets depends on the data, or that runs on the CPU
+            wants several.
+        streams: for each worker and each stage of kernels, used in turn, so that kernels of several tensors
+            are ready when the program leaves the device free for a moment.
         device: where tensors are received; default: where they were.
         kernel, inverse: tensor to tensor, before encode and after decode, on streams of their own.
         max_rel_error: bound on the relative Frobenius error of what is encoded (`compress`); waits for the
@@ -87,6 +89,7 @@ class Chain:
         *,
         depth: int = 4,
         workers: int = 2,
+        streams: int = 4,
         device: torch.device | str | None = None,
         kernel: Callable[[Tensor], Tensor] | None = None,
         inverse: Callable[[Tensor], Tensor] | None = None,
@@ -105,13 +108,14 @@ class Chain:
             self._decode = partial(decode_packet, basis=getattr(self._lane, "basis", None))
         if host_budget is not None and (type(host_budget) is not int or host_budget < 0):
             raise LaneError(f"host_budget={host_budget!r} is not a whole number from 0 up or None")
-        if type(workers) is not int or workers < 1:
-            raise LaneError(f"workers={workers!r} is not a whole number from 1 up")
+        for name, value in (("workers", workers), ("streams", streams)):
+            if type(value) is not int or value < 1:
+                raise LaneError(f"{name}={value!r} is not a whole number from 1 up")
         self._depth = depth
         self._device = None if device is None else _with_index(present_device(device))
         self._kernel, self._inverse = kernel, inverse
         self._recorder = Recorder() if trace else None
-        self._stages = Stages(depth, priority, self._recorder)
+        self._stages = Stages(depth, streams, priority, self._recorder)
         self._host = Budget(host_budget)
         self._sender, self._receiver = (
             ThreadPoolExecutor(workers, f"sidelane-{name}", *self._stages.thread())
@@ -269,7 +273,9 @@ class Chain:
         """What the sender's thread does for one tensor, which was at `version` when it was sent."""
         tensor = source.peek()
         device, nbytes = tensor.device, distinct_bytes(tensor)
-        stages, stream = self._stages, self._stages.stream("encode", device)
+        stages = self._stages
+        stages.next()
+        stream = stages.stream("encode", device)
         with ExitStack() as slots, undisturbed(device):
             slots.callback(source.give)
             try:
@@ -302,6 +308,7 @@ class Chain:
         """What the receiver's thread does for one tensor."""
         stored = sent.result()
         stages, device, nbytes = self._stages, stored.device, stored.raw_nbytes
+        stages.next()
         with ExitStack() as slots, undisturbed(device):
             stream = stages.stream("load", device)
             loaded: Slot[Packet] = stages.rings["load"].take(stream)

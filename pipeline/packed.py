@@ -110,7 +110,7 @@ def decode_basis(packet: Packet, basis: Basis) -> Tensor:
     if len(rows) and not (rows[0] >= 0 and rows[-1] < tokens and (rows.diff() > 0).all()):
         raise PacketError("rows", f"the indices do not rise within 0..{tokens - 1}")
     codes = unpack_bits(packed, q.widths, tokens)
-    x = dequantize_project(codes, q.components, q.scale, q.bias, packet.dtype)
+    x = dequantize_project(codes, q.components, q.scale, q.bias, packet.dtype, levels=q.levels)
     if len(rows):
         x[rows] = escapes
     return x.view(-1)

@@ -22,25 +22,31 @@ class Stages:
 
     Args:
         depth: of each ring.
-        priority: of the streams of kernels.
+        width: streams that each thread runs a stage of kernels on, in turn.
+        priority: of these.
         recorder: of spans, or None.
 
     Raises LaneError for a bad depth.
     """
 
-    def __init__(self, depth: int, priority: int, recorder: Recorder | None) -> None:
+    def __init__(self, depth: int, width: int, priority: int, recorder: Recorder | None) -> None:
         self.rings = {stage: Ring[Any](depth) for stage in ("source", "kernel", "encode", "load", "decode")}
         self.copying = {"store": threading.Lock(), "load": threading.Lock()}  # one thread at a time
+        self._width = width
         self._priority = priority
         self._recorder = recorder
-        self._thread = threading.local()  # .number among the threads of its direction
+        self._thread = threading.local()  # .number among the threads of its direction, .turn
 
     def thread(self) -> tuple[Callable[[threading.local, Iterator[int]], None], tuple[Any, ...]]:
         """What numbers the threads of a pool, and its arguments."""
         return _set_number, (self._thread, count())
 
+    def next(self) -> None:
+        """This thread begins with a tensor."""
+        self._thread.turn = (self._thread.turn + 1) % self._width
+
     def stream(self, stage: str, device: torch.device) -> Any:
-        """The stream on which this thread runs `stage`. Copies share one in each direction."""
+        """The stream on which this thread runs `stage` of its tensor. Copies share one in each direction."""
         return side_stream(device, self._role(stage), 0 if stage in self.copying else self._priority)
 
     def run(self, stage: str, number: int, stream: Stream, work: Callable[[], T], nbytes: int) -> T:
@@ -83,9 +89,9 @@ class Stages:
             ring.clear()
 
     def _role(self, stage: str) -> str:
-        number = 0 if stage in self.copying else self._thread.number
+        number = 0 if stage in self.copying else self._thread.number * self._width + self._thread.turn
         return f"{stage} {number}" if number else stage
 
 
 def _set_number(thread: threading.local, numbers: Iterator[int]) -> None:
-    thread.number = next(numbers)
+    thread.number, thread.turn = next(numbers), -1

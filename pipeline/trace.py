@@ -22,8 +22,8 @@ class Span:
     """One stage of one item.
 
     Attributes:
-        stage: "kernel", "encode", "store", "load", "decode", "inverse", with a number on the streams of the
-            second worker and further ones; or a name given to `Chain.span`.
+        stage: "kernel", "encode", "store", "load", "decode", "inverse", with a number on the second stream
+            and further ones; or a name given to `Chain.span`.
         device: that did the work.
         item: number of the ticket, or how often the name was used before.
         begin, end: seconds since the trace began.

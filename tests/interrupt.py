@@ -17,7 +17,7 @@ def interrupted(action: Callable[[], object], at: int, *modules: ModuleType) -> 
     of an `__exit__` is left out: no context can help what happens there.
     """
     files = {module.__file__ for module in modules}
-    last: dict[FrameType, str] = {}
+    last: dict[int, str] = {}  # by id: a frame that is held keeps what would die with it
     left = at
     before = sys.gettrace()
 
@@ -26,8 +26,10 @@ def interrupted(action: Callable[[], object], at: int, *modules: ModuleType) -> 
         if frame.f_code.co_filename not in files:
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode":
-            name, last[frame] = last.get(frame, "RESUME"), opname[frame.f_code.co_code[frame.f_lasti]]
+        if event == "call":
+            last[id(frame)] = "RESUME"
+        elif event == "opcode":
+            name, last[id(frame)] = last[id(frame)], opname[frame.f_code.co_code[frame.f_lasti]]
             points = ("CALL", "JUMP_BACKWARD", "JUMP_ABSOLUTE", "RESUME")
             left -= name.startswith(points[:3] if frame.f_code.co_name == "__exit__" else points)
             if left < 0:
@@ -42,5 +44,4 @@ def interrupted(action: Callable[[], object], at: int, *modules: ModuleType) -> 
         return True
     finally:
         sys.settrace(before)
-        last.clear()
     return False

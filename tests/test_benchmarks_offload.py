@@ -238,14 +238,17 @@ def test_one_file_of_torchtune_loads_alone(
 
 def test_training_runs_and_their_rows(script: Script, tmp_path: Path) -> None:
     training = script("training")
-    settings = ("none", "exact", "8-bit", "4-bit", "4-bit layers")
+    settings = ("none", "exact", "8-bit", "4-bit", "4-bit softmax 8-bit", "4-bit layers")
     runs = [training.train(training.Job(name, seed, "tiny", 3)) for name in settings for seed in (0, 1)]
-    rows = training.summary(runs)
-    assert [row["bitwise"] for row in rows] == 4 * [True] + 6 * [False]
+    rows = training.summary(runs, ["exact"])
+    assert [row["bitwise"] for row in rows] == 4 * [True] + 8 * [False]
     by_name = {(row["setting"], row["seed"]): row for row in rows}
     assert by_name["none", 0]["held_out_loss"] != by_name["none", 1]["held_out_loss"]
     assert by_name["4-bit", 0]["cosine"] < by_name["8-bit", 0]["cosine"] < 1
-    assert by_name["4-bit", 0]["ratio"] > by_name["8-bit", 0]["ratio"] > by_name["exact", 0]["ratio"] > 1
+    ratios = [
+        by_name[name, 0]["ratio"] for name in ("4-bit", "4-bit softmax 8-bit", "8-bit", "exact", "none")
+    ]
+    assert ratios == sorted(ratios, reverse=True) and len(set(ratios)) == 5
     assert len({row["spread"] for row in rows}) == 1
     parts = {part for _, part, _ in runs[-1].cosines}
     assert parts == {"all", "embed", "layer 0", "layer 1", "norm", "head", *script("regions").REGIONS}
@@ -253,7 +256,20 @@ def test_training_runs_and_their_rows(script: Script, tmp_path: Path) -> None:
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     changed = replace(runs[2], losses=[loss + 1e-6 for loss in runs[2].losses])  # an exact run
     with pytest.raises(RuntimeError, match="differ"):
-        training.summary([changed, *runs[:2]])
+        training.summary([changed, *runs[:2]], ["exact"])
+    with pytest.raises(TimeoutError, match="step 0"):
+        training.train(training.Job("none", 0, "tiny", 3, until=0))
+
+
+def test_softmax_is_spared(script: Script) -> None:
+    """Heads and logits take the 8 bits that they need, everything else 4."""
+    lane = script("training").SETTINGS["4-bit softmax 8-bit"].lane
+    bits = {
+        shape: lane.encode(torch.randn(shape)).bits
+        for shape in ((2, 4, 32, 8), (64, 256), (2, 32, 256), (64, 64))
+    }
+    assert list(bits.values()) == [8, 8, 4, 4]
+    assert lane.encode(torch.randn(64, 256).bfloat16()).bits == 4
 
 
 def test_regions_part_what_a_model_saves(script: Script) -> None:

@@ -495,6 +495,7 @@ def test_bad_arguments_are_refused():
         ({"bits": 3, "lane": "packed"}, "bits"),
         ({"depth": 0}, "depth"),
         ({"workers": 0}, "workers"),
+        ({"streams": True}, "streams"),
         ({"host_budget": -1}, "host_budget"),
         ({"device": "nope"}, "device"),
         ({"max_rel_error": -1}, "max_rel_error"),

