@@ -86,9 +86,11 @@ def fitted(setting: Setting, model: nn.Module, tokens: Tensor) -> tuple[Method, 
 
     def peak(budget: int) -> int:
         methods[budget] = setting.open(model, gpu_budget=budget, **setting.options)
+        step = stepper(model, methods[budget], tokens)
+        step()  # an engine may fetch in a better order once it has seen a step
         release(model)
         base = _reset_peak(model)
-        stepper(model, methods[budget], tokens)()
+        step()
         return _peak() - base
 
     best = largest_budget(peak, int(setting.peak * GIB))

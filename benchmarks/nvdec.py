@@ -9,7 +9,7 @@ them repeated to an MP4 file for the peers. The second needs a GPU: every decode
 digest before it is timed.
 
 `NvDecoder`, `NvDecoderPool` and `C loop` (nvdec_loop.c says how to build --loop) read the stream from memory
-and copy every frame into a CUDA tensor of the caller. `open_video` (which needs PyAV) and PyNvVideoCodec read
+and copy every frame into a CUDA tensor of the caller. `open_video` (where PyAV is) and PyNvVideoCodec read
 the MP4 file; frames of PyNvVideoCodec are DLPack views that its next call overwrites. Decoders are kept from
 run to run, but for `open_video`, which makes one per file: its rows include start-up. SimpleDecoder of
 PyNvVideoCodec, made for random access, is a quarter as fast as its plain decoder and left out.
@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from statistics import median, quantiles
@@ -197,7 +198,9 @@ def c_loop(found: Measurement, library: Path, decoders: int, repeat: int) -> Non
 
 def readers(path: Path) -> dict[str, Callable[[], Reader]]:
     """For everything that decodes files a function that makes a reader with a decoder of its own."""
-    found: dict[str, Callable[[], Reader]] = {"open_video": lambda: lambda: map(as_surface, open_video(path))}
+    found: dict[str, Callable[[], Reader]] = {}
+    if find_spec("av"):
+        found["open_video"] = lambda: lambda: map(as_surface, open_video(path))
     try:
         import PyNvVideoCodec as nvc
     except ImportError:

@@ -106,7 +106,7 @@ def compared(rows: Sequence[Row]) -> list[Row]:
         moved = row["out_gib"] + row["in_gib"] > 0.05
         hidden = hidden_fraction(row, anchor) if anchor and moved else ""
         versus = round(row["ms"] / alone["none"], 3) if "none" in alone else ""
-        out.append({**row, "times_none": versus, "hidden": hidden})
+        out.append({**row, "times_none": versus, "hidden_fraction": hidden})
     return out
 
 
@@ -152,7 +152,7 @@ COLUMNS = (
     "gpu_budget_gib",
     "out_gib",
     "in_gib",
-    "hidden",
+    "hidden_fraction",
     "idle_ms",
     "waited_ms",
     "host_gib",

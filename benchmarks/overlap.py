@@ -31,7 +31,7 @@ SIDE = 8192  # of the matrices
 ROWS, COLUMNS = 8192, 4096  # of a tensor that is sent, bfloat16
 KINDS = 6  # different tensors
 WIRE = 5 << 30  # bytes that one run moves over the wire
-WARM = 0.03  # seconds of products before each measured run
+WARM = 0.15  # seconds of products before each measured run
 LANES: dict[str, dict[str, Any]] = {
     "raw": {},
     "packed 4": {"bits": 4},
@@ -39,8 +39,8 @@ LANES: dict[str, dict[str, Any]] = {
     "exact": {},
 }
 TRACED = {
-    "packed 4": {"workers": 1, "streams": 4, "depth": 12},
-    "exact": {"workers": 3, "streams": 1, "depth": 12},
+    "packed 4": {"workers": 0, "streams": 4, "depth": 12},
+    "exact": {"workers": 2, "streams": 1, "depth": 12},
 }
 DIRECTIONS = ("store", "load", "both")
 LINE = (
@@ -77,14 +77,17 @@ class Setting:
 SETTINGS = {
     each.name: each
     for each in (
-        Setting("1 worker, 1 stream", {"workers": 1, "streams": 1, "depth": 12}),
+        Setting("inline, 1 stream", {"workers": 0, "streams": 1, "depth": 12}),
+        Setting("inline, 4 streams", {"workers": 0, "streams": 4, "depth": 12}),
+        Setting("inline, 8 streams", {"workers": 0, "streams": 8, "depth": 16}),
         Setting("1 worker, 4 streams", {"workers": 1, "streams": 4, "depth": 12}),
-        Setting("1 worker, 8 streams", {"workers": 1, "streams": 8, "depth": 16}),
-        Setting("2 workers, 4 streams", {"workers": 2, "streams": 4, "depth": 12}),
-        Setting("3 workers", {"workers": 3, "streams": 1, "depth": 12}),
-        Setting("6 workers", {"workers": 6, "streams": 1, "depth": 16}),
-        Setting("1 worker, 8 SMs free", {"workers": 1, "streams": 4, "depth": 12, "priority": 0}, 8),
-        Setting("3 workers, 16 SMs free", {"workers": 3, "streams": 1, "depth": 12, "priority": 0}, 16),
+        Setting("2 workers", {"workers": 2, "streams": 1, "depth": 12}),
+        Setting("4 workers", {"workers": 4, "streams": 1, "depth": 12}),
+        Setting("8 workers", {"workers": 8, "streams": 1, "depth": 16}),
+        Setting("inline, 8 SMs free", {"workers": 0, "streams": 4, "depth": 12, "priority": 0}, 8),
+        Setting("2 workers, 8 SMs free", {"workers": 2, "streams": 1, "depth": 12, "priority": 0}, 8),
+        Setting("2 workers, 16 SMs free", {"workers": 2, "streams": 1, "depth": 12, "priority": 0}, 16),
+        Setting("4 workers, 16 SMs free", {"workers": 4, "streams": 1, "depth": 12, "priority": 0}, 16),
     )
 }
 

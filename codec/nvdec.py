@@ -250,10 +250,7 @@ class NvDecoderPool:
     def _start_next(
         self, coming: Iterator[tuple[bytes | Tensor, SurfaceLayout]], count: int
     ) -> list[Future[Tensor]]:
-        """Start the next `count` jobs; the error of one takes its place.
-
-        All surfaces come before the first job: decoders at work hold up the calls that the next one needs.
-        """
+        """Start the next `count` jobs; the error of one takes its place."""
         jobs: list[_Job] = []
         try:
             for stream, layout in islice(coming, count):

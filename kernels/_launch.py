@@ -87,7 +87,9 @@ def aligned(part: Tensor) -> Tensor:
 
 def programs(tiles: int, most: int | None) -> int:
     """Programs for `tiles`, `most` of them at most: each takes several tiles then, and the rest of the GPU
-    stays free for others."""
+    stays free for others. Raises LaneError for less than one."""
+    if most is not None and most < 1:
+        raise LaneError(f"max_programs={most}: at least one program has to run")
     return tiles if most is None else min(tiles, most)
 
 

@@ -30,7 +30,7 @@ from sidelane.kernels._tiles import (
 FILL_BLOCK = 1024  # positions that a program fills at a time
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _load_quantizer(  # type: ignore[no-untyped-def]
     offset_ptr, inv_scale_ptr, levels_ptr, k, channels, AXIS: tl.constexpr
 ):
@@ -45,7 +45,7 @@ def _load_quantizer(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _quantize(z, quantizer):  # type: ignore[no-untyped-def]
     """Codes int32 of z, and which of them the clamp changed."""
     offset, inv_scale, top = quantizer

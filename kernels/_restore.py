@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sidelane.kernels._center import center_kernel, middle_of
 from sidelane.kernels._launch import cdiv, device_of
 from sidelane.kernels._surface import Geometry, load_codes
 from sidelane.kernels._tiles import (
@@ -29,145 +30,6 @@ from sidelane.kernels._tiles import (
 
 WEIGHT_ROWS = 8  # rows of the components that a program weighs at a time
 NARROW = 64  # channels that fit one step of the product
-
-
-@triton.jit
-def _middle(levels_ptr, k, channels, MIDDLE: tl.constexpr, AXIS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Float32 that codes of channels `k` are taken less: MIDDLE, or half of their levels if that is 0."""
-    if MIDDLE:
-        middle = tl.full((1, 1), MIDDLE, tl.float32)
-    else:
-        middle = tl.floor((load_channels(levels_ptr, k, channels, AXIS) + 1) * 0.5)
-    return middle
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _weigh_components(  # type: ignore[no-untyped-def]
-    components_ptr,
-    scale_ptr,
-    bias_ptr,
-    levels_ptr,
-    weights_ptr,
-    unit_ptr,
-    constant_ptr,
-    first,
-    depth,
-    channels,
-    rows_of_part,
-    strides,
-    pitch,
-    MIDDLE: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Rows d = first.. of what `restore_kernel` multiplies and adds, from w = components * scale:
-
-    unit[d] = the power of two with max |w[d]| / unit[d] in [2^13, 2^14), not below 2^-126,
-    weights[d] = w[d] / unit[d] in float16 and, with PARTS = 2, what its rounding dropped; 0 from `depth` on,
-    constant[d] = bias[d] + sum of w[d, k] * middle[k].
-    """
-    d = first + tl.arange(0, BLOCK_D)
-    in_d = d < depth
-    rows = components_ptr + d.to(tl.int64)[:, None] * strides[0]
-    largest = tl.zeros((BLOCK_D,), tl.float32)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for k0 in range(0, channels, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        mask = in_d[:, None] & (k < channels)[None, :]
-        w = tl.load(rows + k.to(tl.int64)[None, :] * strides[1], mask=mask, other=0.0).to(tl.float32)
-        w *= load_channels(scale_ptr, k, channels, 1)
-        largest = tl.maximum(largest, tl.max(tl.abs(w), 1))
-        total += tl.sum(w * _middle(levels_ptr, k, channels, MIDDLE, 1), 1)
-    # Biased exponents of float32; 2^13 <= |w| / unit < 2^14 leaves float16 its 11 bits for 27 octaves below.
-    exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 13, 1)
-    per_unit = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    tl.store(unit_ptr + d, (exponent << 23).to(tl.float32, bitcast=True), mask=in_d)
-    bias = tl.load(bias_ptr + d, mask=in_d, other=0.0)
-    tl.store(constant_ptr + d, bias + total, mask=in_d)
-    for k0 in range(0, channels, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        mask = in_d[:, None] & (k < channels)[None, :]
-        w = tl.load(rows + k.to(tl.int64)[None, :] * strides[1], mask=mask, other=0.0).to(tl.float32)
-        w = w * load_channels(scale_ptr, k, channels, 1) * per_unit[:, None]
-        at = weights_ptr + d.to(tl.int64)[:, None] * pitch + k[None, :]
-        high = w.to(tl.float16)
-        tl.store(at, high, mask=(k < channels)[None, :])
-        if PARTS == 2:
-            low = (w - high.to(tl.float32)).to(tl.float16)
-            tl.store(at + tl.cast(rows_of_part, tl.int64) * pitch, low, mask=(k < channels)[None, :])
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def center_kernel(  # type: ignore[no-untyped-def]
-    codes_ptr,
-    centered_ptr,
-    components_ptr,
-    scale_ptr,
-    bias_ptr,
-    levels_ptr,
-    weights_ptr,
-    unit_ptr,
-    constant_ptr,
-    lines,
-    length,
-    depth,
-    channels,
-    rows_of_part,
-    centered_pitch,
-    weights_pitch,
-    strides,
-    g,
-    CHANNEL_LINES: tl.constexpr,
-    TILES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SHIFT: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    WIDE: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PIECE: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Operands of `restore_kernel`: code - middle, float16 [lines, length], and `_weigh_components`."""
-    tiles_n = tl.cdiv(length, BLOCK_N)
-    bands = rows_of_part // BLOCK_D
-    for tile in range(tl.program_id(0), bands + tl.cdiv(lines, BLOCK_M) * tiles_n, tl.num_programs(0)):
-        if tile < bands:
-            _weigh_components(
-                components_ptr,
-                scale_ptr,
-                bias_ptr,
-                levels_ptr,
-                weights_ptr,
-                unit_ptr,
-                constant_ptr,
-                tile * BLOCK_D,
-                depth,
-                channels,
-                rows_of_part,
-                strides,
-                weights_pitch,
-                MIDDLE,
-                PARTS,
-                BLOCK_D,
-                BLOCK_K,
-            )
-        else:
-            first = (tile - bands) % tiles_n * BLOCK_N
-            line = (tile - bands) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-            codes = load_codes(codes_ptr, line, first, g, TILES, SPLIT, SHIFT, WIDE, BLOCK_N, PIECE, VECTOR)
-            along = first + tl.arange(0, BLOCK_N)
-            if CHANNEL_LINES:
-                middle = _middle(levels_ptr, line, channels, MIDDLE, 0)
-            else:
-                middle = _middle(levels_ptr, along, channels, MIDDLE, 1)
-            at = centered_ptr + line.to(tl.int64)[:, None] * centered_pitch + along[None, :]
-            mask = (line < lines)[:, None] & (along < length)[None, :]
-            tl.store(at, (codes.to(tl.float32) - middle).to(tl.float16), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -256,7 +118,7 @@ def restore_narrow_kernel(  # type: ignore[no-untyped-def]
             codes = tl.trans(codes)
         else:
             codes = load_codes(codes_ptr, t, 0, g, TILES, SPLIT, SHIFT, WIDE, BLOCK_K, PIECE, VECTOR)
-        a = (codes.to(tl.float32) - _middle(levels_ptr, k, channels, MIDDLE, 1)).to(tl.float16)
+        a = (codes.to(tl.float32) - middle_of(levels_ptr, k, channels, MIDDLE, 1)).to(tl.float16)
         for d0 in range(start, tl.minimum(start + span, depth), BLOCK_D):
             x = tl.dot(a, weights.load([d0, 0]).T)
             if PARTS == 2:

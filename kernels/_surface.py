@@ -89,7 +89,7 @@ def _luma_offset(row, column, g, SPLIT: tl.constexpr):  # type: ignore[no-untype
     return row.to(tl.int64) * g.pitch + column
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _chroma_offset(row, column, g):  # type: ignore[no-untyped-def]
     """Byte of the low nibble in the split format: two luma rows share one chroma row."""
     y = row % g.height

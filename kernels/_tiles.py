@@ -70,7 +70,7 @@ def store_tile(out, tile, row, column, rows, columns, ACCESS: tl.constexpr):  # 
         )
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def slices(tile, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The columns of a tile in PARTS (1, 2 or 4) equal parts: storing one at a time takes fewer registers."""
     HEIGHT: tl.constexpr = tile.shape[0]
@@ -83,7 +83,7 @@ def slices(tile, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
     return parts
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def load_channels(pointer, k, channels, AXIS: tl.constexpr):  # type: ignore[no-untyped-def]
     """One float32 for each channel `k`, 0 outside, to be broadcast along the other axis."""
     return tl.expand_dims(tl.load(pointer + k, mask=k < channels, other=0.0), 1 - AXIS)

@@ -34,6 +34,7 @@ SURVEY_PROGRAMS = 2048  # at most
 ENCODE_REGISTERS = 96  # of a thread
 LIST_PROGRAMS = 8192  # at most
 ROOM = 32  # elements per escape that is expected at most
+MOST = 2**30 - 1  # elements, each of which may have two escapes
 BLOCK = tl.constexpr(EXACT_BLOCK)
 SLACK = tl.constexpr(reference.EXACT_SLACK)
 ZERO = tl.constexpr(reference.EXACT_ZERO)
@@ -77,7 +78,7 @@ def _ones(x):  # type: ignore[no-untyped-def]
     return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _is_far(exponent, base):  # type: ignore[no-untyped-def]
     """Whether an exponent beyond the codes is too far from the base for one escape."""
     return (base - ZERO - exponent).to(tl.uint32, bitcast=True) >= 32
@@ -271,18 +272,20 @@ def _exact_decode_kernel(  # type: ignore[no-untyped-def]
                 _add_bits(word_ptr + at + place, (what & 15) << (MANTISSA + 4), written & (what >= 48))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _add_bits(word_ptr, bits, mask):  # type: ignore[no-untyped-def]
     word = tl.load(word_ptr, mask=mask, other=0)
     tl.store(word_ptr, word | bits.to(word.dtype), mask=mask)
 
 
 def exact_encode(x: Tensor, *, max_programs: int | None = None) -> ExactCodes | None:
-    """Code the exponents of flat bf16, fp16 or fp32 [n], n >= 1; None when that would not make `x` smaller.
+    """Code the exponents of flat bf16, fp16 or fp32 [n], n >= 1; None when that would not make `x` smaller,
+    and for n > MOST, where int32 might not count the escapes.
 
     The parts are made by `carve`. On a GPU the host waits once, at the end, for the number of escapes; where
     they are more than n / ROOM their section is written again behind a copy of the others. One pass over bf16
-    and fp16, two over fp32. The result does not depend on the order of execution.
+    and fp16, two over fp32. The result does not depend on the order of execution. `max_programs` is the most
+    programs to launch at once, a warp each (the survey of fp32 has four); None for as many as there is work.
 
     Raises LaneError for any other input.
     """
@@ -293,7 +296,7 @@ def exact_encode(x: Tensor, *, max_programs: int | None = None) -> ExactCodes | 
     if x.ndim != 1 or not x.is_contiguous() or numel == 0:
         raise LaneError(f"shape {tuple(x.shape)}: flatten to one dimension of at least one element")
     raw = numel * x.element_size()
-    if sum(exact_sizes(x.dtype, numel, 2**f.droppable - 1, 0)) >= raw:
+    if numel > MOST or sum(exact_sizes(x.dtype, numel, 2**f.droppable - 1, 0)) >= raw:
         return None
     if not use_triton(x):
         codes = exact_encode_ref(x.detach())
@@ -307,12 +310,12 @@ def exact_encode(x: Tensor, *, max_programs: int | None = None) -> ExactCodes | 
     if sum(sizes) >= raw:
         return None
     if span(sizes) <= buffer.numel():
-        return ExactCodes(*cut(buffer, sizes), zero_planes, numel)
+        return ExactCodes.of(cut(buffer, sizes), zero_planes, numel)
     parts = carve(sizes, x.device)
     for part, written in zip(parts[:5], cut(buffer, (*sizes[:5], 0)), strict=False):
         part.copy_(written)
     _list_escapes(x, parts, info, marks, escapes, 1, max_programs)
-    return ExactCodes(*parts, zero_planes, numel)
+    return ExactCodes.of(parts, zero_planes, numel)
 
 
 def _together(codes: ExactCodes, dtype: torch.dtype) -> ExactCodes:
@@ -321,7 +324,7 @@ def _together(codes: ExactCodes, dtype: torch.dtype) -> ExactCodes:
     parts = carve(sizes, codes.codes.device)
     for part, written in zip(parts, codes.sections.values(), strict=True):
         part.copy_(written)
-    return ExactCodes(*parts, codes.zero_planes, codes.numel)
+    return ExactCodes.of(parts, codes.zero_planes, codes.numel)
 
 
 def exact_encode_into(
@@ -380,8 +383,8 @@ def _list_escapes(
 def exact_decode(codes: ExactCodes, dtype: torch.dtype, *, max_programs: int | None = None) -> Tensor:
     """The flat tensor [numel] of `dtype` that was encoded, bit for bit; never waits for the device.
 
-    Raises LaneError if `dtype` has no exact code or the sizes of the parts do not fit each other; on a CPU
-    also where the codes mark other escapes than are listed.
+    `max_programs` as in `exact_encode`. Raises LaneError if `dtype` has no exact code or the sizes of the
+    parts do not fit each other; on a CPU also where the codes mark other escapes than are listed.
     """
     _check_codes(codes, dtype)
     if not use_triton(codes.codes):

@@ -57,7 +57,7 @@ def _hash32(seed, base, local):  # type: ignore[no-untyped-def]
     return h ^ (h >> 16)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _half_step(e):  # type: ignore[no-untyped-def]
     """2^(e - 128) of e in 1..255."""
     return tl.maximum((e - 1) << 23, 0x400000).to(tl.float32, bitcast=True)
@@ -379,7 +379,8 @@ def group_unpack_dequantize(
 ) -> Tensor:
     """The flat tensor [numel] of `dtype` that `codes` stand for; never waits for the device.
 
-    Raises LaneError if `dtype` is not one of FLOATS or the parts of `codes` do not fit each other.
+    `max_programs`: the most programs to launch, two warps each. Raises LaneError if `dtype` is not one of
+    FLOATS or the parts of `codes` do not fit each other.
     """
     _check_codes(codes, dtype)
     if not use_triton(codes.codes):

@@ -6,6 +6,7 @@ built without fused multiply-add gives the same integers.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -444,6 +445,12 @@ class ExactCodes:
     escapes: Tensor
     zero_planes: int
     numel: int
+
+    @classmethod
+    def of(cls, parts: Iterable[Tensor], zero_planes: int, numel: int) -> ExactCodes:
+        """From the parts in order."""
+        base, codes, ends, planes, odd, escapes = parts
+        return cls(base, codes, ends, planes, odd, escapes, zero_planes, numel)
 
     @property
     def sections(self) -> dict[str, Tensor]:

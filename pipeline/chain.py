@@ -5,17 +5,17 @@ Every stage has streams of its own on its device, and stages are joined by event
 enqueue the work, since lanes may wait for the device or run on the CPU. The program's own thread waits in
 `Chain._wait` only: in `send` while `depth` tensors are in front of the encoder; in `receive` until its work
 is enqueued, and until the program's stream has reached the `receive` that was `depth` calls earlier; in
-`flush` and `close`. With a lane that never waits for the device, `send` never does.
+`flush` and `close`. With a lane that never waits for the device, or with threads, `send` never does.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from threading import Lock
+from threading import RLock
 from time import perf_counter
 from traceback import clear_frames
 from types import TracebackType
@@ -66,9 +66,9 @@ class Chain:
             or "packed" when `max_rel_error` is given.
         depth: tensors in each stage: those that wait for the encoder, encoded packets on the device, loaded
             packets, and fetched tensors are at most so many each.
-        workers: threads for each direction. One is fastest for lanes that only launch kernels. A lane that
-            waits inside encode, since the size of its packets depends on the data, or that runs on the CPU
-            wants several.
+        workers: threads for each direction. With 0 the stages are enqueued by `send` and `receive`
+            themselves, which is fastest for lanes that only launch kernels. A lane that waits inside encode,
+            since the size of its packets depends on the data, or that runs on the CPU wants several.
         streams: for each worker and each stage of kernels, used in turn, so that kernels of several tensors
             are ready when the program leaves the device free for a moment.
         device: where tensors are received; default: where they were.
@@ -108,21 +108,18 @@ class Chain:
             self._decode = partial(decode_packet, basis=getattr(self._lane, "basis", None))
         if host_budget is not None and (type(host_budget) is not int or host_budget < 0):
             raise LaneError(f"host_budget={host_budget!r} is not a whole number from 0 up or None")
-        for name, value in (("workers", workers), ("streams", streams)):
-            if type(value) is not int or value < 1:
-                raise LaneError(f"{name}={value!r} is not a whole number from 1 up")
+        for name, value, least in (("workers", workers, 0), ("streams", streams, 1)):
+            if type(value) is not int or value < least:
+                raise LaneError(f"{name}={value!r} is not a whole number from {least} up")
         self._depth = depth
         self._device = None if device is None else _with_index(present_device(device))
         self._kernel, self._inverse = kernel, inverse
         self._recorder = Recorder() if trace else None
         self._stages = Stages(depth, streams, priority, self._recorder)
         self._host = Budget(host_budget)
-        self._sender, self._receiver = (
-            ThreadPoolExecutor(workers, f"sidelane-{name}", *self._stages.thread())
-            for name in ("send", "receive")
-        )
+        self._sender, self._receiver = (self._stages.pool(name, workers) for name in ("send", "receive"))
         self._pending: set[Future[Any]] = set()
-        self._lock = Lock()
+        self._lock = RLock()  # with no workers, stages run inside `fetch`
         self._fetched: WeakKeyDictionary[Ticket, Future[tuple[Tensor, Event]]] = WeakKeyDictionary()
         self._handed: deque[Event] = deque()
         self._errors: deque[BaseException] = deque(maxlen=MAX_ERRORS)
@@ -328,7 +325,7 @@ class Chain:
     def _start(self, ticket: Ticket) -> Future[tuple[Tensor, Event]]:
         return self._submit(self._receiver, self._load, ticket.number, ticket._stored)
 
-    def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> Future[T]:
+    def _submit(self, pool: Executor, work: Callable[..., T], *arguments: Any) -> Future[T]:
         future = pool.submit(self._guard, work, *arguments)
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)

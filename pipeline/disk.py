@@ -10,16 +10,12 @@ callers hold the slots, and there is none to be had.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import tempfile
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from ctypes import CDLL, c_int, c_int64, get_errno
-from functools import cache
 from threading import Lock
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import TypeVar
 from weakref import ref
 
 import torch
@@ -27,6 +23,7 @@ from crc32c import crc32c
 
 from sidelane.errors import LaneError, OffloadError
 from sidelane.pipeline.arena import Arena, Slot
+from sidelane.pipeline.blockfile import FULL, BlockFile, Extent
 from sidelane.pipeline.pool import GRANULE, Piece, Pool
 
 T = TypeVar("T")
@@ -34,8 +31,6 @@ IN_FLIGHT = 512 << 20  # bytes of staging memory
 THREADS = 4  # that write, and as many that read
 STEP = 256 << 20  # bytes by which the file grows
 RESERVE = 1 << 30  # bytes of the file system that are left alone
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 
 class Disk:
@@ -73,8 +68,8 @@ class Disk:
         self.error: OSError | None = None
         self.bytes_written = self.bytes_read = 0
         self.seconds_waited = 0.0
-        self._file = _File(folder)
-        self._space: Pool[_Extent] = Pool(self._extend, lambda: None, limit, STEP)
+        self._file = BlockFile(folder)
+        self._space: Pool[Extent] = Pool(self._extend, lambda: None, limit, STEP)
         self._staging = Arena(in_flight, step=min(in_flight, STEP))
         self._spare = Arena(pinned=False, step=1)  # to read into when callers hold all staging memory
         self._writers = ThreadPoolExecutor(threads, "sidelane-write")
@@ -106,7 +101,7 @@ class Disk:
         None when the disk is full or has failed (`error` says how), when `limit` is reached, when no staging
         memory can be had, or when the tier is closed. Waits while staging memory is full of earlier writes.
         """
-        if not self._open or (self.error is not None and self.error.errno not in _FULL):
+        if not self._open or (self.error is not None and self.error.errno not in FULL):
             return None
         self.error = None
         self._spare.trim()
@@ -130,9 +125,9 @@ class Disk:
     def _open(self) -> bool:
         return not self._closed and self._process == os.getpid()
 
-    def _extend(self, nbytes: int) -> _Extent | None:
+    def _extend(self, nbytes: int) -> Extent | None:
         try:
-            extent = self._file.extend(nbytes)
+            extent = self._file.extend(nbytes, RESERVE)
         except OSError as error:
             self.error = error.with_traceback(None)
             return None
@@ -316,98 +311,5 @@ class _Read:
         self.slot = None
 
 
-class _Extent:
-    """A range of the file."""
-
-    def __init__(self, file: _File, start: int, nbytes: int) -> None:
-        self.start = start
-        self.nbytes = nbytes
-        self._file = file
-
-    def close(self) -> None:
-        self._file.punch(self.start, self.nbytes)
-
-
-class _File:
-    """Aligned transfers of whole granules. Raises LaneError when the folder takes no file."""
-
-    def __init__(self, folder: str | None) -> None:
-        if not isinstance(folder, (str, type(None))):
-            raise LaneError(f"folder={folder!r} is not the name of a folder, or None")
-        try:
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-        except (OSError, ValueError) as error:
-            raise LaneError(f"folder={folder!r} takes no file: {error}") from error
-        self._end = 0
-        self.direct = self._set_direct(True)
-
-    def extend(self, nbytes: int) -> _Extent:
-        """Room for `nbytes` more, taken from the file system now so that writes find it. Raises OSError."""
-        fd = self._file.fileno()
-        system = os.fstatvfs(fd)
-        if system.f_bavail * system.f_frsize - RESERVE < nbytes:
-            raise OSError(errno.ENOSPC, f"less than {RESERVE >> 20} MiB would be left on the disk")
-        if code := _fallocate(fd, 0, self._end, nbytes):
-            if code in _FULL:
-                raise OSError(code, os.strerror(code))
-            os.ftruncate(fd, self._end + nbytes)  # no way to ask for room: writes may fail later
-        self._end += nbytes
-        return _Extent(self, self._end - nbytes, nbytes)
-
-    def punch(self, start: int, nbytes: int) -> None:
-        if not self._file.closed:
-            _fallocate(self._file.fileno(), _PUNCH_HOLE, start, nbytes)
-
-    def write(self, data: memoryview, offset: int) -> None:
-        self._transfer(os.pwritev, data, offset)
-
-    def read(self, data: memoryview, offset: int) -> None:
-        self._transfer(os.preadv, data, offset)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            self.close()
-
-    def _transfer(self, call: Any, data: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(data):
-            try:
-                n = call(self._file.fileno(), [data[done:]], offset + done)
-            except OSError as error:
-                # Some file systems take the flag and refuse the transfer.
-                if error.errno != errno.EINVAL or not self.direct:
-                    raise
-                self.direct = self._set_direct(False)
-                continue
-            n -= n % GRANULE if done + n < len(data) else 0
-            if n <= 0:
-                raise OSError(errno.EIO, f"transfer ended after {done} of {len(data)} bytes")
-            done += n
-
-    def _set_direct(self, wanted: bool) -> bool:
-        fd, direct = self._file.fileno(), getattr(os, "O_DIRECT", 0)
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-        try:
-            fcntl.fcntl(fd, fcntl.F_SETFL, flags | direct if wanted else flags & ~direct)
-        except OSError:
-            return False
-        return wanted and bool(direct)
-
-
 def _bytes(slot: Slot) -> memoryview:
     return slot.padded.numpy().data
-
-
-@cache
-def _libc() -> CDLL:
-    libc = CDLL(None, use_errno=True)
-    libc.fallocate.argtypes = [c_int, c_int, c_int64, c_int64]
-    return libc
-
-
-def _fallocate(fd: int, mode: int, start: int, nbytes: int) -> int:
-    """fallocate(2): 0 or errno. os.posix_fallocate writes zeros where the file system has no such call."""
-    return 0 if _libc().fallocate(fd, mode, start, nbytes) == 0 else get_errno()

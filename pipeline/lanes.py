@@ -326,7 +326,7 @@ def _decode_exact(packet: Packet) -> Tensor:
     parts = (
         aligned(packet.section(name, numel=size)) for name, size in zip(EXACT_SECTIONS, sizes, strict=True)
     )
-    codes = ExactCodes(*parts, zero_planes, n)
+    codes = ExactCodes.of(parts, zero_planes, n)
     try:
         return exact_decode(codes, dtype).view(packet.dtype)
     except LaneError as error:

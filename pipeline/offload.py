@@ -21,7 +21,7 @@ from sidelane.pipeline.compress import choose_lane, compress, relative_error
 from sidelane.pipeline.disk import Disk
 from sidelane.pipeline.extent import WHOLE_SHARE, View, distinct_bytes, whole_storage, without_flags
 from sidelane.pipeline.lanes import decode_packet, open_lane, undisturbed
-from sidelane.pipeline.policy import NOT_PLAIN, may_lose_bits, why_kept
+from sidelane.pipeline.policy import NOT_PLAIN, for_heads, may_lose_bits, why_kept
 from sidelane.pipeline.report import Report, Tally
 from sidelane.pipeline.stash import (
     Budget,
@@ -89,7 +89,8 @@ class offload:
     Args:
         lane: name for `open_lane`, or a lane. Default: "exact", or "packed" when `max_rel_error` is given.
             Lossy lanes apply to activations alone (see `policy.may_lose_bits`); everything else takes the
-            exact lane.
+            exact lane. Without a bound, tensors of four dimensions take 8 bits at least (see
+            `policy.for_heads`).
         max_rel_error: bound on the relative Frobenius error of every saved tensor, kept by finer lanes
             (`compress`).
         min_bytes: smaller tensors are kept.
@@ -133,6 +134,7 @@ class offload:
             raise LaneError(f"on_full={on_full!r} is not one of {', '.join(POLICIES)}")
         self._lane = choose_lane(lane, max_rel_error, basis, lane_options)
         self._exact = self._lane if self._lane.exact else open_lane("exact")
+        self._heads_lane = for_heads(self._lane)
         self._basis: Basis | None = getattr(self._lane, "basis", None)
         self._max_rel_error = max_rel_error
         self._min_bytes = min_bytes
@@ -248,7 +250,8 @@ class offload:
         if key.kind != "lossy":
             packet = self._exact_lane(tensor, view).encode(_elements(tensor, whole))
         elif self._max_rel_error is None:
-            packet = self._lane.encode(without_flags(tensor))
+            lane = self._heads_lane if tensor.ndim == 4 else self._lane
+            packet = lane.encode(without_flags(tensor))
         else:
             packet = compress(without_flags(tensor), lane=self._lane, max_rel_error=self._max_rel_error)
         truth = self._truth(tensor, packet, whole) if self._checker else None

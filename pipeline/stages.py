@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from itertools import count
@@ -35,11 +36,13 @@ class Stages:
         self._width = width
         self._priority = priority
         self._recorder = recorder
-        self._thread = threading.local()  # .number among the threads of its direction, .turn
+        self._thread = _Thread()
 
-    def thread(self) -> tuple[Callable[[threading.local, Iterator[int]], None], tuple[Any, ...]]:
-        """What numbers the threads of a pool, and its arguments."""
-        return _set_number, (self._thread, count())
+    def pool(self, name: str, workers: int) -> Executor:
+        """Runs work on so many threads of its own, or without any where it is submitted."""
+        if not workers:
+            return Inline()
+        return ThreadPoolExecutor(workers, f"sidelane-{name}", _set_number, (self._thread, count()))
 
     def next(self) -> None:
         """This thread begins with a tensor."""
@@ -93,5 +96,22 @@ class Stages:
         return f"{stage} {number}" if number else stage
 
 
-def _set_number(thread: threading.local, numbers: Iterator[int]) -> None:
-    thread.number, thread.turn = next(numbers), -1
+class Inline(Executor):
+    """Runs what is submitted at once."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class _Thread(threading.local):
+    number = 0  # among the threads of its direction
+    turn = -1  # among the streams of the thread
+
+
+def _set_number(thread: _Thread, numbers: Iterator[int]) -> None:
+    thread.number = next(numbers)

@@ -26,7 +26,7 @@ def wrap(module: M, context: AbstractContextManager[object]) -> M:
     """
     if not isinstance(module, nn.Module):
         raise LaneError(f"{type(module).__name__} is no torch.nn.Module: wrap the model itself")
-    inner = module.forward
+    inner: Any = module.forward
     if getattr(inner, "__self__", None) is module:
         # A method again, not a closure over `inner`, or a copy of the module would run this one.
         module.forward = MethodType(_inside(inner.__func__, context), module)

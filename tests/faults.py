@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sidelane.pipeline.lanes import ExactLane
+from sidelane.pipeline.lanes import RawLane
 
 
 class Countdown:
@@ -20,8 +20,8 @@ class Countdown:
             raise self.error("stop")
 
 
-class Flaky(ExactLane):
-    """Calls `fail` before every encode."""
+class Flaky(RawLane):
+    """Calls `fail` before every encode. Raw, since small device tensors take no other exact lane."""
 
     def __init__(self, fail: Countdown) -> None:
         object.__setattr__(self, "fail", fail)

@@ -466,6 +466,7 @@ pinned, plain, common = Arena(pinned=True), Arena(pinned=False), shared()
 a, b = pinned.take(4096), plain.take(4096)
 a.tensor.fill_(1), b.tensor.fill_(2)
 assert shared() is common
+address = a.tensor.data_ptr()
 pid = os.fork()
 if pid == 0:
     code = 1
@@ -476,6 +477,10 @@ if pid == 0:
         except OffloadError as error:
             assert "after a fork" in str(error)
             code = 0
+        with open("/proc/self/maps") as maps:
+            ranges = [line.split()[0].split("-") for line in maps]
+        if any(int(low, 16) <= address < int(high, 16) for low, high in ranges):
+            code = 2  # the pages were copied, or are shared
         del a, pinned
         assert not calls
     finally:

@@ -160,7 +160,7 @@ def test_anchors_of_the_comparison(script: Script, tmp_path: Path) -> None:
     ]
     found = offload.compared(rows)
     assert [row["times_none"] for row in found] == [1.0, 2.0, 1.5, 2.0]
-    assert [row["hidden"] for row in found] == ["", "", 0.5, 1.0]
+    assert [row["hidden_fraction"] for row in found] == ["", "", 0.5, 1.0]
     offload.draw(tmp_path / "f.png", found, "title")
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
 

@@ -82,7 +82,7 @@ def whole(chain) -> bool:
 
 
 @pytest.mark.parametrize("name", LANES)
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_the_lane_comes_through_unchanged(name, workers):
     lane = open_lane(name, **LANES[name])
     sent = [torch.randn(40, 33).bfloat16() for _ in range(6)]
@@ -143,7 +143,7 @@ def test_modes_of_the_program_do_not_reach_the_stages():
 @settings(max_examples=60, deadline=None)
 @given(
     depth=st.integers(1, 3),
-    workers=st.integers(1, 3),
+    workers=st.integers(0, 3),
     actions=st.lists(st.sampled_from(["send", "fetch", "receive", "drop", "flush"]), max_size=25),
     rng=st.randoms(use_true_random=False),
 )
@@ -268,8 +268,9 @@ def test_an_early_change_is_an_error_and_join_prevents_it():
     assert whole(chain) and chain.report().failed == 1
 
 
-def test_a_failed_stage_is_raised_by_receive_and_leaves_the_rings_whole():
-    with Chain(Broken(), depth=2) as chain:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_failed_stage_is_raised_by_receive_and_leaves_the_rings_whole(workers):
+    with Chain(Broken(), depth=2, workers=workers) as chain:
         for _ in range(5):
             tickets = [chain.send(torch.ones(n)) for n in (1, 2, 3)]
             chain.fetch(tickets[1])
@@ -278,9 +279,9 @@ def test_a_failed_stage_is_raised_by_receive_and_leaves_the_rings_whole():
                     assert error_of(lambda ticket=ticket: chain.receive(ticket)) == (MemoryError, stage)
             assert tickets[0].done()
             assert chain.receive(tickets[2]).tolist() == [1, 1, 1]
-        gc.disable()
         del tickets, ticket
-        gc.enable()
+        if not workers:
+            gc.collect()  # errors hold the frames of their callers
         chain.flush()  # every error was received
         assert whole(chain)
         report = chain.report()
@@ -332,11 +333,12 @@ def test_an_error_holds_no_tensor():
             gc.enable()
 
 
-def test_nothing_leaks_without_gc():
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_leaks_without_gc(workers):
     gc.collect()
     gc.disable()
     try:
-        chain = Chain("exact")
+        chain = Chain("exact", workers=workers)
         ticket = chain.send(torch.randn(100))
         chain.receive(ticket)
         chain.fetch(ticket)
@@ -403,11 +405,12 @@ def test_threads_share_a_chain():
     assert not failures and chain.report().received == 200
 
 
-def test_interrupts_lose_no_slot():
-    with Chain("raw", depth=2, workers=1) as chain, suppress(Interrupt):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_interrupts_lose_no_slot(workers):
+    with Chain("raw", depth=2, workers=workers) as chain, suppress(Interrupt):
         x, hits = torch.ones(3), 0
         with interrupts(chain_module, streams_module, ticket_module) as armed:
-            while hits < 100:
+            while hits < 15:
                 ticket = None
                 armed.on = True
                 try:
@@ -423,7 +426,7 @@ def test_interrupts_lose_no_slot():
         assert chain.report().host_bytes == 0
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_the_trace_is_a_timeline(tmp_path, workers):
     xs = [torch.randn(200, 50) for _ in range(8)]
     with Chain("raw", trace=True, workers=workers, kernel=torch.neg, inverse=torch.neg) as chain:
@@ -494,7 +497,7 @@ def test_bad_arguments_are_refused():
         ({"lane": "nope"}, "unknown lane"),
         ({"bits": 3, "lane": "packed"}, "bits"),
         ({"depth": 0}, "depth"),
-        ({"workers": 0}, "workers"),
+        ({"workers": -1}, "workers"),
         ({"streams": True}, "streams"),
         ({"host_budget": -1}, "host_budget"),
         ({"device": "nope"}, "device"),

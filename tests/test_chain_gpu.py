@@ -65,7 +65,7 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("name", LANES)
-@pytest.mark.parametrize(("depth", "workers"), [(1, 1), (3, 2), (2, 4)])
+@pytest.mark.parametrize(("depth", "workers"), [(1, 1), (3, 2), (2, 4), (2, 0)])
 def test_the_lane_comes_through_unchanged(cuda, name, depth, workers):
     lane = open_lane(name, **LANES[name])
     sent = tensors(cuda)
@@ -80,7 +80,7 @@ def test_the_lane_comes_through_unchanged(cuda, name, depth, workers):
 
 
 @pytest.mark.parametrize("where", ["program", "kernel", "encode", "store", "load", "decode", "inverse"])
-@pytest.mark.parametrize(("depth", "workers"), [(1, 1), (2, 1), (4, 3)])
+@pytest.mark.parametrize(("depth", "workers"), [(1, 1), (2, 0), (4, 3)])
 def test_no_order_of_streams_changes_what_arrives(cuda, monkeypatch, where, depth, workers):
     """Sources are dropped and their memory overwritten at once; outputs are read late and dropped at once."""
     turns = iter(range(1 << 20))
@@ -308,7 +308,7 @@ def test_capture_of_a_graph_is_refused(cuda):
         assert torch.equal(y, x * 2) and torch.equal(chain.receive(ticket), x)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_the_trace_shows_stages_that_overlap(cuda, tmp_path, workers):
     sent = tensors(cuda, 16, (2048, 4096))
     with Chain("raw", workers=workers, trace=True, kernel=torch.neg, inverse=torch.neg) as chain:
@@ -386,4 +386,4 @@ def test_the_benchmark_measures_what_it_says(cuda, overlap, direction):
         assert moved == runs * row["tensors"] * transfer.ways and runs == 6
         total = row["ms_products"] + row["ms_chain"] - row["ms_both"]
         least = min(row["ms_products"], row["ms_chain"])
-        assert row["hidden"] * least == pytest.approx(total, abs=0.02)
+        assert row["hidden"] * least == pytest.approx(total, rel=0.1, abs=0.02)

@@ -23,9 +23,11 @@ from faults import Event, Stream
 from interrupt import interrupted
 from sidelane.errors import LaneError, OffloadError
 from sidelane.pipeline import arena as arena_module
+from sidelane.pipeline import blockfile as blockfile_module
 from sidelane.pipeline import disk as disk_module
 from sidelane.pipeline import pool as pool_module
 from sidelane.pipeline.arena import slot_bytes
+from sidelane.pipeline.blockfile import BlockFile
 from sidelane.pipeline.disk import Disk, Spill
 
 KIB = 1 << 10
@@ -68,14 +70,14 @@ class Gate:
 
     def __init__(self, monkeypatch):
         self.opened, self.entered = threading.Event(), threading.Semaphore(0)
-        write = disk_module._File.write
+        write = BlockFile.write
 
         def wait(file, data, offset):
             self.entered.release()
             self.opened.wait()
             write(file, data, offset)
 
-        monkeypatch.setattr(disk_module._File, "write", wait)
+        monkeypatch.setattr(BlockFile, "write", wait)
 
 
 @pytest.fixture
@@ -129,7 +131,7 @@ def test_a_refused_direct_transfer_is_made_through_the_page_cache(tmp_path, monk
         return pwritev(*args)
 
     pwritev = os.pwritev
-    monkeypatch.setattr(disk_module.os, "pwritev", refuse_once)
+    monkeypatch.setattr(blockfile_module.os, "pwritev", refuse_once)
     data = noise(5000)
     spill = put(disk, data)
     settle(disk)
@@ -140,8 +142,8 @@ def test_a_refused_direct_transfer_is_made_through_the_page_cache(tmp_path, monk
 def test_short_transfers_are_continued(tmp_path, monkeypatch):
     disk = Disk(str(tmp_path))
     pwritev, preadv = os.pwritev, os.preadv
-    monkeypatch.setattr(disk_module.os, "pwritev", lambda fd, b, at: pwritev(fd, [b[0][:4096]], at))
-    monkeypatch.setattr(disk_module.os, "preadv", lambda fd, b, at: preadv(fd, [b[0][:8192]], at))
+    monkeypatch.setattr(blockfile_module.os, "pwritev", lambda fd, b, at: pwritev(fd, [b[0][:4096]], at))
+    monkeypatch.setattr(blockfile_module.os, "preadv", lambda fd, b, at: preadv(fd, [b[0][:8192]], at))
     data = noise(50_000)
     spill = put(disk, data)
     settle(disk)
@@ -282,7 +284,7 @@ def test_reads_ahead_make_room_for_what_is_needed_now(tmp_path):
         spill.fetch()
         spill.fetch()
     assert disk._staging.held == 32 * KIB and disk._spare.reserved == 0
-    for x, spill in zip(data, spills, strict=True):
+    for x, spill in zip(data[::-1], spills[::-1], strict=True):
         assert torch.equal(spill.load().tensor, x)
     assert disk._spare.reserved == 0 and disk.bytes_read <= 6 * 16 * KIB
     assert disk._staging.held == 0
@@ -359,7 +361,7 @@ def test_some_of_the_disk_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_a_write_that_fails_leaves_the_bytes_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk_module, "_fallocate", lambda *args: errno.EOPNOTSUPP)
+    monkeypatch.setattr(blockfile_module, "_fallocate", lambda *args: errno.EOPNOTSUPP)
     disk = Disk(str(tmp_path))
     for code, again in ((errno.ENOSPC, True), (errno.EIO, False)):
 
@@ -367,7 +369,7 @@ def test_a_write_that_fails_leaves_the_bytes_in_memory(tmp_path, monkeypatch):
             raise OSError(code, os.strerror(code))
 
         with monkeypatch.context() as patch:
-            patch.setattr(disk_module.os, "pwritev", fail)
+            patch.setattr(blockfile_module.os, "pwritev", fail)
             spill = put(disk, data := noise(5000))
             settle(disk)
         assert spill.error.errno == disk.error.errno == code
@@ -411,7 +413,7 @@ def test_bytes_that_cannot_be_read_back_are_an_error(tmp_path, monkeypatch, harm
         def fail(*args):
             raise OSError(errno.EIO, "bad sector")
 
-        monkeypatch.setattr(disk_module.os, "preadv", fail)
+        monkeypatch.setattr(blockfile_module.os, "preadv", fail)
         problem = "bad sector"
     for ahead in (False, True):
         if ahead:
@@ -512,7 +514,7 @@ def test_an_interrupt_at_any_point_breaks_nothing(tmp_path, monkeypatch, ahead):
         assert torch.equal(spill.load().tensor, data)
 
     for at in count():
-        hit = interrupted(use, at, disk_module, pool_module, arena_module)
+        hit = interrupted(use, at, disk_module, blockfile_module, pool_module, arena_module)
         while disk._drop_ahead() or disk._finish_write():
             pass
         if hit and disk.held + disk._staging.held > slot_bytes(data.numel()):

@@ -262,6 +262,12 @@ def test_smallest_tensor_that_shrinks() -> None:
     assert encoded(torch.full((771,), 1.5, dtype=torch.bfloat16)).nbytes == 1541
 
 
+def test_more_elements_than_int32_counts_stay_raw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "MOST", 5000)
+    assert exact_encode(torch.ones(5000)) is not None
+    assert exact_encode(torch.ones(5001)) is None
+
+
 # Errors
 
 
@@ -383,6 +389,8 @@ def test_kernels_leave_random_bits_raw(device: torch.device, dtype: torch.dtype)
 @pytest.mark.kernel
 def test_few_programs_do_the_work_of_many(device: torch.device) -> None:
     x = torch.randn(7 * EXACT_BLOCK + 16).to(device)
+    with pytest.raises(LaneError, match="max_programs=0"):
+        exact_encode(x, max_programs=0)
     codes = exact_encode(x, max_programs=2)
     assert_same_codes(codes, exact_encode_ref(x.cpu()))
     assert codes is not None

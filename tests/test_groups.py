@@ -404,6 +404,16 @@ def test_kernels_equal_the_reference(
 
 
 @pytest.mark.kernel
+def test_few_programs_do_the_work_of_many(device: torch.device) -> None:
+    x = hard_values(5003, torch.bfloat16)
+    codes = group_quantize_pack(x.to(device), 4, 64, max_programs=2)
+    want = group_quantize_pack_ref(x, 4, 64)
+    assert_same_codes(codes, want)
+    y = group_unpack_dequantize(codes, x.dtype, max_programs=2)
+    assert same_bits(y, group_unpack_dequantize_ref(want, x.dtype))
+
+
+@pytest.mark.kernel
 def test_kernel_rounds_values_beside_every_tie_as_the_reference(device: torch.device) -> None:
     """Multiples of 1/64 in groups whose scale is near 1: a fused multiply-add would move some codes."""
     x = torch.arange(0, 4096).float().view(-1, 64) / 64

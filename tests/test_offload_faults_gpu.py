@@ -16,6 +16,7 @@ from sidelane.errors import OffloadError
 from sidelane.pipeline import disk as disk_module
 from sidelane.pipeline import offload as offload_module
 from sidelane.pipeline.arena import shared
+from sidelane.pipeline.blockfile import BlockFile
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.tiers import HostCopy
 
@@ -130,7 +131,7 @@ def test_disk(cuda, tmp_path, monkeypatch, fault):
             host_budget=0, on_full="spill", spill_dir=str(tmp_path), min_bytes=MIN_BYTES, gpu_budget=64 * MIB
         )
         monkeypatch.setattr(disk_module, "RESERVE", 1 << 60)
-    write, calls = disk_module._File.write, count()
+    write, calls = BlockFile.write, count()
 
     def failing(file, data, offset):
         if fault == "slow":
@@ -141,7 +142,7 @@ def test_disk(cuda, tmp_path, monkeypatch, fault):
         write(file, data, offset)
 
     if fault in ("late", "slow"):
-        monkeypatch.setattr(disk_module._File, "write", failing)
+        monkeypatch.setattr(BlockFile, "write", failing)
     for _ in range(1 if fault == "slow" else 3):
         assert_same(gradients(model, tokens, context), expected)
         assert_settled(context, pinned)
@@ -159,7 +160,7 @@ def test_a_disk_that_cannot_be_read(cuda, tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(disk_module._File, "read", failing)
+        patch.setattr(BlockFile, "read", failing)
         with context:
             loss = loss_of(model, tokens)
         while context._tiers._disk._finish_write():
