@@ -1,47 +1,18 @@
-"""Which parts of the GPT suffer from a lossy lane, and a lane that spares them."""
+"""A lossy lane in one part of the GPT, to see which part suffers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from sidelane.codec.lane import Lane
-from sidelane.codec.packet import Packet
 from sidelane.demo_model import GPT, Attention, Layer
 
 REGIONS = ("norms", "attention", "feed-forward", "head and loss")
 INNER = {"norms": nn.RMSNorm, "attention": Attention}
-
-
-@dataclass(frozen=True)
-class SoftmaxSpared:
-    """`low`, but `high` for what softmax works on: heads [B, H, T, D] and logits [B T, 256] in float32.
-
-    Backward computes the softmax of attention again, from saved queries and keys; their errors are in its
-    exponent.
-    """
-
-    low: Lane
-    high: Lane
-
-    name = "packed"
-    exact = False
-
-    def encode(self, tensor: Tensor) -> Packet:
-        logits = tensor.dtype == torch.float32 and tensor.ndim == 2 and tensor.shape[-1] == 256
-        return (self.high if tensor.ndim == 4 or logits else self.low).encode(tensor)
-
-    def decode(self, packet: Packet) -> Tensor:
-        return self.low.decode(packet)
-
-    def finer(self) -> Lane | None:
-        return self.high
 
 
 @contextmanager

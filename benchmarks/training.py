@@ -26,7 +26,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once; determ
 
 import torch
 from common import RESULTS, append_rows, environment
-from regions import REGIONS, SoftmaxSpared, lane_in
+from regions import REGIONS, lane_in
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -35,7 +35,6 @@ from training_runs import SHAPES, Job, Run, draw, summary
 import sidelane
 from sidelane.codec.lane import Lane
 from sidelane.demo_model import GPT, Corpus, Shape, call_layer
-from sidelane.pipeline.lanes import open_lane
 
 Row = dict[str, Any]
 
@@ -70,9 +69,6 @@ SETTINGS = {
     "exact": Setting("exact"),
     "8-bit": Setting("packed", {"bits": 8, "seed": 0}),
     "4-bit": Setting("packed", {"bits": 4, "seed": 0}),
-    "4-bit softmax 8-bit": Setting(
-        SoftmaxSpared(open_lane("packed", bits=4, seed=0), open_lane("packed", bits=8, seed=0))
-    ),
     "4-bit layers": Setting("packed", {"bits": 4, "seed": 0}, layers_only=True),
     "4-bit nearest": Setting("packed", {"bits": 4}),
     "2-bit": Setting("packed", {"bits": 2, "seed": 0}),
@@ -208,9 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=12, help="runs at a time")
     parser.add_argument("--deadline", type=float, default=inf, help="seconds after which runs give up")
-    parser.add_argument(
-        "--settings", default="none,exact,8-bit,4-bit,4-bit softmax 8-bit", help="names, by commas"
-    )
+    parser.add_argument("--settings", default="none,exact,8-bit,4-bit", help="names, by commas")
     options = parser.parse_args(arguments)
     names = [name.strip() for name in options.settings.split(",")]
     if unknown := [name for name in names if name not in SETTINGS]:

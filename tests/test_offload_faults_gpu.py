@@ -172,9 +172,8 @@ def test_a_disk_that_cannot_be_read(cuda, tmp_path, monkeypatch):
     assert_same(gradients(model, tokens, context), expected)
 
 
-def test_capture_of_a_whole_step_keeps_or_refuses(cuda):
-    """Forward and backward in one CUDA graph: what is saved stays on the device, and replays are correct.
-    What was offloaded before cannot be fetched inside a capture, which is said before it is broken."""
+def test_capture_of_a_whole_step(cuda):
+    """Forward and backward in one CUDA graph: what is saved stays on the device, and replays are correct."""
     x = torch.randn(256, 256, device=cuda, requires_grad=True)
     context = offload(min_bytes=MIN_BYTES, gpu_budget=0)
 
@@ -197,3 +196,22 @@ def test_capture_of_a_whole_step_keeps_or_refuses(cuda):
             x.mul_(scale)
         graph.replay()
         assert torch.equal(grad, torch.autograd.grad((x * 2).exp().sin().sum(), x)[0])
+
+
+def test_capture_of_a_backward_pass_alone_is_refused(cuda):
+    """What was offloaded before a capture cannot be fetched inside it, which is said before it is broken."""
+    x = torch.randn(256, 256, device=cuda, requires_grad=True)
+    expected = torch.autograd.grad((x * 2).exp().sin().sum(), x)[0]
+    context = offload(min_bytes=MIN_BYTES, gpu_budget=0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), context:
+        y = (x * 2).exp().sin().sum()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(OffloadError, match="capture"), torch.cuda.graph(graph, stream=side):
+        torch.autograd.grad(y, x, retain_graph=True)
+    with torch.cuda.stream(side):
+        actual = torch.autograd.grad(y, x)[0]
+    torch.cuda.synchronize()
+    assert torch.equal(actual, expected)
