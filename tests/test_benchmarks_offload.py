@@ -259,17 +259,6 @@ def test_training_runs_and_their_rows(script: Script, tmp_path: Path) -> None:
         training.train(training.Job("none", 0, "tiny", 3, until=0))
 
 
-def test_softmax_is_spared(script: Script) -> None:
-    """Heads and logits take the 8 bits that they need, everything else 4."""
-    lane = script("training").SETTINGS["4-bit softmax 8-bit"].lane
-    bits = {
-        shape: lane.encode(torch.randn(shape)).bits
-        for shape in ((2, 4, 32, 8), (64, 256), (2, 32, 256), (64, 64))
-    }
-    assert list(bits.values()) == [8, 8, 4, 4]
-    assert lane.encode(torch.randn(64, 256).bfloat16()).bits == 4
-
-
 def test_regions_part_what_a_model_saves(script: Script) -> None:
     """Every saved activation belongs to one region, and the embedding's to none."""
     training, regions = script("training"), script("regions")
