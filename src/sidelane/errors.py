@@ -33,7 +33,7 @@ class LaneUnavailable(LaneError):
 
 
 class SpaceError(LaneError):
-    """A destination is too small for a stream; nothing is lost: `stream` has all bytes in memory of its own."""
+    """A destination is too small for a stream; nothing is lost: `stream` has all bytes in other memory."""
 
     def __init__(self, stream: Tensor, room: int) -> None:
         super().__init__(
