@@ -39,7 +39,7 @@ LANES: dict[str, dict[str, Any]] = {
     "exact": {},
 }
 TRACED = {
-    "packed 4": {"workers": 0, "streams": 4, "depth": 12},
+    "packed 4": {"workers": 1, "streams": 4, "depth": 12},
     "exact": {"workers": 2, "streams": 1, "depth": 12},
 }
 DIRECTIONS = ("store", "load", "both")

@@ -67,10 +67,11 @@ class Chain:
         depth: tensors in each stage: those that wait for the encoder, encoded packets on the device, loaded
             packets, and fetched tensors are at most so many each.
         workers: threads for each direction. With 0 the stages are enqueued by `send` and `receive`
-            themselves, which is fastest for lanes that only launch kernels. A lane that waits inside encode,
+            themselves. One is enough for lanes that only launch kernels; a lane that waits inside encode,
             since the size of its packets depends on the data, or that runs on the CPU wants several.
         streams: for each worker and each stage of kernels, used in turn, so that kernels of several tensors
-            are ready when the program leaves the device free for a moment.
+            are ready when the program leaves the device free for a moment. CUDA has 8 queues unless
+            CUDA_DEVICE_MAX_CONNECTIONS says otherwise: with more streams than that, they hold each other up.
         device: where tensors are received; default: where they were.
         kernel, inverse: tensor to tensor, before encode and after decode, on streams of their own.
         max_rel_error: bound on the relative Frobenius error of what is encoded (`compress`); waits for the
@@ -88,7 +89,7 @@ class Chain:
         lane: str | Lane | None = None,
         *,
         depth: int = 4,
-        workers: int = 2,
+        workers: int = 1,
         streams: int = 4,
         device: torch.device | str | None = None,
         kernel: Callable[[Tensor], Tensor] | None = None,

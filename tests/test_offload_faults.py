@@ -276,6 +276,7 @@ def interrupt_everywhere(folder, policy: str, every: int) -> None:
     assert at > 1000
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("policy", ["host", "spill", "nested"])
 def test_an_interrupt_at_many_points(tmp_path, policy):
     interrupt_everywhere(tmp_path, policy, every=13)
@@ -287,6 +288,7 @@ def test_an_interrupt_at_any_point(tmp_path, policy):
     interrupt_everywhere(tmp_path, policy, every=1)
 
 
+@pytest.mark.soak
 # What hits a callback of the standard library's weak dictionaries is reported by the interpreter, and lost.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interrupts_by_a_timer():

@@ -16,6 +16,7 @@ from sidelane.errors import (
     OffloadError,
     PacketError,
     SidelaneError,
+    SpaceError,
 )
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sidelane.pipeline.checkpoint import OffloadedCheckpoint, checkpoint
     from sidelane.pipeline.compress import compress, decompress
     from sidelane.pipeline.offload import offload
+    from sidelane.pipeline.wrap import wrap
 
 __version__ = "0.1.0"
 
@@ -43,12 +45,14 @@ __all__ = [
     "Packet",
     "PacketError",
     "SidelaneError",
+    "SpaceError",
     "__version__",
     "calibrate",
     "checkpoint",
     "compress",
     "decompress",
     "offload",
+    "wrap",
 ]
 
 _LAZY = {
@@ -61,6 +65,7 @@ _LAZY = {
     "compress": "sidelane.pipeline.compress",
     "decompress": "sidelane.pipeline.compress",
     "offload": "sidelane.pipeline.offload",
+    "wrap": "sidelane.pipeline.wrap",
 }
 
 
