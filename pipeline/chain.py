@@ -29,11 +29,12 @@ from sidelane.codec.lane import Lane
 from sidelane.codec.packet import Packet
 from sidelane.errors import LaneError, OffloadError
 from sidelane.pipeline.basis import Basis
+from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.compress import choose_lane, compress, present_device
 from sidelane.pipeline.extent import distinct_bytes
 from sidelane.pipeline.lanes import decode_packet, plain, undisturbed
 from sidelane.pipeline.stages import Stages
-from sidelane.pipeline.stash import Budget, describe
+from sidelane.pipeline.stash import describe
 from sidelane.pipeline.streams import Event, Slot, current_stream
 from sidelane.pipeline.ticket import ChainReport, Stored, Ticket
 from sidelane.pipeline.trace import Recorder, Trace

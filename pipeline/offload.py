@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from math import inf
-from types import TracebackType
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from sidelane.codec.lane import Lane
 from sidelane.codec.packet import Packet, flatten
 from sidelane.errors import BudgetError, LaneError, OffloadError
 from sidelane.pipeline.basis import Basis
+from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.compress import choose_lane, compress, relative_error
 from sidelane.pipeline.disk import Disk
+from sidelane.pipeline.entries import HookContext
 from sidelane.pipeline.extent import WHOLE_SHARE, View, distinct_bytes, whole_storage, without_flags
 from sidelane.pipeline.lanes import decode_packet, open_lane, undisturbed
-from sidelane.pipeline.policy import NOT_PLAIN, for_heads, may_lose_bits, why_kept
+from sidelane.pipeline.policy import NOT_PLAIN, for_heads, is_capturing, may_lose_bits, why_kept
 from sidelane.pipeline.report import Report, Tally
 from sidelane.pipeline.stash import (
-    Budget,
     Home,
     Index,
     Kept,
@@ -47,8 +45,6 @@ SHARED = 3  # tensors that stay decoded for the next nodes that saved them
 POLICIES = ("keep", "spill", "error")
 RAW = open_lane("raw")
 
-_active = threading.local()  # the contexts a thread is inside of, innermost last: see _stack
-
 
 class Tiers:
     """Where packets that leave the device go: pinned memory, then a disk if there is one."""
@@ -69,7 +65,7 @@ class Tiers:
         return room
 
 
-class offload:
+class offload(HookContext):
     """Context manager: what autograd saves inside it is encoded and moved to host memory until backward asks
     for it.
 
@@ -148,26 +144,12 @@ class offload:
         self._tally = Tally()
         self._tiers = Tiers(self._host, _open_disk(spill_dir) if on_full == "spill" else None, self._tally)
         self._wire = Wire(self._device, self._tiers.take)
-        self._entered = threading.local()
-
-    def __enter__(self) -> offload:
-        hooks = saved_tensors_hooks(self._pack, self._unpack)
-        hooks.__enter__()
-        _stack(self._entered).append(hooks)
-        _stack(_active).append(self)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _stack(_active).pop()
-        _stack(self._entered).pop().__exit__()
 
     @staticmethod
     def current() -> offload | None:
         """The innermost context that this thread is inside of."""
-        stack = _stack(_active)
-        return stack[-1] if stack else None
+        context = HookContext.innermost()
+        return context if isinstance(context, offload) else None
 
     def report(self) -> Report:
         """What was packed, kept and moved so far. On CUDA it waits for the transfers."""
@@ -210,6 +192,11 @@ class offload:
             return packed.open()
         stash, view = packed.stash, packed.view
         self._tally.add("unpacks")
+        if stash.device.type == "cuda" and is_capturing(stash.device):
+            raise OffloadError(
+                "an offloaded tensor cannot be fetched while a CUDA graph is captured: capture the forward "
+                "pass too, or leave the context out"
+            )
         with undisturbed(stash.device):
             flat = stash.alive()
             if flat is None:
@@ -346,10 +333,3 @@ def _check_size(name: str, value: object, optional: bool = False) -> None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise LaneError(f"{name}={value!r} is not a whole number from 0 up{' or None' if optional else ''}")
-
-
-def _stack(local: threading.local) -> list[Any]:
-    if not hasattr(local, "items"):
-        local.items = []
-    stack: list[Any] = local.items
-    return stack

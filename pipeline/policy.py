@@ -63,12 +63,12 @@ def why_kept(tensor: Tensor, min_bytes: int) -> str | None:
         return "weight"
     if tensor.numel() == 0 or distinct_bytes(tensor) < min_bytes:
         return "below min_bytes"
-    if tensor.is_cuda and _is_capturing(tensor.device):
+    if tensor.is_cuda and is_capturing(tensor.device):
         return "graph capture"
     return None
 
 
-def _is_capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
     if device.index == torch.cuda.current_device():
         return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):

@@ -21,44 +21,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
+from sidelane.pipeline.budget import Budget, Claim
 from sidelane.pipeline.extent import Pairs, View, geometry
 from sidelane.pipeline.streams import current_stream
-
-
-class Claim:
-    """Bytes taken from a budget; they go back when it is collected."""
-
-    def __init__(self, budget: Budget) -> None:
-        self.nbytes = 0
-        self._budget = budget
-
-    def __del__(self) -> None:
-        self._budget._give(self.nbytes)
-
-
-class Budget:
-    """Bytes in use, never above `limit` (None: no limit). Thread-safe."""
-
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
-        self.held = 0
-        self.peak = 0
-        self._lock = RLock()  # a collected claim may give back on a thread that is inside `claim`
-
-    def claim(self, nbytes: int) -> Claim | None:
-        """A claim on `nbytes`, or None when they do not fit."""
-        claim = Claim(self)
-        with self._lock:
-            if self.limit is not None and self.held + nbytes > self.limit:
-                return None
-            self.held += nbytes
-            claim.nbytes = nbytes
-            self.peak = max(self.peak, self.held)
-        return claim
-
-    def _give(self, nbytes: int) -> None:
-        with self._lock:
-            self.held -= nbytes
 
 
 class Home(Protocol):
@@ -98,7 +63,7 @@ class Stash:
         self.device = source.device
         # Its address is not reused while this lives.
         self._source = StorageWeakRef(source.untyped_storage())  # type: ignore[no-untyped-call]
-        self.users = 0  # tickets
+        self.users = Budget()  # tickets
         self._decoded: _Decoded | None = None
 
     def alive(self) -> Tensor | None:
@@ -129,7 +94,7 @@ class Stash:
         """Let later unpacks share decoded elements: of this node while it holds them, and of other nodes,
         which need them to be held here, until `forget`."""
         moment = current_moment(self.device)
-        keep = flat if self.users > 1 else None
+        keep = flat if self.users.held > 1 else None
         self._decoded = None if moment is None else _Decoded(flat, moment, keep)
 
     def forget(self) -> None:
@@ -171,16 +136,13 @@ class Truth:
 class Ticket:
     """What autograd keeps in place of an offloaded tensor."""
 
-    __slots__ = ("_claim", "stash", "view")
+    __slots__ = ("_claim", "_user", "stash", "view")
 
     def __init__(self, stash: Stash, view: View, claim: Claim | None) -> None:
         self.stash = stash
         self.view = view
         self._claim = claim
-        stash.users += 1
-
-    def __del__(self) -> None:
-        self.stash.users -= 1
+        self._user = stash.users.claim(1)
 
 
 class Kept:

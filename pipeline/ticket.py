@@ -10,7 +10,7 @@ import torch
 
 from sidelane.codec.packet import Packet
 from sidelane.errors import BudgetError
-from sidelane.pipeline.stash import Budget, Claim
+from sidelane.pipeline.budget import Budget, Claim
 from sidelane.pipeline.streams import Event, current_stream
 from sidelane.pipeline.tiers import HostCopy, Pinned
 

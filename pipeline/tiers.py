@@ -12,8 +12,8 @@ from torch import Tensor
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
 from sidelane.pipeline.arena import Slot, shared, slot_bytes
+from sidelane.pipeline.budget import Budget, Claim
 from sidelane.pipeline.disk import Disk, Spill
-from sidelane.pipeline.stash import Budget, Claim
 
 ALIGNMENT = 256  # of sections in a packet that came back, what kernels may assume
 

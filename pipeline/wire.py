@@ -26,7 +26,7 @@ import torch
 
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
-from sidelane.pipeline.stash import Budget, Claim
+from sidelane.pipeline.budget import Budget, Claim
 from sidelane.pipeline.streams import current_stream, on, side_stream
 from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk
 

@@ -276,7 +276,6 @@ def interrupt_everywhere(folder, policy: str, every: int) -> None:
     assert at > 1000
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("policy", ["host", "spill", "nested"])
 def test_an_interrupt_at_many_points(tmp_path, policy):
     interrupt_everywhere(tmp_path, policy, every=13)

@@ -196,3 +196,22 @@ def test_capture_of_a_whole_step(cuda):
             x.mul_(scale)
         graph.replay()
         assert torch.equal(grad, torch.autograd.grad((x * 2).exp().sin().sum(), x)[0])
+
+
+def test_capture_of_a_backward_pass_alone_is_refused(cuda):
+    """What was offloaded before a capture cannot be fetched inside it, which is said before it is broken."""
+    x = torch.randn(256, 256, device=cuda, requires_grad=True)
+    expected = torch.autograd.grad((x * 2).exp().sin().sum(), x)[0]
+    context = offload(min_bytes=MIN_BYTES, gpu_budget=0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), context:
+        y = (x * 2).exp().sin().sum()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(OffloadError, match="capture"), torch.cuda.graph(graph, stream=side):
+        torch.autograd.grad(y, x, retain_graph=True)
+    with torch.cuda.stream(side):
+        actual = torch.autograd.grad(y, x)[0]
+    torch.cuda.synchronize()
+    assert torch.equal(actual, expected)

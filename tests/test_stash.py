@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from sidelane.codec.packet import flatten
 from sidelane.errors import OffloadError
 from sidelane.pipeline.extent import View, element_set, whole_storage, without_flags
-from sidelane.pipeline.stash import Budget, Index, Kept, Key, Stash, data_key
+from sidelane.pipeline.stash import Index, Kept, Key, Stash, data_key
 
 
 @st.composite
@@ -79,37 +78,6 @@ def test_without_flags_shows_memory():
     assert without_flags(z.conj()).tolist() == z.tolist()
     imag = z.conj().imag
     assert imag.is_neg() and without_flags(imag).tolist() == [2, -4]
-
-
-def test_budget_never_exceeds_its_limit():
-    budget = Budget(100)
-    a, b = budget.claim(60), budget.claim(40)
-    assert budget.claim(1) is None and budget.held == 100
-    assert a is not None and b is not None
-    del a
-    assert budget.held == 40
-    assert budget.claim(61) is None
-    assert budget.claim(0) is not None
-    del b
-    assert (budget.held, budget.peak) == (0, 100)
-
-
-def test_budget_under_threads():
-    budget = Budget(1000)
-    seen: list[int] = []
-
-    def work():
-        for n in range(300):
-            claim = budget.claim(n % 400)
-            seen.append(budget.held)
-            del claim
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert budget.held == 0 and 0 < max(seen) <= budget.peak <= 1000
 
 
 def stash_of(x: Tensor) -> Stash:
@@ -220,7 +188,7 @@ keep = kept.append
 )
 def test_the_next_node_shares_what_nobody_else_holds_or_changed(meanwhile, shared):
     view, stash, found = View.of(torch.randn(4)), stash_of(torch.randn(4)), []
-    stash.users = 2
+    tickets = [stash.users.claim(1) for _ in range(2)]
     kept.clear()
 
     def first():
@@ -229,12 +197,12 @@ def test_the_next_node_shares_what_nobody_else_holds_or_changed(meanwhile, share
         meanwhile(view.over(flat))
 
     backward_through(lambda: found.append(stash.alive()), first)
-    assert (found[0] is not None) == shared
+    assert (found[0] is not None) == shared and len(tickets) == stash.users.held
 
 
 def test_nodes_of_another_pass_and_forgotten_elements_share_nothing():
     stash, found = stash_of(torch.randn(4)), []
-    stash.users = 2
+    tickets = [stash.users.claim(1) for _ in range(2)]
     backward_through(lambda: stash.remember(torch.randn(4)))
     backward_through(lambda: found.append(stash.alive()))
     backward_through(
@@ -242,7 +210,7 @@ def test_nodes_of_another_pass_and_forgotten_elements_share_nothing():
         stash.forget,
         lambda: stash.remember(torch.randn(4)),
     )
-    assert found == [None, None]
+    assert found == [None, None] and len(tickets) == stash.users.held
 
 
 def test_kept_tensors_are_checked_for_changes():

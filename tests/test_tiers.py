@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sidelane.codec.packet import Packet
+from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.disk import Disk
-from sidelane.pipeline.stash import Budget
 from sidelane.pipeline.tiers import HostCopy, OnDisk, Pinned, Spilled
 
 SIZES = {"a": 3, "empty": 0, "b": 70_017, "c": 1000}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sidelane.pipeline import wire as wire_module
-from sidelane.pipeline.stash import Budget
+from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.tiers import Pinned
 from sidelane.pipeline.wire import Wire
 
