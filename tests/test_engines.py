@@ -323,7 +323,7 @@ def test_threads_share_the_sessions(driver: EmulatedDriver) -> None:
         streams = list(threads.map(lambda i: encode(sources[i % 4], layout), range(24)))
     for number, stream in enumerate(streams):
         assert torch.equal(decode_hevc(stream, layout), want[number % 4])
-    # The self-test, three sessions, a new one for the failed one; threads that race may each replace one more.
+    # The self-test, three sessions, a new one for the failed one; threads that race may replace it again.
     assert driver.calls("nvEncInitializeEncoder") < 12
 
 
