@@ -4,7 +4,7 @@
 
 A run starts from the weights of its seed and sees the batches of its seed. The exact lane must give the
 losses of no offload bit for bit. For the others the question is whether the last loss differs from that of
-the same seed by less than seeds differ from each other. Several runs share the GPU, so times mean nothing.
+the same seed by less than seeds differ from each other. Runs share the GPUs there are, so times mean nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import product
 from math import cos, inf, pi
 from multiprocessing import get_context
 from pathlib import Path
@@ -76,8 +77,11 @@ SETTINGS = {
 
 
 def train(job: Job) -> Run:
-    """One run, on the GPU where there is one. Raises TimeoutError when its time is up."""
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """One run, on its GPU where there is one. Raises TimeoutError when its time is up."""
+    place = torch.device("cpu")
+    if torch.cuda.is_available():
+        place = torch.device("cuda", job.gpu)
+        torch.cuda.set_device(place)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -214,10 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start, console, machine = monotonic(), Console(width=160), environment()
     slow_first = sorted(names, key=lambda name: name != "exact")
     until = time() + options.deadline
+    gpus = max(1, torch.cuda.device_count())
     jobs = [
-        Job(name, seed, options.shape, options.steps, until)
-        for name in slow_first
-        for seed in range(options.seeds)
+        Job(name, seed, options.shape, options.steps, until, order % gpus)
+        for order, (name, seed) in enumerate(product(slow_first, range(options.seeds)))
     ]
     runs, failed = [], False
     for job, run in all_runs(jobs, options.jobs):

@@ -29,6 +29,7 @@ class Job:
     shape: str
     steps: int
     until: float = inf  # time() at which it gives up
+    gpu: int = 0
 
 
 @dataclass
