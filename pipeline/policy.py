@@ -130,7 +130,7 @@ def for_heads(lane: Lane) -> Lane:
 
     Backward of fused attention computes the softmax again from the saved queries and keys, so their errors
     are in its exponent: with 4 bits the gradient of a GPT lost its direction within 500 steps, in attention
-    alone (benchmarks/results/training_cosines.csv). Images [N, C, H, W] look the same and get 8 bits too.
+    alone (benchmarks/log.md). Images [N, C, H, W] look the same and get 8 bits too.
     """
     if isinstance(lane, PackedLane) and lane.basis is None and lane.bits < HEADS_BITS:
         return replace(lane, bits=HEADS_BITS)
