@@ -55,6 +55,10 @@ class OffloadError(SidelaneError, RuntimeError):
     """A saved tensor cannot be given back as it was packed."""
 
 
+class ProfileError(SidelaneError, ValueError):
+    """The tables of a machine are missing, damaged, old or of another machine."""
+
+
 class AbiError(SidelaneError, RuntimeError):
     """A driver table lacks a name or contradicts itself: the installation is damaged."""
 

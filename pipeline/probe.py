@@ -1,0 +1,267 @@
+"""Measure a machine in seconds: wires, lanes, matrix products, engines; what is missing is named.
+
+Every step has a limit and is watched, so that a wire that stalls costs its own curves only. The data of the
+lanes is smooth sums and noise, so that kernels meet what they meet in use; ratios do not come from here.
+
+Note: [Busy]
+Beside matrix products a kernel begins when the product under way ends, even on a stream that goes first. An
+encode or decode that is alone takes one product longer, and another one for each wait of the host or of its
+next kernel. That is what "busy" curves hold, for products of 4096 x 4096 x 4096 (0.2 ms on an H200). Several
+tensors on streams of their own, as in a chain, wait together.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from sidelane.codec.engines import encoding_engine
+from sidelane.codec.lane import Lane
+from sidelane.codec.nvenc import encoder_caps
+from sidelane.codec.packet import Packet
+from sidelane.codec.probe import probe_nvdec
+from sidelane.errors import DriverError, LaneUnavailable, ProfileError
+from sidelane.layout import FORMATS
+from sidelane.pipeline import probe_chain, probe_wires
+from sidelane.pipeline.lanes import open_lane
+from sidelane.pipeline.machine import Curve, LaneSpeed, Machine, current_key
+from sidelane.pipeline.sampling import FAILURES, Load, host_seconds, sample, stream_seconds, watched
+from sidelane.pipeline.streams import side_stream
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZES = (8 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
+SMALL = 4 * MIB  # the largest for lanes on the CPU
+VIDEO = 64 * KIB, 16 * MIB  # the smallest and the largest for the video lane
+LANES = {
+    "packed:4": ("packed", {"bits": 4}),
+    "exact": ("exact", {}),
+    "raw": ("raw", {}),
+    "packed:8": ("packed", {"bits": 8}),
+    "packed:2": ("packed", {"bits": 2}),
+    "video": ("video", {}),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CHANNELS = 1024  # of the data
+SIDE, SIDE_CPU = 8192, 512  # of the matrices whose products are timed
+LOAD_SIDE = 4096  # of those beside which lanes are timed; see Note: [Busy]
+BUDGET = 24.0  # seconds for everything
+GRACE = 3.0  # seconds beyond its limit after which a step counts as stalled
+COMPILE = 6.0  # the same where kernels are compiled or libraries loaded
+
+Progress = Callable[[str, int, int], None]
+Timed = Callable[[int, Callable[[], object]], float]  # seconds of work on so many bytes
+
+
+@dataclass
+class Tables:
+    """What was found so far; see `Machine`."""
+
+    wires: dict[str, Curve] = field(default_factory=dict)
+    lanes: dict[str, LaneSpeed] = field(default_factory=dict)
+    gemm: float = 0.0
+    engines: dict[str, int] = field(default_factory=lambda: {"nvenc": 0, "nvdec": 0})
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the measurement: `work` takes the seconds that it may use. `slack`: beyond them, at most."""
+
+    name: str
+    seconds: float
+    work: Callable[[float], None]
+    slack: float = GRACE
+
+
+def measure(
+    spill_dir: str | None = None,
+    *,
+    sizes: Sequence[int] = SIZES,
+    budget: float = BUDGET,
+    progress: Progress = lambda name, i, n: None,
+) -> Machine:
+    """Measure this machine on the current GPU, or without one its disk, its network stack and its CPU lanes.
+
+    Args:
+        spill_dir: folder of the disk wire; default: the system's for temporary files.
+        sizes: bytes, ascending, multiples of 8 KiB; each curve has those that it has time and room for.
+        budget: seconds; steps that do not fit are left out.
+        progress: called before each step with its name, its number and how many there are.
+
+    Raises ProfileError when not even a matrix product runs.
+    """
+    end = perf_counter() + budget
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    tables = Tables()
+    left_out: dict[str, str] = {}
+    steps = list(_steps(tables, device, tuple(sizes), spill_dir))
+    for i, step in enumerate(steps):
+        progress(step.name, i, len(steps))
+        limit = min(step.seconds, end - perf_counter())
+        if limit <= 0:
+            left_out[step.name] = f"no time left in {budget:.0f} s: run again, kernels stay compiled"
+            continue
+        try:
+            watched(partial(step.work, limit), min(limit + step.slack, end - perf_counter() + GRACE))
+        except FAILURES as error:
+            left_out[step.name] = " ".join(str(error).split())[:300] or type(error).__name__
+    if device is None:
+        left_out["busy"] = "no GPU whose matrix products could be a load"
+    if not tables.gemm:
+        raise ProfileError(f"no matrix product runs here ({left_out['products']}): see sidelane doctor")
+    machine = tables.wires, tables.lanes, tables.gemm, tables.engines
+    return Machine(current_key(), *machine, left_out=left_out)
+
+
+def activations(nbytes: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """[T, CHANNELS] of `nbytes`: in each channel three slow waves and a fifth of noise, over two decades of
+    scale between channels, a few of which are ten times larger still."""
+    rows = nbytes // (CHANNELS * dtype.itemsize)
+    random = torch.Generator(device or "cpu").manual_seed(0)
+    t = torch.arange(rows, device=device, dtype=torch.float32)[:, None]
+    make = partial(torch.rand, CHANNELS, generator=random, device=device)
+    x = torch.zeros(rows, CHANNELS, device=device)
+    for period in (37.0, 211.0, 1201.0):
+        x += torch.sin(t * (6.2832 / period) + 6.2832 * make())
+    x += 0.2 * torch.randn(rows, CHANNELS, generator=random, device=device)
+    scale = 10 ** (2 * make() - 1)
+    scale[::97] *= 10
+    return (x * scale).to(dtype)
+
+
+def _steps(
+    tables: Tables, device: torch.device | None, sizes: tuple[int, ...], spill_dir: str | None
+) -> Iterator[Step]:
+    """Those without which planning makes no sense come first."""
+    yield Step("products", 1.0, partial(_gemm, tables, device), slack=COMPILE)
+    if device is not None:
+        yield Step("d2h, h2d", 3.0, lambda limit: tables.wires.update(probe_wires.pcie(device, sizes, limit)))
+    if device is not None:
+        yield Step("chain", 0.3, lambda limit: tables.wires.update(probe_chain.chain(device, limit)))
+    folder = tempfile.gettempdir() if spill_dir is None else spill_dir
+    yield Step("disk", 3.0, lambda limit: tables.wires.update(probe_wires.disk(folder, sizes, limit)))
+    yield Step("tcp", 1.0, lambda limit: tables.wires.update(probe_wires.tcp(sizes, limit)))
+    if device is not None:
+        yield Step("engines", 1.0, lambda limit: tables.engines.update(_engines(device)))
+    if device is not None and torch.cuda.device_count() > 1:
+        yield Step("peer", 1.0, lambda limit: tables.wires.update(probe_wires.peer(device, sizes, limit)))
+    for dtype in DTYPES:
+        for name in LANES:
+            if name != "video":
+                yield Step(
+                    f"{name} {dtype}", 1.0, partial(_lane, tables, device, sizes, name, dtype), COMPILE
+                )
+    some = tuple(size for size in sizes if VIDEO[0] <= size <= VIDEO[1])
+    for dtype in DTYPES:
+        yield Step(f"video {dtype}", 4.0, partial(_lane, tables, device, some, "video", dtype), COMPILE)
+
+
+def _gemm(tables: Tables, device: torch.device | None, limit: float) -> None:
+    """After a quarter of the limit, so that clocks are those of a busy device."""
+    side = SIDE_CPU if device is None else SIDE
+    product = _product(device, side)
+    stream = None if device is None else side_stream(device, "products of a profile")
+
+    def once(side: int) -> float:
+        return host_seconds(product) if stream is None else stream_seconds(stream, product)
+
+    once(side)
+    warm = perf_counter() + limit / 4
+    while perf_counter() < warm:
+        once(side)
+    tables.gemm = 2 * side**3 / sample((side,), once, limit / 2)(side)
+
+
+def _product(device: torch.device | None, side: int) -> Callable[[], object]:
+    a, b, out = (torch.randn(side, side, device=device).bfloat16() for _ in range(3))
+    _synchronize(device)
+    return partial(torch.mm, a, b, out=out)
+
+
+def _engines(device: torch.device) -> dict[str, int]:
+    """Raises LaneUnavailable or DriverError when the driver's decoder library does not answer."""
+    try:
+        nvenc = encoder_caps(device).engines
+    except (LaneUnavailable, DriverError):
+        nvenc = 0
+    return {"nvenc": nvenc, "nvdec": max((c.engines for c in probe_nvdec(device) if c.supported), default=0)}
+
+
+def _lane(
+    tables: Tables, device: torch.device | None, sizes: tuple[int, ...], name: str, dtype: str, limit: float
+) -> None:
+    """Idle and busy, one after the other, since they share kernels and packets."""
+    kind, options = LANES[name]
+    sizes = _fitting(device, sizes)
+    subject = _Subject(open_lane(kind, **options), activations(sizes[-1], DTYPES[dtype], device))
+    if device is None:
+        idle = subject.speed(sizes, limit, lambda size, work: host_seconds(work))
+        tables.lanes[f"{name}|{dtype}|idle"] = idle
+        return
+    stream = side_stream(device, "lane of a profile", -1)  # as a chain has
+    with torch.cuda.stream(stream):
+        subject.decode(sizes[0])()  # compiles
+    _synchronize(device)
+    idle = subject.speed(sizes, limit / 3, lambda size, work: stream_seconds(stream, work))
+    tables.lanes[f"{name}|{dtype}|idle"] = idle
+
+    load = Load(device, _product(device, LOAD_SIDE), 2 * LOAD_SIDE**3 / tables.gemm)
+
+    def beside(alone: Curve, size: int, work: Callable[[], object]) -> float:
+        return load.beside(partial(stream_seconds, stream, work), alone(size))
+
+    encode = idle.encode
+    if name != "video" or encoding_engine(device.index, FORMATS["nv12"], None).name == "nvenc":
+        encode = subject.encode_curve(sizes, limit / 3, partial(beside, idle.encode))
+    decode = subject.decode_curve(idle.decode.sizes, limit / 3, partial(beside, idle.decode))
+    tables.lanes[f"{name}|{dtype}|busy"] = LaneSpeed(encode, decode)
+
+
+class _Subject:
+    """A lane with the data that it encodes, and the packets that it decodes, which are kept."""
+
+    def __init__(self, lane: Lane, data: Tensor) -> None:
+        self._lane, self._data = lane, data
+        self._packets: dict[int, Packet] = {}
+
+    def encode(self, size: int) -> Callable[[], object]:
+        """The first rows, `size` bytes of them."""
+        return partial(self._lane.encode, self._data[: size // (CHANNELS * self._data.itemsize)])
+
+    def decode(self, size: int) -> Callable[[], object]:
+        if size not in self._packets:
+            self._packets[size] = self._lane.encode(self._data[: size // (CHANNELS * self._data.itemsize)])
+            _synchronize(self._data.device)
+        return partial(self._lane.decode, self._packets[size])
+
+    def encode_curve(self, sizes: Sequence[int], limit: float, timed: Timed) -> Curve:
+        return sample(sizes, lambda size: timed(size, self.encode(size)), limit)
+
+    def decode_curve(self, sizes: Sequence[int], limit: float, timed: Timed) -> Curve:
+        return sample(sizes, lambda size: timed(size, self.decode(size)), limit)
+
+    def speed(self, sizes: Sequence[int], limit: float, timed: Timed) -> LaneSpeed:
+        """Sizes that take too long to encode are not decoded either: their packets would have to be made."""
+        encode = self.encode_curve(sizes, limit / 2, timed)
+        return LaneSpeed(encode, self.decode_curve(encode.sizes, limit / 2, timed))
+
+
+def _fitting(device: torch.device | None, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Those that memory has room for 16 times, with float32 scratch and packets; on the CPU small ones."""
+    room = SMALL
+    if device is not None:
+        torch.cuda.empty_cache()
+        room = torch.cuda.mem_get_info(device)[0] // 16
+    if not (fitting := tuple(size for size in sizes if size <= room)):
+        raise ProfileError(f"memory has room for {room >> 10} KiB, which is less than any size asked for")
+    return fitting
+
+
+def _synchronize(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,495 @@
+"""The tables of a machine: curves, the file they are kept in, how times are taken, and `sidelane profile`."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import replace
+from itertools import pairwise
+from math import inf, nan
+from threading import Event
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidelane import cli, profile
+from sidelane.errors import LaneError, ProfileError
+from sidelane.pipeline import machine as machines
+from sidelane.pipeline import probe, probe_wires, sampling
+from sidelane.pipeline.machine import Curve, LaneSpeed, Machine, cache_path, current_key
+
+KIB, MIB = 1 << 10, 1 << 20
+TIMES = st.floats(1e-7, 1e3)
+
+
+def curve(*seconds: float) -> Curve:
+    return Curve(tuple(KIB << 2 * i for i in range(len(seconds))), seconds)
+
+
+@pytest.fixture
+def tables() -> Machine:
+    """Of this machine, made up."""
+    return Machine(
+        key=current_key(),
+        wires={
+            "d2h": curve(1e-6, 2e-6, 7e-6),
+            "tcp": Curve.line(1e-5, 1e9),
+            "chain out": Curve((1, 2), (1.2e-5, 1.2e-5)),
+        },
+        lanes={"exact|bfloat16|idle": LaneSpeed(curve(3e-6), curve(1e-6, 1e-6))},
+        gemm=7.9e14,
+        engines={"nvenc": 0, "nvdec": 7},
+        left_out={"peer": "one GPU"},
+    )
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache folder of its own for every test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "sidelane"
+
+
+@given(st.floats(0, 1), st.floats(1e3, 1e13), st.floats(0, 1e12))
+def test_a_line_is_met_exactly(latency, rate, nbytes):
+    assert Curve.line(latency, rate)(nbytes) == pytest.approx(latency + nbytes / rate, rel=1e-6, abs=1e-18)
+
+
+def test_between_points_below_and_beyond():
+    c = Curve((1000, 3000), (1.0, 2.0))
+    assert [c(n) for n in (1000, 1500, 3000)] == [1.0, 1.25, 2.0]
+    assert c(0) == 0.5
+    assert c(30000) == 20.0
+    assert c.rate(3000) == c.rate(10**9) == pytest.approx(1500)
+    steep = Curve((1000, 3000), (1.0, 9.0))  # its first piece meets zero bytes below zero
+    assert steep(0) == 0.0
+    assert steep(500) == 0.5
+
+
+@given(st.lists(TIMES, min_size=1, max_size=9), st.lists(st.floats(0, 1e9), min_size=2, max_size=20))
+def test_more_bytes_never_take_less_time(seconds, sizes):
+    c = Curve.fit([KIB << 2 * i for i in range(len(seconds))], seconds)
+    taken = [c(n) for n in sorted(sizes)]
+    assert all(a <= b * (1 + 1e-12) for a, b in pairwise(taken)) and taken[0] >= 0
+
+
+@given(st.lists(TIMES, min_size=1, max_size=9))
+def test_noise_is_taken_out_by_isotonic_regression(seconds):
+    """The fit of point i is max over a <= i of min over b >= i of the mean of points a to b, in log time
+    (R. Barlow and others, Statistical Inference under Order Restrictions, 1972, theorem 1.4)."""
+    logs = torch.tensor(seconds, dtype=torch.float64).log()
+    n = len(logs)
+    wanted = [
+        max(min(logs[a : b + 1].mean() for b in range(i, n)) for a in range(i + 1)).exp().item()
+        for i in range(n)
+    ]
+    assert Curve.fit(range(1, n + 1), seconds).seconds == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "seconds"),
+    [
+        ((), ()),
+        ((1, 2), (1.0,)),
+        ((2, 1), (1.0, 2.0)),
+        ((1, 1), (1.0, 2.0)),
+        ((0, 1), (1.0, 2.0)),
+        ((1.5, 2), (1.0, 2.0)),
+        ((1, 1 << 60), (1.0, 2.0)),
+        ((1, 2), (2.0, 1.0)),
+        ((1, 2), (0.0, 1.0)),
+        ((1, 2), (1.0, inf)),
+        ((1, 2), (1.0, nan)),
+        ((1, 2), (1, 2)),
+        (tuple(range(1, 100)), (1.0,) * 99),
+    ],
+)
+def test_points_that_are_no_curve(sizes, seconds):
+    with pytest.raises(ProfileError):
+        Curve(sizes, seconds)
+
+
+@pytest.mark.parametrize(("latency", "rate"), [(-1, 1), (nan, 1), (0, 0), (0, inf), (inf, 1)])
+def test_numbers_that_are_no_line(latency, rate):
+    with pytest.raises(ProfileError):
+        Curve.line(latency, rate)
+
+
+def test_the_file_holds_everything(tables, tmp_path):
+    path = tmp_path / "folder" / "tables.json"
+    tables.save(path)
+    assert Machine.load(path) == tables
+    document = json.loads(path.read_text())
+    assert (document["format"], document["version"]) == ("sidelane machine profile", 1)
+    assert document["wires"]["d2h"] == {"sizes": [1024, 4096, 16384], "seconds": [1e-6, 2e-6, 7e-6]}
+    assert [each.name for each in path.parent.iterdir()] == ["tables.json"]
+
+
+def test_a_write_that_fails_leaves_nothing(tables, tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ProfileError, match=r"taken: the profile cannot be written: "):
+        tables.save(tmp_path / "taken")
+    (tmp_path / "file").touch()
+    with pytest.raises(ProfileError, match="cannot be written"):
+        tables.save(tmp_path / "file" / "tables.json")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def changed(machine: Machine, path, **entries) -> None:
+    """Save `machine` to `path` with some entries of the document replaced."""
+    machine.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+BAD = {
+    "format": "something else",
+    "version": 2,
+    "created": -1.0,
+    "key": {"gpu": 3},
+    "gemm": "7.9e14",
+    "engines": {"nvdec": -1},
+    "wires": {"d2h": {"sizes": [2, 1], "seconds": [1.0, 1.0]}},
+    "lanes": {"exact": {"encode": {"sizes": [1], "seconds": [1.0]}}},
+    "left_out": ["peer"],
+    "more": 1,
+}
+POINTS = [
+    {"sizes": [1], "seconds": [True]},
+    {"sizes": [1], "seconds": [0]},
+    {"sizes": [1], "seconds": [10**400]},
+    {"sizes": [True], "seconds": [1.0]},
+    {"sizes": [1.0], "seconds": [1.0]},
+    {"sizes": 1, "seconds": [1.0]},
+    {"sizes": [1], "seconds": [1.0], "more": 1},
+    {"sizes": [*range(1, 100)], "seconds": [1.0] * 99},
+    [],
+]
+
+
+@pytest.mark.parametrize("entry", [*BAD.items(), *(("wires", {"tcp": p}) for p in POINTS)], ids=repr)
+def test_a_document_that_is_no_profile(tables, tmp_path, entry):
+    path = tmp_path / "tables.json"
+    changed(tables, path, **dict([entry]))
+    with pytest.raises(ProfileError, match=r"^[^\n]+ is no profile \([^\n]+\): run sidelane profile$"):
+        Machine.load(path, foreign=True)
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name != "more"])
+def test_every_entry_is_needed(tables, tmp_path, name):
+    path = tmp_path / "tables.json"
+    tables.save(path)
+    document = json.loads(path.read_text())
+    del document[name]
+    path.write_text(json.dumps(document))
+    with pytest.raises(ProfileError, match=f"has no '{name}'"):
+        Machine.load(path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"created": NaN}', b'{"a": ' + b"9" * 5000 + b"}"],
+    ids=["empty", "open", "list", "no text", "deep", "nan", "long number"],
+)
+def test_bytes_that_are_no_profile(tmp_path, data):
+    path = tmp_path / "tables.json"
+    path.write_bytes(data)
+    with pytest.raises(ProfileError, match="is no profile"):
+        Machine.load(path)
+
+
+def test_a_large_file_is_not_read(tmp_path):
+    path = tmp_path / "tables.json"
+    path.write_bytes(b" " * (machines.MAX_FILE + 1))
+    with pytest.raises(ProfileError, match="more than 1048576 bytes"):
+        Machine.load(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_damaged_files_load_or_are_refused(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("damaged") / "tables.json"
+    Machine(current_key(), {"tcp": curve(1e-6, 2e-6)}, {}, 1e9, {}, created=1.7e9).save(path)
+    text = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(text) - 1))
+    end = data.draw(st.integers(at, min(at + 8, len(text))))
+    text[at:end] = data.draw(st.binary(max_size=8))
+    path.write_bytes(text)
+    try:
+        loaded = Machine.load(path, foreign=True)
+    except ProfileError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(isinstance(value, str) for value in loaded.key.values())
+        assert 0 < loaded.gemm < inf
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu", "cores"])
+def test_the_profile_of_another_machine(tables, tmp_path, name):
+    path = tmp_path / "tables.json"
+    other = replace(tables, key=tables.key | {name: "another"})
+    other.save(path)
+    with pytest.raises(ProfileError, match=f"is of another machine .{name} another, here "):
+        Machine.load(path)
+    assert Machine.load(path, foreign=True) == other
+
+
+@pytest.mark.parametrize("name", ["driver", "torch", "triton", "sidelane"])
+def test_a_profile_of_other_versions_is_stale(tables, tmp_path, name):
+    path = tmp_path / "tables.json"
+    replace(tables, key={k: v for k, v in tables.key.items() if k != name} | {name: "0"}).save(path)
+    with pytest.raises(ProfileError, match=f"is stale .{name} 0, here .*: run sidelane profile$"):
+        Machine.load(path)
+
+
+@pytest.mark.parametrize("days", [31, -3])
+def test_an_old_profile_is_stale(tables, tmp_path, days):
+    path = tmp_path / "tables.json"
+    replace(tables, created=time.time() - days * 86400).save(path)
+    with pytest.raises(ProfileError, match=f"is stale .{days} days old.: run sidelane profile$"):
+        Machine.load(path)
+    assert Machine.load(path, foreign=True).gemm == tables.gemm
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ProfileError, match=r"cannot be read \(No such file or directory\): run sidelane"):
+        Machine.load(tmp_path / "tables.json")
+
+
+def test_the_cache_folder(tables, cache, tmp_path, monkeypatch):
+    assert cache_path().parent == cache
+    assert Machine.cached() is None
+    tables.save(cache_path())
+    assert Machine.cached() == tables
+    monkeypatch.setattr(machines, "version", lambda name: "0.0.0")  # these versions have a file of their own
+    assert Machine.cached() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the specification says to ignore
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_path().parent == tmp_path / ".cache" / "sidelane"
+
+
+def test_a_cache_that_cannot_be_used(cache):
+    cache.parent.mkdir()
+    cache.touch()
+    with pytest.raises(ProfileError, match=r"cannot be read \(Not a directory\)"):
+        Machine.cached()
+    cache.unlink()
+    cache.mkdir()
+    cache_path().write_text("{")
+    with pytest.raises(ProfileError, match="is no profile"):
+        Machine.cached()
+
+
+class Clock:
+    """Stands still but for `work`."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, seconds: float) -> float:
+        self.now += seconds
+        return seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(sampling, "perf_counter", clock)
+    return clock
+
+
+def test_samples_are_medians_after_a_warm_up(clock, monkeypatch):
+    monkeypatch.setattr(sampling, "REPEATS", 7)
+    times = iter([9.0, 1.0, 1.2, 7.0, 1.1, 1.3, 1.4, 1.5, 100.0, *[2.0] * 7])
+    found = sampling.sample((KIB, MIB), lambda size: clock.work(next(times)), 1e6)
+    assert found.seconds == pytest.approx((1.3, 2.0))
+
+
+def test_sizes_without_time_are_left_out(clock):
+    """A byte takes a second: after 10 and 20 bytes, 4 times 40 do not fit in what is left."""
+    calls: list[int] = []
+
+    def once(size: int) -> float:
+        calls.append(size)
+        return clock.work(float(size))
+
+    found = sampling.sample((10, 20, 40), once, 200)
+    assert found.sizes == (10, 20)
+    assert found.seconds == pytest.approx((10, 20))
+    assert calls == [10] * 7 + [20] * 4
+    assert clock.now <= 200
+
+
+def test_the_first_size_is_always_taken(clock):
+    assert sampling.sample((10, 20), lambda size: clock.work(float(size)), 1).sizes == (10,)
+
+
+def test_work_that_stalls_is_left_alone():
+    assert sampling.watched(lambda: 3, 10) == 3
+    with pytest.raises(ZeroDivisionError):
+        sampling.watched(lambda: 1 / 0, 10)
+    done = Event()
+    with pytest.raises(ProfileError, match="stalled: not done after 0.1 s"):
+        sampling.watched(done.wait, 0.1)
+    done.set()
+
+
+def test_the_data_of_lanes_is_smooth_and_noisy():
+    x = probe.activations(4 * MIB, torch.float32).double()
+    assert x.shape == (1024, 1024)
+    x = (x - x.mean(0)) / x.std(0)
+    jump = (x[1:] - x[:-1]).std(0)  # 2 ** 0.5 for noise alone
+    assert (jump > 0.1).all() and (jump < 0.5).all()
+    half = probe.activations(MIB, torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.nbytes == MIB
+
+
+def test_the_disk_is_measured(tmp_path):
+    found = probe_wires.disk(str(tmp_path), (8 * KIB, 64 * KIB), 2.0)
+    assert set(found) == {"disk write", "disk read"}
+    assert all(c.sizes == (8 * KIB, 64 * KIB) for c in found.values())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_takes_no_file(tmp_path):
+    with pytest.raises(OSError, match="No such file"):
+        probe_wires.disk(str(tmp_path / "missing"), (8 * KIB,), 1.0)
+    (tmp_path / "file").touch()
+    with pytest.raises(LaneError, match="takes no file"):
+        probe_wires.disk(str(tmp_path / "file"), (8 * KIB,), 1.0)
+
+
+def test_a_full_disk_is_said_to_be_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe_wires, "RESERVE", 1 << 60)
+    with pytest.raises(ProfileError, match="too little room on the disk"):
+        probe_wires.disk(str(tmp_path), (8 * KIB,), 1.0)
+
+
+def test_the_network_stack_is_measured():
+    assert probe_wires.tcp((8 * KIB, 64 * KIB), 2.0)["tcp"].sizes == (8 * KIB, 64 * KIB)
+
+
+def test_a_receiver_that_is_silent(monkeypatch):
+    monkeypatch.setattr(probe_wires, "PATIENCE", 0.1)
+    monkeypatch.setattr(probe_wires, "_receive", lambda connection, largest: None)
+    with pytest.raises(TimeoutError):
+        probe_wires.tcp((8 * KIB,), 1.0)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_a_machine_without_a_gpu(on_cpu, tmp_path):
+    steps: list[tuple[str, int, int]] = []
+    sizes = (8 * KIB, 64 * KIB)
+    found = probe.measure(str(tmp_path), sizes=sizes, progress=lambda *step: steps.append(step))
+    assert set(found.wires) == {"disk write", "disk read", "tcp"}
+    assert set(found.lanes) == {f"{lane}|{dtype}|idle" for lane in probe.LANES for dtype in probe.DTYPES}
+    assert found.lanes["packed:4|bfloat16|idle"].decode.sizes == sizes
+    assert found.engines == {"nvenc": 0, "nvdec": 0}
+    assert found.left_out.keys() == {"busy"}
+    assert [i for _, i, _ in steps] == list(range(steps[0][2]))
+
+
+def test_what_stalls_or_fails_is_left_out_and_named(on_cpu, tmp_path, monkeypatch):
+    stalled = Event()
+    monkeypatch.setattr(probe, "GRACE", 0.1)
+    monkeypatch.setattr(probe, "LANES", {"raw": ("raw", {}), "video": ("gone", {})})
+    monkeypatch.setattr(probe_wires, "tcp", lambda sizes, limit: {"tcp": stalled.wait()})
+    steps = probe._steps
+    monkeypatch.setattr(probe, "_steps", lambda *a: [replace(s, seconds=0.2, slack=0.3) for s in steps(*a)])
+    found = probe.measure(str(tmp_path / "missing"), sizes=(64 * KIB,))
+    stalled.set()
+    assert set(found.lanes) == {"raw|bfloat16|idle", "raw|float32|idle"}
+    assert found.wires == {}
+    assert found.left_out["tcp"] == "stalled: not done after 0.5 s"
+    assert "No such file" in found.left_out["disk"]
+    assert "unknown lane 'gone'" in found.left_out["video bfloat16"]
+
+
+def test_steps_without_time_are_left_out(on_cpu, tmp_path, monkeypatch):
+    """The products take it all."""
+    monkeypatch.setattr(
+        probe, "_gemm", lambda tables, device, limit: setattr(tables, "gemm", time.sleep(0.3) or 1.0)
+    )
+    found = probe.measure(str(tmp_path), sizes=(64 * KIB,), budget=0.2)
+    assert found.wires == found.lanes == {}
+    assert all("no time left in 0 s" in found.left_out[name] for name in ("disk", "tcp", "raw float32"))
+
+
+def test_a_machine_that_multiplies_nothing(on_cpu, monkeypatch):
+    def refuse(*arguments):
+        raise RuntimeError("illegal\ninstruction")
+
+    monkeypatch.setattr(probe, "_product", refuse)
+    monkeypatch.setattr(probe, "LANES", {})
+    monkeypatch.setattr(probe, "DTYPES", {})
+    with pytest.raises(ProfileError, match="no matrix product runs here .illegal instruction."):
+        probe.measure(sizes=(8 * KIB,))
+
+
+@pytest.fixture
+def measured(tables, monkeypatch):
+    """What `sidelane profile` measures, and how often it did."""
+    calls: list[str | None] = []
+
+    def measure(spill_dir, progress):
+        calls.append(spill_dir)
+        progress("products", 0, 1)
+        return tables
+
+    monkeypatch.setattr(profile, "measure", measure)
+    return calls
+
+
+def test_the_command_measures_once(tables, measured, capsys):
+    assert cli.run(["profile"]) == 0
+    shown = capsys.readouterr().out
+    assert "d2h" in shown and "exact bfloat16 idle" in shown and "7 NVDEC" in shown
+    assert "left out: peer: one GPU" in shown
+    assert "chain out 12 us" in shown
+    assert Machine.cached() == tables
+    assert cli.run(["profile"]) == 0
+    assert "--force measures again" in capsys.readouterr().out.replace("\n", " ")
+    assert measured == [None]
+    assert cli.run(["profile", "--force", "--spill-dir", "/somewhere"]) == 0
+    assert measured == [None, "/somewhere"]
+
+
+def test_the_command_writes_a_file_and_does_not_replace_one(tables, measured, tmp_path, capsys):
+    path = tmp_path / "tables.json"
+    assert cli.run(["profile", "--out", str(path)]) == 0
+    assert Machine.load(path) == tables
+    path.write_text("mine")
+    capsys.readouterr()
+    assert cli.run(["profile", "--out", str(path)]) == 2
+    assert re.fullmatch(r"sidelane: [^\n]+ exists: --force replaces it\n", capsys.readouterr().err)
+    assert path.read_text() == "mine"
+    assert cli.run(["profile", "--out", str(path), "--force"]) == 0
+    assert Machine.load(path) == tables
+
+
+def test_the_command_measures_again_what_is_damaged(tables, measured, cache, capsys):
+    cache.mkdir(parents=True)
+    cache_path().write_text("{")
+    assert cli.run(["profile"]) == 0
+    assert "measuring again" in capsys.readouterr().out
+    assert Machine.cached() == tables
+
+
+def test_the_command_keeps_what_it_measured_when_the_cache_cannot_be_written(
+    measured, cache, tmp_path, capsys
+):
+    cache.parent.mkdir()
+    cache.touch()
+    path = tmp_path / "tables.json"
+    assert cli.run(["profile", "--out", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert "d2h" in printed.out and path.exists()
+    assert printed.err.startswith("sidelane: ") and printed.err.count("\n") == 1
