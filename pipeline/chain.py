@@ -28,6 +28,7 @@ from torch import Tensor
 from sidelane.codec.lane import Lane
 from sidelane.codec.packet import Packet
 from sidelane.errors import LaneError, OffloadError
+from sidelane.pipeline.autolane import AutoLane, auto_lane
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.compress import choose_lane, compress, present_device
@@ -39,6 +40,7 @@ from sidelane.pipeline.streams import Event, Slot, current_stream
 from sidelane.pipeline.ticket import ChainReport, Stored, Ticket
 from sidelane.pipeline.trace import Recorder, Trace
 
+AUTO_WIRES = ("d2h", "h2d")  # of the lane "auto"
 MAX_ERRORS = 16  # remembered until somebody receives them
 T = TypeVar("T")
 
@@ -64,7 +66,9 @@ class Chain:
 
     Args:
         lane: name for `open_lane`, or a lane, whose packets and tensors own their memory. Default: "exact",
-            or "packed" when `max_rel_error` is given.
+            or "packed" when `max_rel_error` is given. "auto" takes for each tensor the lane that is predicted
+            to be fastest, and learns from the times that the stages take; its options are those of
+            `AutoLane`, `wire` from "d2h" out and "h2d" back.
         depth: tensors in each stage: those that wait for the encoder, encoded packets on the device, loaded
             packets, and fetched tensors are at most so many each.
         workers: threads for each direction. With 0 the stages are enqueued by `send` and `receive`
@@ -102,10 +106,16 @@ class Chain:
         basis: Basis | None = None,
         **lane_options: Any,
     ) -> None:
-        self._lane = choose_lane(lane, max_rel_error, basis, lane_options)
+        if lane == "auto":
+            if basis is not None:
+                lane_options["basis"] = basis
+            around = {"wire": AUTO_WIRES, "together": depth, "max_rel_error": max_rel_error}
+            self._lane: Lane = auto_lane(**around | lane_options)
+        else:
+            self._lane = choose_lane(lane, max_rel_error, basis, lane_options)
         self._encode: Callable[[Tensor], Packet] = self._lane.encode
         self._decode: Callable[[Any], Tensor] = self._lane.decode
-        if max_rel_error is not None:
+        if max_rel_error is not None and lane != "auto":  # which keeps the bound itself
             self._encode = partial(compress, lane=self._lane, max_rel_error=max_rel_error)
             self._decode = partial(decode_packet, basis=getattr(self._lane, "basis", None))
         if host_budget is not None and (type(host_budget) is not int or host_budget < 0):
@@ -117,7 +127,8 @@ class Chain:
         self._device = None if device is None else _with_index(present_device(device))
         self._kernel, self._inverse = kernel, inverse
         self._recorder = Recorder() if trace else None
-        self._stages = Stages(depth, streams, priority, self._recorder)
+        watch = self._lane.watch(self._recorder) if isinstance(self._lane, AutoLane) else self._recorder
+        self._stages = Stages(depth, streams, priority, watch)
         self._host = Budget(host_budget)
         self._sender, self._receiver = (self._stages.pool(name, workers) for name in ("send", "receive"))
         self._pending: set[Future[Any]] = set()
@@ -247,6 +258,12 @@ class Chain:
                 host_peak=self._host.peak,
                 seconds_waited=self._seconds,
             )
+
+    def explain(self) -> str:
+        """What the lane "auto" takes for which tensors, and why. Raises LaneError for another lane."""
+        if not isinstance(self._lane, AutoLane):
+            raise LaneError(f"lane '{self._lane.name}' chooses nothing: make the chain with 'auto'")
+        return self._lane.explain()
 
     def trace(self) -> Trace:
         """The timeline so far; waits for the device. Raises LaneError unless `trace` was set."""

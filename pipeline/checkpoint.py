@@ -37,8 +37,8 @@ def checkpoint(
     other values; its floating tensors require grad.
 
     Args:
-        lane, max_rel_error: as for `offload`. When neither is given the enclosing `offload` context takes the
-            inputs, with its budgets and its report; without one the lane is exact.
+        lane, max_rel_error: as for `offload`, "auto" included. When neither is given the enclosing `offload`
+            context takes the inputs, with its budgets and its report; without one the lane is exact.
         preserve_rng_state: run again with the random states of the first run (CPU, and the CUDA devices of
             the inputs).
 

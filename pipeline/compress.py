@@ -13,7 +13,7 @@ from sidelane.codec.packet import Packet, flatten
 from sidelane.errors import LaneError, PacketError
 from sidelane.kernels.reference import GROUP_BITS
 from sidelane.pipeline.basis import Basis
-from sidelane.pipeline.lanes import PackedLane, decode_packet, open_lane, plain, undisturbed
+from sidelane.pipeline.lanes import decode_packet, open_lane, plain, undisturbed
 
 CHUNK = 1 << 20  # elements measured at a time, in float64
 
@@ -30,6 +30,8 @@ def compress(
 
     Args:
         lane: name for `open_lane`, or a lane. Default: "exact", or "packed" when `max_rel_error` is given.
+            "auto" takes the lane that is predicted to be fastest over `wire=`; its options are those of
+            `AutoLane`.
         max_rel_error: bound on ||decoded - tensor|| / ||tensor|| over the finite elements; NaN and Inf are
             restored bit for bit. Every attempt is decoded and measured, and finer lanes are tried until the
             bound holds, so it holds for every input. Without `bits` the packed lane starts at 2 bits.
@@ -46,7 +48,7 @@ def _encode_within(tensor: Tensor, lane: Lane, max_rel_error: float) -> Packet:
     tensor = plain(tensor)
     flat = flatten(tensor)
     tensor = Packet.like("raw", tensor).unflatten(flat)
-    attempt: Lane | None = lane.for_tensor(tensor) if isinstance(lane, PackedLane) else lane
+    attempt: Lane | None = lane.for_tensor(tensor) if hasattr(lane, "for_tensor") else lane
     while attempt is not None:
         packet = attempt.encode(tensor)
         if packet.lane in ("raw", "exact"):
@@ -67,6 +69,10 @@ def choose_lane(
         options = options | {"basis": basis}
     if lane is None:
         lane = "exact" if max_rel_error is None else "packed"
+    if lane == "auto":
+        from sidelane.pipeline.autolane import shared_auto_lane  # it calls `compress`
+
+        return shared_auto_lane(max_rel_error=max_rel_error, **options)
     if isinstance(lane, str):
         if lane == "packed" and max_rel_error is not None:
             options = {"bits": min(GROUP_BITS)} | options

@@ -120,6 +120,11 @@ def side_stream(device: torch.device, role: str, priority: int = 0) -> Any:
         return _side[key]
 
 
+def timed_event() -> Any:
+    """A CUDA event that keeps the time at which it was reached."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 class on:
     """Context in which the calling thread enqueues on `stream`, and the device of `stream` is current."""
 

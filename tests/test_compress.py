@@ -181,7 +181,7 @@ def test_gradients_do_not_flow():
         ({"lane": 5}, "lane=5 is neither the name of a lane nor a lane that open_lane returned"),
         ({"lane": "packed", "bits": 4.0}, "bits=4.0 is not one of (2, 4, 8)"),
         ({"lane": "packed", "symmetric": "x"}, "symmetric='x' is neither True nor False"),
-        ({"lane": "zip"}, "unknown lane 'zip': use one of raw, exact, packed, video-cpu, video"),
+        ({"lane": "zip"}, "unknown lane 'zip': use one of raw, exact, packed, video-cpu, video, dual"),
         ({"bits": 4}, "lane 'exact' has no option 'bits': it has none"),
         ({"basis": hadamard_basis()}, "lane 'exact' has no option 'basis': it has none"),
         (

@@ -82,6 +82,48 @@ def doctor() -> None:
 
 
 @app.command()
+def profile(
+    out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file too.")] = None,
+    spill_dir: Annotated[Path | None, typer.Option(help="Folder whose disk is measured.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure again, and replace FILE.")] = False,
+) -> None:
+    """Measure wires, lanes and matrix products of this machine once, in half a minute, for planning."""
+    from sidelane.profile import run_profile
+
+    run_profile(out, spill_dir, force)
+
+
+@app.command()
+def plan(
+    source: Annotated[
+        Path | None, typer.Argument(metavar="[IN.safetensors]", help="Tensors; without, random numbers.")
+    ] = None,
+    wire: Annotated[
+        list[str] | None,
+        typer.Option(help="Name in the profile, or GB/s; with commas, one after the other. Repeat for more."),
+    ] = None,
+    mib: Annotated[list[float] | None, typer.Option(min=0.01, help="Size without a file; repeat.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the random numbers.")] = "bfloat16",
+    load: Annotated[str, typer.Option(help="idle, or busy beside matrix products.")] = "idle",
+    max_rel_error: Annotated[
+        float | None, typer.Option(help="Largest relative error; exact lanes only without.")
+    ] = None,
+    together: Annotated[
+        int, typer.Option(min=1, help="Tensors under way at once, whose stages overlap.")
+    ] = 1,
+    profile: Annotated[
+        Path | None, typer.Option(help="What `sidelane profile --out` wrote, also elsewhere.")
+    ] = None,
+) -> None:
+    """Show which lane is predicted to be fastest over which wire, and why the others are not."""
+    from sidelane.plan import plans
+
+    sizes = mib or [1.0, 64.0]
+    for table in plans(source, wire or [], sizes, dtype, load, max_rel_error, together, profile):
+        print(table, end="\n\n")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the table as JSON and the figure as PNG.")] = Path(
         "demo-results"

@@ -1,0 +1,502 @@
+"""Which lane a tensor should take over a wire: the cost model on the tables of a machine, and why.
+
+What a machine does per byte comes from its profile (`Machine`); how small and how far off a lane makes a
+tensor comes from a probe: a sample of the tensor is encoded once, and remembered for tensors of its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import ceil, inf, isfinite, nan
+from threading import RLock
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidelane.codec.lane import Lane
+from sidelane.codec.packet import Packet, flatten
+from sidelane.errors import LaneError, LaneUnavailable, ProfileError
+from sidelane.pipeline.compress import CHUNK, check_bound, relative_error
+from sidelane.pipeline.extent import distinct_bytes
+from sidelane.pipeline.lanes import open_lane, plain, undisturbed
+from sidelane.pipeline.machine import Curve, LaneSpeed, Machine
+from sidelane.pipeline.planner import MIN_GAIN, RAW, Residuals, Stage, best_lane, busiest, serial_time
+
+LANES = (RAW, "exact", "packed:8", "packed:4", "packed:2", "video")
+EXACT = (RAW, "exact")
+WAITING = ("exact", "video")  # the host waits in their encoders, so that the next one starts later
+LOADS = ("idle", "busy")
+TABLES = {  # the table of a dtype; every lane stores the other dtypes raw
+    torch.bfloat16: "bfloat16",
+    torch.float16: "bfloat16",
+    torch.complex32: "bfloat16",
+    torch.float32: "float32",
+    torch.complex64: "float32",
+}
+SAMPLE = 1 << 20  # bytes of a tensor that are probed, as so many pieces:
+PIECES = 16
+MARGIN = 0.9  # of the bound that the error of a sample may reach
+NO_PROFILE = "no profile of this machine: run sidelane profile"
+
+Wire = str | float | Curve
+Kind = tuple[Any, ...]
+Described = tuple[torch.dtype, int, Tensor | Mapping[str, tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a lane makes of tensors of a kind.
+
+    Attributes:
+        share: bytes on the wire per raw byte.
+        header: bytes on the wire besides.
+        rel_error: relative Frobenius error, 0 for what comes back bit for bit.
+    """
+
+    share: float
+    header: int = 0
+    rel_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One lane beside the others.
+
+    Attributes:
+        seconds: predicted, with what earlier transfers taught; infinite for a lane that is out.
+        sample: None where it was not needed to leave the lane out.
+        learned: `seconds` once each of the stages was timed; else None.
+        stages: seconds of each. A kernel beside the program's own begins when one of those ends.
+        why: it is out; "" for a lane that is not.
+    """
+
+    lane: str
+    seconds: float
+    sample: Sample | None = None
+    learned: float | None = None
+    stages: dict[str, float] = field(default_factory=dict)
+    why: str = ""
+
+    @property
+    def binds(self) -> str:
+        """The stage that takes longest."""
+        return max(self.stages, key=self.stages.__getitem__, default="")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The lane for a tensor, and what was known when it was chosen.
+
+    Attributes:
+        lane: one of `LANES`, for `lane_named`.
+        nbytes: of the tensor.
+        wires: what it crosses.
+        candidates: by lane, in the order of `LANES`.
+        probe_seconds: that encoding samples took for this decision; 0 when they were remembered.
+        note: what it could not take into account; "" if there is nothing.
+    """
+
+    lane: str
+    dtype: torch.dtype
+    nbytes: int
+    wires: tuple[str, ...]
+    load: str
+    together: int
+    candidates: dict[str, Candidate]
+    probe_seconds: float = 0.0
+    note: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Predicted for the chosen lane; NaN when nothing is known of this machine."""
+        return self.candidates[self.lane].seconds
+
+    def explain(self, measured: Mapping[str, float] | None = None) -> str:
+        """A table of all lanes: ratio, error, predicted and measured milliseconds, what binds, why not.
+
+        Args:
+            measured: seconds by lane; default: what the timed stages of earlier tensors add up to.
+        """
+        how = f"{self.together} at once" if self.together > 1 else "one at a time"
+        lines = [
+            f"{str(self.dtype).removeprefix('torch.')}, {self.nbytes / 1e6:.3g} MB over "
+            f"{', '.join(self.wires)}, {self.load}, {how}: {self.lane}",
+            f"{'lane':9} {'ratio':>6} {'error':>8} {'predicted ms':>12} {'measured ms':>12}  binds; why not",
+        ]
+        for lane, each in self.candidates.items():
+            some, ratio, error = each.sample, "-", "-"
+            if some is not None and self.nbytes:
+                ratio, error = f"{1 / (some.share + some.header / self.nbytes):.2f}", f"{some.rel_error:.2g}"
+            known = each.learned if measured is None else measured.get(lane)
+            words = "; ".join(part for part in (each.binds, self._why_not(each)) if part)
+            times = f"{_milliseconds(each.seconds):>12} {_milliseconds(known):>12}"
+            lines.append(f"{lane:9} {ratio:>6} {error:>8} {times}  {words}".rstrip())
+        return "\n".join(lines + [self.note] * bool(self.note))
+
+    def _why_not(self, each: Candidate) -> str:
+        if each.why or each.lane == self.lane:
+            return each.why
+        times = each.seconds / self.seconds
+        if times >= 1:
+            return f"{times:.2f} x the time of {self.lane}"
+        need = f"{MIN_GAIN:.0%} beside raw" if self.lane == RAW else "what a change needs"
+        return f"saves {1 - times:.1%} of {self.lane}, less than {need}"
+
+
+@lru_cache(16)
+def lane_named(name: str) -> Lane:
+    """The lane of a name in `LANES`. Raises LaneError for another, LaneUnavailable as `open_lane`."""
+    if name not in LANES:
+        raise LaneError(f"unknown lane {name!r}: a planner knows {', '.join(LANES)}")
+    kind, _, bits = name.partition(":")
+    return open_lane(kind, **({"bits": int(bits)} if bits else {}))
+
+
+def name_of(packet: Packet) -> str:
+    """The name in `LANES` of the lane that decodes `packet`."""
+    return f"packed:{packet.bits}" if packet.lane == "packed" else packet.lane
+
+
+class Probes:
+    """Samples by kind of tensor and lane. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0  # spent on encoding samples
+        self._samples: dict[tuple[Kind, str], Sample] = {}
+        self._checks: dict[tuple[str, torch.dtype], float] = {}
+        self._lock = RLock()
+
+    def sample(self, kind: Kind, lane: str, tensor: Tensor) -> Sample:
+        """Of `lane` for tensors of `kind`, from `tensor` if there is none. Raises LaneUnavailable."""
+        with self._lock:
+            if (kind, lane) not in self._samples:
+                begin = perf_counter()
+                self._samples[kind, lane] = probe(lane, tensor)
+                self.seconds += perf_counter() - begin
+            return self._samples[kind, lane]
+
+    def check_seconds(self, tensor: Tensor) -> float:
+        """Of measuring the error of `CHUNK` elements on the device of `tensor`."""
+        key = tensor.device.type, tensor.dtype
+        with self._lock:
+            if key not in self._checks:
+                with undisturbed(tensor.device):
+                    flat = flatten(sample_of(plain(tensor)))
+                    relative_error(flat, flat)
+                    begin = perf_counter()
+                    relative_error(flat, flat)
+                    self._checks[key] = perf_counter() - begin
+                self.seconds += 2 * self._checks[key]
+            return self._checks[key]
+
+    def forget(self, kind: Kind) -> None:
+        """Probe the next tensor of `kind` anew."""
+        with self._lock:
+            for key in [key for key in self._samples if key[0] == kind]:
+                del self._samples[key]
+
+
+SHARED = Probes()
+
+
+def kind_of(tensor: Tensor, name: str = "") -> Kind:
+    """What tensors share that are taken to code alike: name, dtype, dimensions, row length, device."""
+    last = tensor.shape[-1] if tensor.ndim else 1
+    return name, tensor.dtype, tensor.ndim, last, tensor.device.type
+
+
+def sample_of(tensor: Tensor) -> Tensor:
+    """About `SAMPLE` bytes of `tensor` in `PIECES` pieces of neighbouring rows, [rows, row length]."""
+    flat = flatten(tensor)
+    width = tensor.shape[-1] if tensor.ndim > 1 and tensor.numel() and tensor.is_contiguous() else 1
+    piece = max(SAMPLE // PIECES // flat.itemsize // width, 1) * width
+    if flat.nbytes > SAMPLE and piece * PIECES < flat.numel():
+        rows = flat.numel() // width
+        starts = [i * (rows - piece // width) // (PIECES - 1) * width for i in range(PIECES)]
+        flat = torch.cat([flat[start : start + piece] for start in starts])
+    return flat.view(-1, width) if width > 1 else flat
+
+
+def probe(lane: str, tensor: Tensor) -> Sample:
+    """What `lane` makes of a sample of `tensor`; waits for the device. Raises LaneUnavailable."""
+    opened = lane_named(lane)
+    if lane == RAW:
+        return Sample(1.0)
+    with undisturbed(tensor.device):
+        some = sample_of(plain(tensor))
+        packet = opened.encode(some)
+        payload = sum(section.numel() for section in packet.sections.values())
+        error = 0.0
+        if packet.lane not in EXACT:
+            error = relative_error(flatten(some), flatten(opened.decode(packet)))
+        return Sample(payload / packet.raw_nbytes, packet.nbytes - payload, error)
+
+
+def choose(
+    what: Tensor | Described,
+    wire: Wire | Sequence[Wire] = "d2h",
+    machine: Machine | None = None,
+    load: str = "idle",
+    max_rel_error: float | None = None,
+    exact: bool | None = None,
+    *,
+    together: int = 1,
+    name: str = "",
+    residuals: Residuals | None = None,
+    probes: Probes = SHARED,
+) -> Decision:
+    """The lane for a tensor: raw unless another one is predicted to save at least 5 % of the time.
+
+    Args:
+        what: the tensor; or its dtype, its bytes and a tensor like it, or for each lane (ratio, error).
+        wire: a wire of the machine ("d2h", "tcp", ...), bytes per second, or a Curve of seconds over bytes on
+            the wire. Several are crossed one after the other, as out to host memory and back.
+        machine: default: the profile of this machine.
+        load: "idle", or "busy" beside matrix products.
+        max_rel_error: bound on the relative Frobenius error. Lossy lanes then also pay for the promise of
+            `compress`: each packet is decoded and measured.
+        exact: leave lossy lanes out; default: when there is no bound.
+        together: tensors under way at once. The stages of one add up; with more they overlap, so that the
+            busiest stage counts on the way over each wire.
+        name: tensors of other names are of another kind.
+        residuals: what earlier transfers taught.
+        probes: where samples are remembered.
+
+    Raises ProfileError without a profile of this machine, LaneError for an unknown wire or load and a bound
+    below 0.
+    """
+    check_bound(max_rel_error)
+    check_load(load)
+    check_together(together)
+    if machine is None:
+        machine = present()
+        if machine is None:
+            raise ProfileError(NO_PROFILE)
+    task = _Task.of(what, name)
+    wires = tuple(named_wire(each, machine) for each in listed(wire))
+    if exact is None:
+        exact = max_rel_error is None
+    begun = probes.seconds
+    prediction = _Prediction(
+        task, wires, machine, load, max_rel_error, together, residuals or Residuals(), probes
+    )
+    candidates = {RAW: prediction.candidate(RAW, inf)}
+    for lane in LANES[1:]:
+        if exact and lane not in EXACT:
+            candidates[lane] = Candidate(lane, inf, why="not exact: give max_rel_error")
+        else:
+            candidates[lane] = prediction.candidate(lane, candidates[RAW].seconds)
+    beside = f"{RAW}|{TABLES.get(task.dtype, TABLES[torch.bfloat16])}|{load}"
+    return Decision(
+        best_lane({lane: each.seconds for lane, each in candidates.items()}),
+        task.dtype,
+        task.nbytes,
+        tuple(label for label, _ in wires),
+        load,
+        together,
+        candidates,
+        probes.seconds - begun,
+        "" if load == "idle" or beside in machine.lanes else f"no tables for load '{load}': those of idle",
+    )
+
+
+def raw_decision(tensor: Tensor, wire: Wire | Sequence[Wire], load: str, together: int) -> Decision:
+    """Raw, on a machine that nothing is known of."""
+    labels = tuple(each if isinstance(each, str) else _label(each) for each in listed(wire))
+    raw = Candidate(RAW, nan, Sample(1.0))
+    note = f"{NO_PROFILE}; until then everything goes raw"
+    return Decision(RAW, tensor.dtype, distinct_bytes(tensor), labels, load, together, {RAW: raw}, note=note)
+
+
+@lru_cache(1)
+def present() -> Machine | None:
+    """The profile of this machine, read once; None where there is none. Raises ProfileError for one that is
+    damaged, old or of another machine."""
+    return Machine.cached()
+
+
+def check_load(load: str) -> None:
+    """Raise LaneError unless `load` is one that machines have tables for."""
+    if load not in LOADS:
+        raise LaneError(f"load={load!r} is not one of {', '.join(LOADS)}")
+
+
+def check_together(together: int) -> None:
+    """Raise LaneError unless `together` is a number of tensors."""
+    if type(together) is not int or together < 1:
+        raise LaneError(f"together={together!r} is not a whole number from 1 up")
+
+
+def speed_of(machine: Machine, lane: str, dtype: torch.dtype, load: str) -> LaneSpeed | None:
+    """The table of a lane, that of an idle machine where there is none for `load`; None without both."""
+    table = TABLES.get(dtype, TABLES[torch.bfloat16] if lane == RAW else None)
+    found = machine.lanes.get(f"{lane}|{table}|{load}")
+    return found or machine.lanes.get(f"{lane}|{table}|idle")
+
+
+def named_wire(wire: Wire, machine: Machine) -> tuple[str, Curve]:
+    """Name and curve of a wire. Raises LaneError for a name that the machine lacks and a rate not above 0."""
+    if isinstance(wire, Curve):
+        return _label(wire), wire
+    if isinstance(wire, str):
+        if wire not in machine.wires:
+            known = ", ".join(machine.wires) or "none"
+            raise LaneError(f"the profile has no wire {wire!r}: it has {known}; or give bytes per second")
+        return wire, machine.wires[wire]
+    if isinstance(wire, bool) or not isinstance(wire, (int, float)) or not 0 < wire < inf:
+        raise LaneError(f"wire={wire!r} is neither a name, a number of bytes per second above 0 nor a Curve")
+    return _label(wire), Curve.line(0.0, float(wire))
+
+
+def listed(wire: Wire | Sequence[Wire]) -> tuple[Wire, ...]:
+    """One wire or several as a tuple. Raises LaneError for none."""
+    wires = (wire,) if isinstance(wire, (str, int, float, Curve)) else tuple(wire)
+    if not wires:
+        raise LaneError("there is no wire: name one, or give bytes per second")
+    return wires
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be sent: a kind with a tensor to probe, or samples that are known."""
+
+    dtype: torch.dtype
+    nbytes: int
+    kind: Kind
+    tensor: Tensor | None
+    known: Mapping[str, Sample]
+
+    @classmethod
+    def of(cls, what: Tensor | Described, name: str) -> _Task:
+        if isinstance(what, Tensor):
+            return cls(what.dtype, distinct_bytes(what), kind_of(what, name), what, {})
+        dtype, nbytes, like = what
+        if isinstance(like, Tensor):
+            return cls(dtype, nbytes, kind_of(like, name), like, {})
+        known = {lane: Sample(1 / ratio, 0, error) for lane, (ratio, error) in like.items()}
+        return cls(dtype, nbytes, (), None, {RAW: Sample(1.0)} | known)
+
+
+@dataclass
+class _Prediction:
+    """What all candidates of a decision share."""
+
+    task: _Task
+    wires: tuple[tuple[str, Curve], ...]
+    machine: Machine
+    load: str
+    max_rel_error: float | None
+    together: int
+    residuals: Residuals
+    probes: Probes
+
+    def candidate(self, lane: str, raw_seconds: float) -> Candidate:
+        if lane != RAW:
+            if self._speed(lane, self.load) is None:
+                return Candidate(lane, inf, why=self._why_no_table(lane))
+            kernels = self._seconds(self._phases(lane, 0.0))
+            if kernels >= (1 - MIN_GAIN) * raw_seconds:
+                return Candidate(lane, inf, why=f"kernels alone take {kernels / raw_seconds:.2g} x raw")
+        try:
+            sample = self._sample(lane)
+        except LaneUnavailable as error:
+            return Candidate(lane, inf, why=str(error))
+        if sample is None:
+            return Candidate(lane, inf, why="nothing is known of its ratio")
+        bound = self.max_rel_error
+        if bound is not None and sample.rel_error > MARGIN * bound:
+            why = f"a sample has error {sample.rel_error:.2g}, above {MARGIN:g} of {bound:g}"
+            return Candidate(lane, inf, sample, why=why)
+        return self._priced(lane, sample)
+
+    def _priced(self, lane: str, sample: Sample) -> Candidate:
+        n = self.task.nbytes
+        share = sample.share + sample.header / max(n, 1)
+        phases = self._phases(lane, share)
+        times = {stage.name: stage(n) for phase in phases for stage in phase}
+        seconds = self._seconds(phases)
+        sizes = {f"encode {lane}": n, f"decode {lane}": n} | {label: n * share for label, _ in self.wires}
+        known = all(self.residuals.known(name, size) for name, size in sizes.items() if name in times)
+        return Candidate(lane, seconds, sample, seconds if known else None, times)
+
+    def _why_no_table(self, lane: str) -> str:
+        table = TABLES.get(self.task.dtype)
+        if table is None or not self.task.nbytes:
+            return f"stores {self.task.dtype if self.task.nbytes else 'empty tensors'} raw"
+        return self.machine.left_out.get(f"{lane} {table}", "not in the profile")
+
+    def _sample(self, lane: str) -> Sample | None:
+        if self.task.tensor is None:
+            return self.task.known.get(lane)
+        return self.probes.sample(self.task.kind, lane, self.task.tensor)
+
+    def _phases(self, lane: str, share: float) -> list[list[Stage]]:
+        """Stages on the way over each wire, kernels at both ends; without wires where `share` is 0.
+
+        Under a bound a lossy packet is decoded and measured before it leaves.
+        """
+        n = self.task.nbytes
+        wires = [(label, self._learned(label, curve, n * share)) for label, curve in self.wires]
+        phases = [[_stage(label, seconds)] if share else [] for label, seconds in wires]
+        speed = self._speed(lane, self.load)
+        if speed is None:
+            return phases
+        encode = self._learned(f"encode {lane}", speed.encode, n)
+        decode = self._learned(f"decode {lane}", speed.decode, n)
+        idle = self._speed(lane, "idle") or speed
+        waits = max(speed.encode(n) - idle.encode(n), 0.0), max(speed.decode(n) - idle.decode(n), 0.0)
+        if self.together == 1:
+            decode += _until_boundary(sum(seconds for _, seconds in wires) if share else 0.0, waits[1])
+        else:
+            encode -= 0.0 if lane in WAITING else waits[0] * (1 - 1 / self.together)
+            decode -= waits[1] * (1 - 1 / self.together)
+            phases[0].append(self._host("chain out", idle.encode, lambda raw: raw.encode))
+            phases[-1].append(self._host("chain back", idle.decode, lambda raw: raw.decode))
+        if self.max_rel_error is not None and lane not in EXACT and self.task.tensor is not None:
+            chunks = ceil(n / self.task.dtype.itemsize / CHUNK)
+            encode += speed.decode(n) + chunks * self.probes.check_seconds(self.task.tensor)
+        phases[0].insert(0, _stage(f"encode {lane}", encode))
+        phases[-1].append(_stage(f"decode {lane}", decode))
+        return [phase for phase in phases if phase]
+
+    def _speed(self, lane: str, load: str) -> LaneSpeed | None:
+        return speed_of(self.machine, lane, self.task.dtype, load) if self.task.nbytes else None
+
+    def _learned(self, name: str, curve: Curve, nbytes: float) -> float:
+        return curve(nbytes) * self.residuals.factor(name, nbytes)
+
+    def _host(self, name: str, kernel: Curve, of: Callable[[LaneSpeed], Curve]) -> Stage:
+        """What the host does for a tensor: that of a chain with raw, and what starting `kernel` takes more. A
+        table at one byte is the time that it takes to start."""
+        raw = self._speed(RAW, "idle")
+        chain = self.machine.wires.get(name)
+        more = kernel(1) - of(raw)(1) if raw is not None else 0.0
+        return _stage(name, (chain(self.task.nbytes) if chain else 0.0) + max(more, 0.0))
+
+    def _seconds(self, phases: list[list[Stage]]) -> float:
+        n = self.task.nbytes
+        if self.together > 1:
+            return sum(busiest(phase, n)[1] for phase in phases)
+        return sum(serial_time(phase, n) for phase in phases)
+
+
+def _stage(name: str, seconds: float) -> Stage:
+    return Stage(name, lambda nbytes: seconds)
+
+
+def _until_boundary(seconds: float, wait: float) -> float:
+    """How much longer than `wait` a kernel waits that is ready `seconds` after the one before, where kernels
+    of the program take `wait` seconds each and let others in only between them."""
+    return ceil(seconds / wait) * wait - seconds - wait if wait else 0.0
+
+
+def _label(wire: Wire) -> str:
+    return "a wire given as a curve" if isinstance(wire, Curve) else f"{float(wire) / 1e9:g} GB/s"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None or not isfinite(seconds) else f"{seconds * 1e3:.4g}"

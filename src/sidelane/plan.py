@@ -1,0 +1,106 @@
+"""`sidelane plan`: which lane a tensor should take over which wire, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sidelane.errors import LaneError, ProfileError
+from sidelane.pipeline.choice import LANES, NO_PROFILE, Described, Wire, choose, present, probe, speed_of
+from sidelane.pipeline.machine import Machine
+
+MIB = 1 << 20
+ONE_SIDED = {"both", "chain"}  # words in the names of tables that are no wire to plan for
+RANDOM_BYTES = 4 * MIB  # of the tensor that is probed when no file is given
+NOT_CHECKED = "Without a GPU here the time that keeping the bound takes is left out."
+
+
+def plans(
+    source: Path | None,
+    wires: Sequence[str],
+    sizes: Sequence[float],
+    dtype: str,
+    load: str,
+    max_rel_error: float | None,
+    together: int,
+    profile: Path | None,
+) -> Iterator[str]:
+    """One table for each tensor and wire.
+
+    Args:
+        source: safetensors file; without, tensors of `sizes` MiB of `dtype` that are normal random numbers.
+        wires: see `parse_wire`; without any, those of the profile in one direction at a time.
+        profile: of this or another machine; default: the one in the cache.
+
+    Raises ProfileError without a profile, LaneError for a file, a wire or a dtype that is none.
+    """
+    machine = present() if profile is None else Machine.load(profile, foreign=True)
+    if machine is None:
+        raise ProfileError(NO_PROFILE)
+    routes = [parse_wire(wire) for wire in wires] or [
+        (name,) for name in machine.wires if not ONE_SIDED & {*name.split()}
+    ]
+    if not routes:
+        raise LaneError("the profile has no wires: give --wire with a rate in GB/s")
+    tensors = _random(dtype, sizes) if source is None else _read(source)
+    for name, nbytes, tensor in tensors:
+        if tensor.numel() == 0:
+            continue
+        what = _described(tensor, nbytes, machine)
+        for route in routes:
+            decision = choose(what, route, machine, load, max_rel_error, together=together, name=name)
+            yield f"{name}: {decision.explain()}"
+        if max_rel_error is not None and not isinstance(what[2], Tensor):
+            yield NOT_CHECKED
+
+
+def parse_wire(text: str) -> tuple[Wire, ...]:
+    """Wires that are crossed one after the other, separated by commas: names of the profile, or GB/s."""
+    return tuple(_wire(part.strip()) for part in text.split(","))
+
+
+def _wire(part: str) -> Wire:
+    try:
+        return float(part) * 1e9
+    except ValueError:
+        return part
+
+
+def _random(dtype: str, sizes: Sequence[float]) -> Iterator[tuple[str, int, Tensor]]:
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise LaneError(f"dtype '{dtype}' is no floating dtype of torch: use bfloat16, float16 or float32")
+    random = torch.Generator().manual_seed(0)
+    tensor = torch.randn(RANDOM_BYTES // 1024 // kind.itemsize, 1024, generator=random).to(kind)
+    for size in sizes:
+        yield "normal random numbers", int(size * MIB), tensor
+
+
+def _read(source: Path) -> Iterator[tuple[str, int, Tensor]]:
+    if not source.is_file():
+        raise LaneError(f"{source} is no file: name a safetensors file, or none for random numbers")
+    try:
+        with safe_open(source, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, it is no dictionary
+                tensor = file.get_tensor(name)
+                yield name, tensor.nbytes, tensor
+    except SafetensorError as error:
+        raise LaneError(f"{source} is no safetensors file: {error}") from error
+
+
+def _described(tensor: Tensor, nbytes: int, machine: Machine) -> Described:
+    """With the tensor where the lanes run on the device of the tables, else with what they make of it."""
+    if torch.cuda.is_available():
+        return tensor.dtype, nbytes, tensor.cuda()
+    if machine.key.get("gpu", "none") == "none":
+        return tensor.dtype, nbytes, tensor
+    known = {
+        lane: probe(lane, tensor)
+        for lane in LANES
+        if lane != "video" and speed_of(machine, lane, tensor.dtype, "idle") is not None
+    }
+    return tensor.dtype, nbytes, {lane: (1 / each.share, each.rel_error) for lane, each in known.items()}

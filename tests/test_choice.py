@@ -1,0 +1,585 @@
+"""Which lane is chosen on machines made by hand, why, and what the lane "auto" does with it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter, sleep
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sidelane
+from sidelane import cli
+from sidelane.errors import LaneError, ProfileError
+from sidelane.pipeline import autolane, choice
+from sidelane.pipeline import machine as machine_module
+from sidelane.pipeline.autolane import REPLAN, WARM, AutoLane
+from sidelane.pipeline.chain import Chain
+from sidelane.pipeline.choice import (
+    LANES,
+    MARGIN,
+    NO_PROFILE,
+    SAMPLE,
+    Probes,
+    Sample,
+    choose,
+    kind_of,
+    lane_named,
+    probe,
+    sample_of,
+)
+from sidelane.pipeline.compress import relative_error
+from sidelane.pipeline.machine import Curve, LaneSpeed, Machine
+from sidelane.pipeline.planner import EWMA, FADE, MIN_GAIN, SWITCH_AFTER, Residuals
+
+GB = 1e9
+MIB = 1 << 20
+RATIOS = {"exact": (1.33, 0.0), "packed:8": (1.9, 0.006), "packed:4": (3.6, 0.09), "packed:2": (6.4, 0.5)}
+KERNELS = {  # rates of encode and decode
+    "raw": (2000 * GB, 2000 * GB),
+    "exact": (700 * GB, 1900 * GB),
+    "packed:8": (1500 * GB, 2000 * GB),
+    "packed:4": (1500 * GB, 2000 * GB),
+    "packed:2": (1500 * GB, 2000 * GB),
+}
+
+
+def made(
+    wire: float = 55 * GB, latency: float = 0.0, kernels=KERNELS, wires=None, busy: float | None = None
+) -> Machine:
+    """A machine of straight lines; with `busy`, kernels beside products wait so many seconds."""
+    lanes = {}
+    for lane, (encode, decode) in kernels.items():
+        for table in ("bfloat16", "float32"):
+            for load, extra in [("idle", 0.0)] + [("busy", busy)] * (busy is not None):
+                lanes[f"{lane}|{table}|{load}"] = LaneSpeed(
+                    Curve.line(latency + extra, encode), Curve.line(latency + extra, decode)
+                )
+    named = {"d2h": Curve.line(latency, wire), "h2d": Curve.line(latency, wire)} | (wires or {})
+    return Machine({}, named, lanes, 7e14, {"nvenc": 0, "nvdec": 7})
+
+
+def slow(rate: float = 0.01 * GB) -> Machine:
+    """Kernels that are free beside a wire of that rate."""
+    return made(rate, kernels=dict.fromkeys(KERNELS, (1e15, 1e15)))
+
+
+def described(nbytes: int = 64 * MIB, dtype=torch.bfloat16, ratios=RATIOS):
+    return dtype, nbytes, ratios
+
+
+def activations(rows: int = 512, columns: int = 256, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No profile but those that a test makes, and nothing remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    choice.present.cache_clear()
+    autolane._shared.clear()
+    monkeypatch.setattr(choice, "SHARED", Probes())
+    yield
+    choice.present.cache_clear()
+    autolane._shared.clear()
+
+
+# Choices
+
+
+def test_times_are_those_of_the_model() -> None:
+    n = 64 * MIB
+    found = choose(described(n), 10 * GB, made(latency=1e-5), exact=False).candidates
+    for lane, (encode, decode) in KERNELS.items():
+        ratio = RATIOS.get(lane, (1.0, 0.0))[0]
+        expected = 2e-5 + n / encode + n / ratio / (10 * GB) + n / decode
+        assert found[lane].seconds == pytest.approx(expected), lane
+        assert found[lane].binds == "10 GB/s"
+
+
+def test_many_tensors_count_the_busiest_stage_of_each_way() -> None:
+    n = 64 * MIB
+    machine = made(wires={"d2h": Curve.line(0, 400 * GB), "h2d": Curve.line(0, 3000 * GB)})
+    found = choose(described(n), ("d2h", "h2d"), machine, exact=False, together=4).candidates["exact"]
+    out = max(n / (700 * GB), n / 1.33 / (400 * GB))
+    back = max(n / (1900 * GB), n / 1.33 / (3000 * GB))
+    assert found.seconds == pytest.approx(out + back)
+
+
+def test_a_chain_costs_the_host() -> None:
+    cost = {"chain out": Curve.line(2e-4, 1e18), "chain back": Curve.line(1e-4, 1e18)}
+    machine = made(wires=cost, latency=1e-5)
+    machine.lanes["exact|bfloat16|idle"] = LaneSpeed(Curve.line(8e-5, 1e15), Curve.line(1e-5, 1e15))
+    found = choose(described(1024), ("d2h", "h2d"), machine, together=4).candidates
+    assert found["raw"].seconds == pytest.approx(3e-4, rel=1e-3)
+    assert choose(described(1024), ("d2h", "h2d"), machine).candidates["raw"].seconds < 1e-4
+    found = choose(described(64 * MIB), ("d2h", "h2d"), machine, together=4).candidates
+    assert found["exact"].stages["chain out"] == pytest.approx(2e-4 + 7e-5, rel=1e-3)
+
+
+@pytest.mark.parametrize("rate, milliseconds", [(1e9, 4), (5e8, 6), (1e12, 2)])
+def test_kernels_beside_products_start_when_one_ends(rate: float, milliseconds: float) -> None:
+    """Products of 1 ms; 2.1 MB: encode starts after one, decode at the first boundary after the wire."""
+    machine = made(kernels=dict.fromkeys(KERNELS, (1e15, 1e15)), busy=1e-3)
+    found = choose((torch.bfloat16, 2_100_000, {}), rate, machine, "busy").candidates["raw"]
+    assert found.seconds == pytest.approx(milliseconds * 1e-3, rel=1e-3)
+
+
+def test_tensors_together_share_the_wait_for_products() -> None:
+    machine = made(1 * GB, kernels=dict.fromkeys(KERNELS, (1e15, 1e15)), busy=1e-3)
+    found = choose(described(), ("d2h", "h2d"), machine, "busy", exact=False, together=4).candidates
+    assert found["packed:4"].stages["encode packed:4"] == pytest.approx(1e-3 / 4, rel=1e-3)
+    assert found["exact"].stages["encode exact"] == pytest.approx(1e-3, rel=1e-3)  # whose host waits
+    assert found["exact"].stages["decode exact"] == pytest.approx(1e-3 / 4, rel=1e-3)
+
+
+def test_a_load_without_tables_is_said() -> None:
+    decision = choose(described(), "d2h", made(), "busy")
+    assert "no tables for load 'busy'" in decision.explain()
+    assert decision.seconds == choose(described(), "d2h", made()).seconds
+    assert choose(described(), "d2h", made(busy=0.0), "busy").note == ""
+
+
+def test_exact_lanes_only_without_a_bound() -> None:
+    decision = choose(described(), 1 * GB, made())
+    assert decision.lane == "exact"
+    assert all("not exact" in decision.candidates[lane].why for lane in LANES[2:])
+
+
+@pytest.mark.parametrize(
+    "bound, lane", [(0.6, "packed:2"), (0.5, "packed:4"), (0.01, "packed:8"), (0, "exact")]
+)
+def test_the_bound_leaves_out_what_breaks_it(bound: float, lane: str) -> None:
+    decision = choose(described(), 1 * GB, made(), max_rel_error=bound)
+    assert decision.lane == lane
+    for name, (_, error) in RATIOS.items():
+        assert (error <= MARGIN * bound) == (decision.candidates[name].seconds < float("inf"))
+
+
+def test_exact_beside_a_bound() -> None:
+    assert choose(described(), 1 * GB, made(), max_rel_error=0.6, exact=True).lane == "exact"
+
+
+def test_raw_where_nothing_gains_enough() -> None:
+    assert choose(described(), 1e15, made(), exact=False).lane == "raw"
+    only = described(ratios={"exact": (1 / (1 - 0.9 * MIN_GAIN), 0.0)})
+    free = made(1 * GB, kernels=dict.fromkeys(KERNELS, (1e18, 1e18)))
+    decision = choose(only, "d2h", free)
+    assert decision.lane == "raw"
+    assert re.search(r"exact .*saves 4\.\d% of raw, less than 5% beside raw", decision.explain())
+
+
+def test_kernels_that_take_longer_than_raw_are_not_probed() -> None:
+    probes = Probes()
+    x = activations()
+    machine = made(1e15)
+    decision = choose(x, "d2h", machine, exact=False, probes=probes)
+    assert decision.lane == "raw"
+    assert decision.candidates["exact"].sample is None
+    assert "kernels alone" in decision.candidates["exact"].why
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float64])
+def test_what_every_lane_stores_raw(dtype: torch.dtype) -> None:
+    decision = choose(torch.zeros(1000, dtype=dtype), 0.001 * GB, made(), exact=False)
+    assert decision.lane == "raw"
+    assert f"stores {dtype} raw" in decision.explain()
+
+
+def test_empty_tensors() -> None:
+    decision = choose(torch.empty(0, 4), 0.001 * GB, made(), exact=False)
+    assert decision.lane == "raw"
+    assert "empty" in decision.explain()
+
+
+def test_lanes_that_were_not_measured() -> None:
+    machine = replace(made(), left_out={"video bfloat16": "no NVENC"})
+    del machine.lanes["exact|bfloat16|idle"]
+    decision = choose(described(), 1 * GB, machine, exact=False)
+    assert decision.candidates["video"].why == "no NVENC"
+    assert decision.candidates["exact"].why == "not in the profile"
+
+
+@settings(max_examples=60)
+@given(st.floats(0.01 * GB, 2000 * GB), st.floats(1, 50), st.sampled_from((1, 4)), st.integers(1000, 10**9))
+def test_a_faster_wire_is_never_slower(rate: float, faster: float, together: int, nbytes: int) -> None:
+    machine = made(latency=2e-5)
+    a, b = (
+        choose(described(nbytes), wire, machine, exact=False, together=together)
+        for wire in (rate, rate * faster)
+    )
+    # Raw is taken while it loses less than the gain that a lane has to bring.
+    assert b.seconds <= a.seconds / (1 - MIN_GAIN) * (1 + 1e-9)
+    for decision in (a, b):
+        assert decision.seconds <= decision.candidates["raw"].seconds
+
+
+@pytest.mark.parametrize("wire", ["h3d", 0, -1.0, float("inf"), True, (), float("nan")])
+def test_wires_that_are_none(wire) -> None:
+    with pytest.raises(LaneError, match="wire"):
+        choose(described(), wire, made())
+
+
+@pytest.mark.parametrize("options", [{"load": "full"}, {"max_rel_error": -1}, {"together": 0}])
+def test_bad_arguments(options) -> None:
+    with pytest.raises(LaneError, match=next(iter(options))):
+        choose(described(), "d2h", made(), **options)
+    with pytest.raises(LaneError, match=next(iter(options))):
+        AutoLane(machine=made(), **options)
+
+
+def test_a_curve_is_a_wire() -> None:
+    decision = choose(described(), Curve.line(0.5, 1e18), made())
+    assert decision.seconds == pytest.approx(0.5, rel=1e-2)
+    assert "curve" in decision.explain()
+
+
+def test_explain_shows_every_lane_and_measured_times() -> None:
+    text = choose(described(), 1 * GB, made(), exact=False).explain({"raw": 0.25})
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == list(LANES)
+    assert lines[0].endswith("one at a time: packed:2")
+    assert " 250 " in lines[2]
+    assert "x the time of packed:2" in lines[2]
+
+
+# Probes
+
+
+@pytest.mark.parametrize("lane", ["exact", "packed:8", "packed:4", "packed:2"])
+def test_a_sample_speaks_for_the_tensor(lane: str) -> None:
+    x = activations(4096, 512)
+    found, opened = probe(lane, x), lane_named(lane)
+    packet = opened.encode(x)
+    assert found.share == pytest.approx(packet.nbytes / x.nbytes, rel=0.02)
+    error = relative_error(x.flatten(), opened.decode(packet).flatten())
+    assert found.rel_error == pytest.approx(error, rel=0.05, abs=0)
+
+
+def test_what_gets_no_smaller_has_a_share_of_one() -> None:
+    noise = torch.randint(-(2**15), 2**15, (1 << 19,), dtype=torch.int16).view(torch.bfloat16)
+    assert probe("exact", noise).share == pytest.approx(1.0, abs=0.01)
+    assert probe("raw", noise) == Sample(1.0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 3000), min_size=0, max_size=3), st.booleans())
+def test_samples_are_pieces_of_the_tensor(shape: list[int], transposed: bool) -> None:
+    x = torch.zeros(shape[:2] or [], dtype=torch.bfloat16)
+    x = x.t() if transposed and x.ndim == 2 else x
+    some = sample_of(x)
+    assert some.numel() <= x.numel()
+    assert some.nbytes <= 2 * SAMPLE
+    assert some.numel() == x.numel() or some.nbytes >= SAMPLE / 4
+
+
+def test_samples_come_from_everywhere() -> None:
+    x = torch.arange(1 << 22, dtype=torch.float32).view(-1, 64)
+    some = sample_of(x)
+    assert some.shape[1] == 64
+    assert some[0, 0] == 0
+    assert some[-1, -1] == x[-1, -1]
+    assert set(some[:, 0].tolist()) <= set(x[:, 0].tolist())
+
+
+def test_probes_are_remembered_by_kind() -> None:
+    probes = Probes()
+    x = activations()
+    pick = {"machine": slow(), "exact": False, "probes": probes}
+    assert choose(x, **pick).probe_seconds > 0
+    assert choose(activations(1024, seed=1), **pick).probe_seconds == 0
+    assert choose(activations(512, 128), **pick).probe_seconds > 0
+    assert choose(x, name="other", **pick).probe_seconds > 0
+    probes.forget(kind_of(x))
+    assert choose(x, **pick).probe_seconds > 0
+
+
+# Without a profile
+
+
+def test_no_profile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ProfileError, match="sidelane profile"):
+        choose(activations())
+    lane = AutoLane()
+    x = activations()
+    packet = lane.encode(x)
+    assert packet.lane == "raw"
+    assert NO_PROFILE in lane.explain()
+    assert torch.equal(lane.decode(packet), x)
+
+
+def test_the_profile_of_this_machine_is_found() -> None:
+    machine = replace(slow(), key=machine_module.current_key())
+    machine.save(machine_module.cache_path())
+    assert choose(activations()).lane == "exact"
+    assert sidelane.compress(activations(), lane="auto").lane == "exact"
+
+
+def test_a_damaged_profile_is_refused() -> None:
+    path = machine_module.cache_path()
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    for call in (choose, lambda x: sidelane.compress(x, lane="auto")):
+        with pytest.raises(ProfileError, match="sidelane profile"):
+            call(activations())
+
+
+# The lane
+
+
+def test_compress_takes_the_wire_into_account() -> None:
+    x = activations()
+    for rate, lane in ((1e15, "raw"), (1e6, "exact")):
+        packet = sidelane.compress(x, lane="auto", wire=rate, machine=made())
+        assert packet.lane == lane
+        assert torch.equal(sidelane.decompress(packet), x)
+
+
+@pytest.mark.parametrize("bound, bits", [(0.15, 4), (0.02, 8)])
+def test_compress_keeps_the_bound(bound: float, bits: int) -> None:
+    x = activations()
+    packet = sidelane.compress(x, lane="auto", wire=1e5, machine=slow(), max_rel_error=bound)
+    assert (packet.lane, packet.bits) == ("packed", bits)
+    assert packet.rel_error == relative_error(x.flatten(), sidelane.decompress(packet).flatten()) <= bound
+
+
+def test_the_promise_costs_time() -> None:
+    """A wire on which 4 bits pay, but not when each packet is decoded and measured."""
+    x = activations(2048, 1024)
+    probes = Probes()
+    pick = {"machine": made(), "probes": probes}
+    plain = choose(x, 25 * GB, exact=False, **pick).candidates["packed:4"]
+    bound = choose(x, 25 * GB, max_rel_error=0.5, **pick).candidates["packed:4"]
+    assert bound.seconds > plain.seconds
+    assert choose(x, 1e4, max_rel_error=0.5, **pick).lane == "packed:4"
+
+
+def test_a_tensor_that_breaks_the_bound_is_probed_anew() -> None:
+    calm, wild = torch.ones(256, 64).bfloat16(), activations(256, 64)
+    calm[:, 0] = 2
+    lane = AutoLane(machine=slow(1e5), max_rel_error=0.01, probes=Probes())
+    first = lane.encode(calm)
+    assert first.lane == "packed"
+    assert first.bits < 8
+    packet = lane.encode(wild)
+    assert packet.bits == 8
+    assert lane.encode(wild).bits == 8
+    assert lane.decide(wild).lane == "packed:8"
+
+
+def test_options_that_auto_has_not() -> None:
+    for call in (
+        lambda: sidelane.compress(activations(), lane="auto", bits=4),
+        lambda: Chain("auto", bits=4),
+    ):
+        with pytest.raises(LaneError, match="no option 'bits'"):
+            call()
+    with pytest.raises(LaneError, match="chooses nothing"), Chain("exact") as chain:
+        chain.explain()
+
+
+def test_decisions_are_cheap() -> None:
+    """Medians far above what a decision takes, so that a slow machine passes and a quadratic one does not."""
+    x, machine, probes = activations(), made(latency=1e-5), Probes()
+    lane = AutoLane(machine=machine, probes=probes)
+    lane.decide(x)
+
+    def cost(work) -> float:
+        times = []
+        for _ in range(200):
+            begin = perf_counter()
+            work()
+            times.append(perf_counter() - begin)
+        return median(times)
+
+    cached, cold = cost(lambda: lane.decide(x)), cost(lambda: choose(x, "d2h", machine, probes=probes))
+    assert cached < 50e-6
+    assert cold < 1e-3
+
+
+def learn(lane: AutoLane, stage: str, nbytes: float, factor: float, times: int) -> None:
+    for _ in range(times):
+        lane.observe(stage, nbytes, 1.0, factor)
+
+
+def test_a_wire_that_stalls_changes_the_lane() -> None:
+    x = activations(2048, 1024)
+    lane = AutoLane(machine=made(700 * GB), probes=Probes())
+    assert lane.decide(x).lane == "raw"
+    learn(lane, "d2h", x.nbytes, 100.0, WARM + 40)
+    learn(lane, "d2h", x.nbytes / 1.33, 100.0, 40)
+    lanes = []
+    for _ in range(SWITCH_AFTER):
+        learn(lane, "d2h", x.nbytes, 100.0, 1)
+        lanes += [lane.decide(x).lane for _ in range(REPLAN + 1)]
+    assert lanes[0] == "raw"
+    assert lanes[-1] == "exact"
+
+
+def test_a_lane_that_is_slower_than_thought_is_left() -> None:
+    x = activations(2048, 1024)
+    lane = AutoLane(machine=slow(5 * GB), probes=Probes())
+    assert lane.decide(x).lane == "exact"
+    learn(lane, "encode exact", x.nbytes, 1e9, WARM + 40)
+    assert [lane.decide(x).lane for _ in range(REPLAN + 1)][-1] == "raw"
+
+
+def test_first_times_teach_nothing() -> None:
+    x = activations(2048, 1024)
+    lane = AutoLane(machine=made(700 * GB), probes=Probes())
+    before = lane.decide(x).seconds
+    learn(lane, "d2h", x.nbytes, 1e6, WARM)
+    assert [lane.decide(x).seconds for _ in range(REPLAN + 1)][-1] == before
+    learn(lane, "d2h", x.nbytes, 2.0, 1)
+    after = [lane.decide(x) for _ in range(REPLAN + 1)][-1]
+    expected = choose(x, machine=made(700 * GB), residuals=_taught("d2h", x.nbytes, 2.0)).seconds
+    assert after.candidates["raw"].seconds == pytest.approx(expected, rel=FADE)
+    assert after.candidates["raw"].seconds / before == pytest.approx(2**EWMA, rel=0.5)
+
+
+def _taught(stage: str, nbytes: int, factor: float) -> Residuals:
+    residuals = Residuals()
+    residuals.observe(stage, nbytes, 1.0, factor)
+    return residuals
+
+
+# Chains
+
+
+class Slow(type(lane_named("exact"))):
+    """The exact lane, but its encoder takes 10 ms."""
+
+    def encode(self, tensor):
+        sleep(0.01)
+        return super().encode(tensor)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_chain_returns_what_it_was_sent(workers: int) -> None:
+    kinds = [activations(64 + i % 3 * 64, 32, i) for i in range(20)] + [torch.arange(50), torch.empty(0)]
+    with Chain("auto", machine=slow(), workers=workers) as chain:
+        for sent, back in zip(kinds, chain.stream(kinds), strict=True):
+            assert sent.dtype == back.dtype
+            assert torch.equal(sent, back)
+        text = chain.explain()
+    assert text.count(": exact") == 3
+    assert chain.report().lane == "auto"
+
+
+def test_a_chain_keeps_the_bound() -> None:
+    x = activations()
+    with Chain("auto", machine=slow(1e5), max_rel_error=0.15) as chain:
+        back = chain.receive(chain.send(x))
+        report = chain.report()
+    assert 0 < relative_error(x.flatten(), back.flatten()) <= 0.15
+    assert report.ratio > 3
+
+
+def test_a_chain_learns_that_an_encoder_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = activations()
+    named = {lane: lane_named(lane) for lane in LANES if lane != "video"} | {"exact": Slow()}
+    monkeypatch.setattr(autolane, "lane_named", named.__getitem__)
+    with Chain("auto", machine=made(0.2 * GB), workers=0) as chain:
+        first = chain.send(x)
+        assert chain.report().ratio > 1.2
+        for _ in range(300):
+            chain.send(x)
+        assert chain.explain().splitlines()[0].endswith(": raw")
+        before = chain.report().bytes_wire
+        chain.send(x)
+        assert chain.report().bytes_wire - before >= x.nbytes
+        assert torch.equal(chain.receive(first), x)
+
+
+def test_a_trace_beside_learning() -> None:
+    with Chain("auto", machine=slow(), trace=True) as chain:
+        list(chain.stream(activations(seed=i) for i in range(5)))
+        stages = [span.stage.split()[0] for span in chain.trace().spans]
+    assert sorted(stages) == sorted(["encode", "store", "load", "decode"] * 5)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_rel_error": 0.01}])
+def test_a_checkpoint_takes_auto(options) -> None:
+    weight, x = torch.randn(64, 64), torch.randn(256, 64, requires_grad=True)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ weight)
+
+    (expected,) = torch.autograd.grad(block(x).sum(), x)
+    for _ in range(3):
+        sidelane.checkpoint(block, x * 1.0, lane="auto", **options).sum().backward()
+        assert (x.grad - expected).norm() <= (0.05 if options else 0) * expected.norm()
+        x.grad = None
+
+
+# The command
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    path = tmp_path / "other.json"
+    replace(made(latency=1e-5), key={"gpu": "another"}).save(path)
+    return path
+
+
+def test_plan_prints_a_table_for_each_wire_and_size(
+    profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--wire",
+        "d2h,h2d",
+        "--wire",
+        "0.125",
+        "--mib",
+        "2",
+        "--mib",
+        "32",
+        "--max-rel-error",
+        "0.2",
+    ]
+    assert cli.run(["plan", "--profile", str(profile), *arguments]) == 0
+    text = capsys.readouterr().out
+    assert len(re.findall(r"^raw ", text, re.M)) == 4
+    assert "33.6 MB over d2h, h2d, idle, one at a time: packed:4" in text
+    assert "over 0.125 GB/s" in text
+
+
+def test_plan_reads_tensors(profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "x.safetensors"
+    save_file({"acts": activations(), "ids": torch.arange(10), "none": torch.empty(0)}, path)
+    assert cli.run(["plan", str(path), "--profile", str(profile), "--wire", "0.001"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"acts: bfloat16, .*: exact", text)
+    assert re.search(r"ids: int64, .*: raw", text)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--wire", "h3d"], "no wire 'h3d'"),
+        (["--wire", "-1"], "above 0"),
+        (["--dtype", "int8"], "no floating dtype"),
+        (["--load", "full"], "load"),
+        (["missing.safetensors"], "is no file"),
+        (["--max-rel-error", "-1"], "max_rel_error"),
+    ],
+)
+def test_plan_refuses(
+    profile: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["plan", "--profile", str(profile), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_plan_without_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan"]) == 2
+    assert "run sidelane profile" in capsys.readouterr().err
