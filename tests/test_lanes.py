@@ -326,7 +326,7 @@ def test_open_lane():
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
-        ("fast", {}, "unknown lane 'fast': use one of raw, exact, packed, video-cpu, video"),
+        ("fast", {}, "unknown lane 'fast': use one of raw, exact, packed, video-cpu, video, dual"),
         ("raw", {"bits": 4}, "lane 'raw' has no option 'bits': it has none"),
         (
             "packed",
