@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import itemgetter, or_
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from sidelane.errors import LaneError
 
 ALIGNMENT = 256  # bytes; of the parts of one encoding
+_compiled: dict[tuple[object, ...], Any] = {}
 _interpret: ContextVar[bool] = ContextVar("interpret", default=False)
 _HERE: AbstractContextManager[Any] = nullcontext()
 
@@ -43,6 +45,36 @@ def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
+def launch(
+    kernel: Any,
+    count: int,
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[int, ...],
+    constants: tuple[object, ...],
+    **options: object,
+) -> None:
+    """`kernel[(count,)](*tensors, *numbers, *constants, **options)` on the device of the first tensor.
+
+    Triton takes longer to find the compiled kernel of a call than to launch it, so those of tensors that
+    begin at multiples of 16 are kept here by what it specializes on: dtypes, constants, and of each number
+    whether it is 1, a multiple of 16, or beyond int32.
+    """
+    first = tensors[0]
+    with device_of(first):
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if not first.is_cuda or reduce(or_, addresses) % 16:
+            kernel[(count,)](*tensors, *numbers, *constants, **options)
+            return
+        kinds = [(n == 1, n % 16 == 0, -(2**31) <= n < 2**31) for n in numbers]
+        dtypes = [tensor.dtype for tensor in tensors]
+        key = (id(kernel), first.device.index, *dtypes, *kinds, *constants, *options.values())
+        compiled = _compiled.get(key)
+        if compiled is None:
+            _compiled[key] = kernel[(count,)](*tensors, *numbers, *constants, **options)
+        else:
+            compiled[count, 1, 1](*addresses, *numbers, *constants)
+
+
 def carve(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
     """uint8 vectors of `sizes` bytes in order in one new allocation, each at a multiple of ALIGNMENT.
 
@@ -53,26 +85,33 @@ def carve(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
 
 def cut(buffer: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Views of the uint8 vector `buffer` as `carve` lays them out."""
-    return buffer.split_with_sizes([*_cuts(sizes), buffer.numel() - span(sizes)])[:-1:2]
+    cuts, parts = _cuts(sizes, buffer.numel())
+    return parts(buffer.split_with_sizes(cuts))[:-1]  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=4096)
 def span(sizes: tuple[int, ...]) -> int:
     """Bytes that `carve` takes for `sizes`."""
-    return sum(_cuts(sizes))
+    return sum(size + -size % ALIGNMENT for size in sizes)
 
 
 @lru_cache(maxsize=4096)
-def _cuts(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Each of `sizes` followed by the padding behind it."""
-    return tuple(n for size in sizes for n in (size, -size % ALIGNMENT))
+def _cuts(sizes: tuple[int, ...], total: int) -> tuple[tuple[int, ...], itemgetter[Any]]:
+    """How to cut `total` bytes: each of `sizes`, and the padding behind it where there is any; and what takes
+    those of `sizes` from the pieces, and one more."""
+    cuts: list[int] = []
+    places = []
+    for size in sizes:
+        places.append(len(cuts))
+        cuts += [size, -size % ALIGNMENT] if size % ALIGNMENT else [size]
+    return (*cuts, total - span(sizes)), itemgetter(*places, -1)
 
 
 def check_parts(parts: dict[str, Tensor], sizes: tuple[int, ...]) -> None:
     """Raise LaneError unless `parts` are vectors of `sizes` bytes on one device that kernels can read."""
     device = next(iter(parts.values())).device
     for (name, part), size in zip(parts.items(), sizes, strict=True):
-        if part.dtype != torch.uint8 or part.shape != (size,) or not part.is_contiguous():
+        if part.numel() != size or part.dtype != torch.uint8 or part.ndim != 1 or not part.is_contiguous():
             raise LaneError(f"{name} is {part.dtype} {tuple(part.shape)}, not contiguous uint8 [{size}]")
         if part.device != device:
             raise LaneError(f"{name} is on {part.device}, other parts on {device}: move them together")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +19,7 @@ from sidelane.kernels._launch import (
     check_parts,
     cut,
     device_of,
+    launch,
     programs,
     span,
     use_triton,
@@ -33,8 +37,11 @@ SURVEY_TILE = 4096  # elements per step of a surveying program
 SURVEY_PROGRAMS = 2048  # at most
 ENCODE_REGISTERS = 96  # of a thread
 LIST_PROGRAMS = 8192  # at most
+FINISH_TILE = 2048  # elements per step of a finishing program
+FINISH_PROGRAMS = 1024  # at most
 ROOM = 32  # elements per escape that is expected at most
 MOST = 2**30 - 1  # elements, each of which may have two escapes
+_sizes = lru_cache(maxsize=4096)(exact_sizes)
 BLOCK = tl.constexpr(EXACT_BLOCK)
 SLACK = tl.constexpr(reference.EXACT_SLACK)
 ZERO = tl.constexpr(reference.EXACT_ZERO)
@@ -218,6 +225,26 @@ def _lowest(marks, run):  # type: ignore[no-untyped-def]
     return lowest, (bit >> 3) * 256 + run * 8 + (bit & 7)
 
 
+@triton.jit(do_not_specialize=["room"])  # type: ignore[untyped-decorator]
+def _exact_finish_kernel(  # type: ignore[no-untyped-def]
+    word_ptr, info_ptr, notice_ptr, front_ptr, back_ptr, numel, split, room, TILE: tl.constexpr,
+):  # fmt: skip
+    """Copies `info` to `notice`. Where it says more escapes than `room`, writes the words over the codes:
+    those before `split` to `front`, the others to `back`."""
+    front_ptr = front_ptr.to(tl.pointer_type(word_ptr.dtype.element_ty))
+    back_ptr = back_ptr.to(tl.pointer_type(word_ptr.dtype.element_ty))
+    escapes = tl.load(info_ptr)
+    if tl.program_id(0) == 0:
+        tl.store(notice_ptr, escapes)
+        tl.store(notice_ptr + 1, tl.load(info_ptr + 1))
+    if escapes > room:
+        for tile in range(tl.program_id(0), (numel - 1) // TILE + 1, tl.num_programs(0)):
+            at = tl.cast(tile, tl.int64) * TILE + tl.arange(0, TILE)
+            word = tl.load(word_ptr + at, mask=at < numel, other=0)
+            tl.store(front_ptr + at, word, mask=(at < numel) & (at < split))
+            tl.store(back_ptr + (at - split), word, mask=(at < numel) & (at >= split))
+
+
 @triton.jit(do_not_specialize=["escapes"])  # type: ignore[untyped-decorator]
 def _exact_decode_kernel(  # type: ignore[no-untyped-def]
     base_ptr, codes_ptr, ends_ptr, planes_ptr, odd_ptr, escapes_ptr, word_ptr, numel, escapes,
@@ -289,25 +316,19 @@ def exact_encode(x: Tensor, *, max_programs: int | None = None) -> ExactCodes | 
 
     Raises LaneError for any other input.
     """
-    f = EXACT_FIELDS.get(x.dtype)
-    if f is None:
-        raise LaneError(f"{x.dtype} has no exact code: use bfloat16, float16 or float32")
-    numel = x.numel()
-    if x.ndim != 1 or not x.is_contiguous() or numel == 0:
-        raise LaneError(f"shape {tuple(x.shape)}: flatten to one dimension of at least one element")
-    raw = numel * x.element_size()
-    if numel > MOST or sum(exact_sizes(x.dtype, numel, 2**f.droppable - 1, 0)) >= raw:
+    if not _may_shrink(x):
         return None
     if not use_triton(x):
         codes = exact_encode_ref(x.detach())
         return None if codes is None else _together(codes, x.dtype)
+    numel = x.numel()
     room = cdiv(2 * numel, ROOM * ALIGNMENT) * ALIGNMENT // 2
-    buffer = torch.empty(span(exact_sizes(x.dtype, numel, 0, room)), dtype=torch.uint8, device=x.device)
+    buffer = torch.empty(span(_sizes(x.dtype, numel, 0, room)), dtype=torch.uint8, device=x.device)
     info, marks = exact_encode_into(x, buffer, room, max_programs=max_programs)
     escapes, used = info.tolist()  # the one wait
-    zero_planes = ~used & (1 << f.droppable) - 1
-    sizes = exact_sizes(x.dtype, numel, zero_planes, escapes)
-    if sum(sizes) >= raw:
+    zero_planes = _zero_planes(x.dtype, used)
+    sizes = _sizes(x.dtype, numel, zero_planes, escapes)
+    if sum(sizes) >= x.nbytes:
         return None
     if span(sizes) <= buffer.numel():
         return ExactCodes.of(cut(buffer, sizes), zero_planes, numel)
@@ -318,9 +339,87 @@ def exact_encode(x: Tensor, *, max_programs: int | None = None) -> ExactCodes | 
     return ExactCodes.of(parts, zero_planes, numel)
 
 
+@dataclass(frozen=True)
+class LateCodes:
+    """What `exact_encode_late` has told the device to write; the host does not know the size yet.
+
+    Attributes:
+        parts: uint8; those of `ExactCodes` with all planes and, in an allocation of its own, room for as many
+            escapes as make the code as large as the tensor. The bytes of the tensor itself, one allocation
+            after the other, if there are more.
+        front: the allocation of all parts but the escapes.
+        notice: int32 [2], as `exact_encode_into` returns it.
+    """
+
+    parts: tuple[Tensor, ...]
+    front: Tensor
+    notice: Tensor
+    dtype: torch.dtype
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are allocated, in whole ALIGNMENTs."""
+        return span((self.front.numel(), self.parts[5].numel()))
+
+    def settle(self) -> ExactCodes | Tensor:
+        """The codes, or the bytes of the tensor; no longer than they need to be. To be called when the device
+        has written the notice, on the stream that encoded: what is too long is copied."""
+        escapes, used = self.notice.tolist()
+        back = self.parts[5]
+        if 2 * escapes > back.numel():
+            return torch.cat((self.front, back))[: self.numel * self.dtype.itemsize]
+        zero_planes = _zero_planes(self.dtype, used)
+        sizes = _sizes(self.dtype, self.numel, zero_planes, escapes)
+        if not zero_planes:
+            return ExactCodes.of((*self.parts[:5], back[: sizes[5]].clone()), 0, self.numel)
+        buffer, front = torch.empty(span(sizes), dtype=torch.uint8, device=back.device), span(sizes[:5])
+        buffer[:front].copy_(self.front[:front])
+        buffer[front : front + sizes[5]].copy_(back[: sizes[5]])
+        return ExactCodes.of(cut(buffer, sizes), zero_planes, self.numel)
+
+
+def exact_encode_late(x: Tensor, notice: Tensor) -> LateCodes | None:
+    """As `exact_encode`, without the wait. None where the tensor is not one for the kernels.
+
+    `x` may be changed or freed in stream order at once. `notice`: int32 [2] that the device can write and the
+    host can read, such as pinned memory. What does not become smaller is given back as its bytes, also where
+    more than a quarter of the elements escape from a float32 tensor with zero planes.
+    """
+    if not use_triton(x) or not _may_shrink(x):
+        return None
+    f, numel = EXACT_FIELDS[x.dtype], x.numel()
+    sizes = _sizes(x.dtype, numel, 0, 0)
+    front = torch.empty(span(sizes), dtype=torch.uint8, device=x.device)
+    rest = cdiv(max(x.nbytes - front.numel(), 0), 16) * 16
+    back = torch.empty(rest, dtype=torch.uint8, device=x.device)
+    parts, room, split = (*cut(front, sizes)[:5], back), rest // 2, front.numel() // x.element_size()
+    info, _ = _encode(x, parts, room, 1, None)
+    count = min(cdiv(numel, FINISH_TILE), FINISH_PROGRAMS)
+    where = (x.view(f.word), info, notice, front, back)
+    launch(_exact_finish_kernel, count, where, (numel, split, room), (FINISH_TILE,))
+    return LateCodes(parts, front, notice, x.dtype, numel)
+
+
+def _may_shrink(x: Tensor) -> bool:
+    """Whether the code of flat floats can be smaller than they are. Raises LaneError for any other input."""
+    f = EXACT_FIELDS.get(x.dtype)
+    if f is None:
+        raise LaneError(f"{x.dtype} has no exact code: use bfloat16, float16 or float32")
+    numel = x.numel()
+    if x.ndim != 1 or not x.is_contiguous() or numel == 0:
+        raise LaneError(f"shape {tuple(x.shape)}: flatten to one dimension of at least one element")
+    return numel <= MOST and sum(_sizes(x.dtype, numel, 2**f.droppable - 1, 0)) < x.nbytes
+
+
+def _zero_planes(dtype: torch.dtype, used: int) -> int:
+    """Bits of the planes that are not stored, from info[1]."""
+    return ~used & (1 << EXACT_FIELDS[dtype].droppable) - 1
+
+
 def _together(codes: ExactCodes, dtype: torch.dtype) -> ExactCodes:
     """`codes` with its parts in one allocation."""
-    sizes = exact_sizes(dtype, codes.numel, codes.zero_planes, codes.escapes.numel() // 2)
+    sizes = _sizes(dtype, codes.numel, codes.zero_planes, codes.escapes.numel() // 2)
     parts = carve(sizes, codes.codes.device)
     for part, written in zip(parts, codes.sections.values(), strict=True):
         part.copy_(written)
@@ -340,25 +439,36 @@ def exact_encode_into(
         int32 [2], the number of escapes and, of float32, a bit per plane that is stored; and what
         `_exact_list_kernel` calls marks.
     """
+    planes = EXACT_FIELDS[x.dtype].planes
+    return _encode(x, cut(buffer, _sizes(x.dtype, x.numel(), 0, room)), room, planes, max_programs)
+
+
+def _encode(
+    x: Tensor, parts: tuple[Tensor, ...], room: int, planes: int, max_programs: int | None
+) -> tuple[Tensor, Tensor]:
+    """`exact_encode_into` to `parts`; `planes` as in `_list_escapes`."""
     f, numel = EXACT_FIELDS[x.dtype], x.numel()
     blocks = cdiv(numel, EXACT_BLOCK)
-    parts = cut(buffer, exact_sizes(x.dtype, numel, 0, room))
-    base, codes, ends, planes, odd, _ = parts
-    info = torch.zeros(2, dtype=torch.int32, device=x.device)
-    counts = torch.empty(blocks, dtype=torch.int32, device=x.device)
-    marks = torch.empty(blocks * 32, dtype=torch.int32, device=x.device)
+    scratch = torch.empty(33 * blocks + 4, dtype=torch.int32, device=x.device)
+    info, _, marks, counts = scratch.split_with_sizes((2, 2, 32 * blocks, blocks))
+    base, codes, ends, kept, odd, _ = parts
     word = x.view(f.word)
+    if f.planes > 1:
+        count = programs(min(cdiv(numel, SURVEY_TILE), SURVEY_PROGRAMS), max_programs)
+        constants = f.mantissa, f.exponent, f.planes, SURVEY_TILE
+        launch(_exact_survey_kernel, count, (word, info.zero_()), (numel,), constants)
+    launch(
+        _exact_encode_kernel,
+        programs(blocks, max_programs),
+        (word, info, base, codes, counts, marks, kept, odd),
+        (numel,),
+        (f.mantissa, f.exponent, f.planes, f.odd_bits),
+        num_warps=1,
+        maxnreg=ENCODE_REGISTERS,
+    )
     with device_of(x):
-        if f.planes > 1:
-            _exact_survey_kernel[(programs(min(cdiv(numel, SURVEY_TILE), SURVEY_PROGRAMS), max_programs),)](
-                word, info, numel, f.mantissa, f.exponent, f.planes, SURVEY_TILE
-            )
-        _exact_encode_kernel[(programs(blocks, max_programs),)](
-            word, info, base, codes, counts, marks, planes, odd, numel,
-            f.mantissa, f.exponent, f.planes, f.odd_bits, num_warps=1, maxnreg=ENCODE_REGISTERS,
-        )  # fmt: skip
         torch.cumsum(counts, 0, dtype=torch.int32, out=ends.view(torch.int32))
-    _list_escapes(x, parts, info, marks, room, f.planes, max_programs)
+    _list_escapes(x, parts, info, marks, room, planes, max_programs)
     return info, marks
 
 
@@ -373,11 +483,14 @@ def _list_escapes(
 ) -> None:
     """The launch of `_exact_list_kernel`; `planes` is 1 where the escapes are where they stay."""
     f, (base, _, ends, _, _, escapes) = EXACT_FIELDS[x.dtype], parts
-    with device_of(x):
-        _exact_list_kernel[(programs(min(base.numel(), LIST_PROGRAMS), max_programs),)](
-            x.view(f.word), info, base, marks, ends, escapes, x.numel(), room,
-            f.mantissa, f.exponent, planes, num_warps=1,
-        )  # fmt: skip
+    launch(
+        _exact_list_kernel,
+        programs(min(base.numel(), LIST_PROGRAMS), max_programs),
+        (x.view(f.word), info, base, marks, ends, escapes),
+        (x.numel(), room),
+        (f.mantissa, f.exponent, planes),
+        num_warps=1,
+    )
 
 
 def exact_decode(codes: ExactCodes, dtype: torch.dtype, *, max_programs: int | None = None) -> Tensor:
@@ -397,12 +510,14 @@ def exact_decode(codes: ExactCodes, dtype: torch.dtype, *, max_programs: int | N
 def exact_decode_into(codes: ExactCodes, out: Tensor, *, max_programs: int | None = None) -> None:
     """The launch of `exact_decode` into `out` [numel]."""
     f = EXACT_FIELDS[out.dtype]
-    with device_of(out):
-        _exact_decode_kernel[(programs(codes.base.numel(), max_programs),)](
-            codes.base, codes.codes, codes.ends, codes.planes, codes.odd, codes.escapes, out.view(f.word),
-            codes.numel, codes.escapes.numel() // 2,
-            f.mantissa, f.exponent, f.planes, f.odd_bits, codes.zero_planes, 32, num_warps=1,
-        )  # fmt: skip
+    launch(
+        _exact_decode_kernel,
+        programs(codes.base.numel(), max_programs),
+        (codes.base, codes.codes, codes.ends, codes.planes, codes.odd, codes.escapes, out.view(f.word)),
+        (codes.numel, codes.escapes.numel() // 2),
+        (f.mantissa, f.exponent, f.planes, f.odd_bits, codes.zero_planes, 32),
+        num_warps=1,
+    )
 
 
 def _check_codes(codes: ExactCodes, dtype: torch.dtype) -> None:
@@ -413,5 +528,5 @@ def _check_codes(codes: ExactCodes, dtype: torch.dtype) -> None:
         raise LaneError(
             f"exact codes of {codes.numel} elements with zero planes {codes.zero_planes:#b} are not possible"
         )
-    sizes = exact_sizes(dtype, codes.numel, codes.zero_planes, codes.escapes.numel() // 2)
+    sizes = _sizes(dtype, codes.numel, codes.zero_planes, codes.escapes.numel() // 2)
     check_parts(codes.sections, sizes)

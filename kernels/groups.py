@@ -9,7 +9,9 @@ from torch import Tensor
 
 from sidelane.errors import LaneError
 from sidelane.kernels import reference
-from sidelane.kernels._launch import carve, cdiv, check_parts, device_of, programs, use_triton
+from sidelane.kernels._launch import carve, cdiv, check_parts, launch, programs, use_triton
+from sidelane.kernels._pairs import extremes_of_pairs, first_and_second, larger, load_pairs, smaller
+from sidelane.kernels._stochastic import INTERPRETED, at_and_noise, merge, second_bytes
 from sidelane.kernels.reference import (
     GROUP_BITS,
     GROUP_SIZES,
@@ -28,8 +30,6 @@ PACK_REGISTERS = {False: 80, True: 96}  # of a thread, by stochastic rounding
 UNPACK_TILE, UNPACK_WARPS = 2048, 2  # elements per program, a power of two
 WIDE = tl.constexpr(reference.WIDE)
 WIDE_NONFINITE = tl.constexpr(reference.WIDE_NONFINITE)
-NOISE_BITS = tl.constexpr(reference.NOISE_BITS)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by NumPy, for the tests
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -47,30 +47,9 @@ def _to_words(v, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _hash32(seed, base, local):  # type: ignore[no-untyped-def]
-    """`hash32` of the indices base + local, none of which differs from `base` in its high word."""
-    low = base.to(tl.uint32) + local.to(tl.uint32)
-    h = low ^ ((base >> 32).to(tl.uint32) * 0x85EBCA6B)
-    h = h * 0x9E3779B1 + seed.to(tl.uint32)
-    h = (h ^ (h >> 16)) * 0x7FEB352D
-    h = (h ^ (h >> 15)) * 0x846CA68B
-    return h ^ (h >> 16)
-
-
-@triton.jit
 def _half_step(e):  # type: ignore[no-untyped-def]
     """2^(e - 128) of e in 1..255."""
     return tl.maximum((e - 1) << 23, 0x400000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _smaller(a, b):  # type: ignore[no-untyped-def]
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _larger(a, b):  # type: ignore[no-untyped-def]
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -81,11 +60,11 @@ def _extremes(v, SYMMETRIC: tl.constexpr):  # type: ignore[no-untyped-def]
         high = tl.max(tl.max(tl.abs(v) if SYMMETRIC else v, axis=1), axis=1) + nan
         low = high if SYMMETRIC else tl.min(tl.min(v, axis=1), axis=1) + nan
     elif SYMMETRIC:
-        high = tl.reduce(tl.reduce(tl.abs(v), 1, _larger), 1, _larger)
+        high = tl.reduce(tl.reduce(tl.abs(v), 1, larger), 1, larger)
         low = high
     else:
-        low = tl.reduce(tl.reduce(v, 1, _smaller), 1, _smaller)
-        high = tl.reduce(tl.reduce(v, 1, _larger), 1, _larger)
+        low = tl.reduce(tl.reduce(v, 1, smaller), 1, smaller)
+        high = tl.reduce(tl.reduce(v, 1, larger), 1, larger)
     return low + 0.0, high  # -0 becomes +0
 
 
@@ -93,23 +72,26 @@ def _extremes(v, SYMMETRIC: tl.constexpr):  # type: ignore[no-untyped-def]
 def _group_quantize_pack_kernel(  # type: ignore[no-untyped-def]
     x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed,
     BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, STOCHASTIC: tl.constexpr,
-    RAGGED: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    RAGGED: tl.constexpr, PAIRS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Codes, scales and offsets, BLOCK_GROUPS groups at a time; wide ones among them in a second go."""
+    """Codes, scales and offsets, BLOCK_GROUPS groups at a time; wide ones among them in a second go.
+
+    PAIRS: bfloat16 that can be read two at a time.
+    """
     FEW: tl.constexpr = BLOCK_GROUPS // 4 if BLOCK_GROUPS >= 4 else 1
     tiles = (numel - 1) // (BLOCK_GROUPS * GROUP) + 1
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first = tl.cast(tile, tl.int64) * BLOCK_GROUPS
         wide = _quantize_groups(
             x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed, first,
-            BITS, GROUP, SYMMETRIC, STOCHASTIC, RAGGED, False, BLOCK_GROUPS,
+            BITS, GROUP, SYMMETRIC, STOCHASTIC, RAGGED, PAIRS, False, BLOCK_GROUPS,
         )  # fmt: skip
         if wide:
             tl.debug_barrier()
             for part in range(0, BLOCK_GROUPS, FEW):
                 _quantize_groups(
                     x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed, first + part,
-                    BITS, GROUP, SYMMETRIC, STOCHASTIC, RAGGED, True, FEW,
+                    BITS, GROUP, SYMMETRIC, STOCHASTIC, RAGGED, PAIRS, True, FEW,
                 )  # fmt: skip
 
 
@@ -136,7 +118,7 @@ def _load_groups(  # type: ignore[no-untyped-def]
 def _quantize_groups(  # type: ignore[no-untyped-def]
     x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed, first,
     BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, STOCHASTIC: tl.constexpr,
-    RAGGED: tl.constexpr, WIDE_TOO: tl.constexpr, GROUPS: tl.constexpr,
+    RAGGED: tl.constexpr, PAIRS: tl.constexpr, WIDE_TOO: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Write GROUPS groups; say whether there are wide ones, which come out right if WIDE_TOO."""
     TOP: tl.constexpr = 2**BITS - 1
@@ -146,8 +128,13 @@ def _quantize_groups(  # type: ignore[no-untyped-def]
     g = tl.arange(0, GROUPS)
     exists = g < (numel - 1) // GROUP + 1 - first
 
-    v = _load_groups(x_ptr, first, numel, GROUP, RAGGED, GROUPS)
-    low, high = _extremes(v, SYMMETRIC)
+    if PAIRS and not WIDE_TOO:
+        pairs = load_pairs(x_ptr, first, exists, GROUP)
+        v = tl.reshape(first_and_second(pairs), (GROUPS, 4, C))
+        low, high = extremes_of_pairs(pairs, SYMMETRIC)
+    else:
+        v = _load_groups(x_ptr, first, numel, GROUP, RAGGED, GROUPS)
+        low, high = _extremes(v, SYMMETRIC)
     if SYMMETRIC:
         absmax = high
         zero = tl.zeros_like(high)
@@ -189,20 +176,17 @@ def _quantize_groups(  # type: ignore[no-untyped-def]
 
     # The code is in the lowest bits; those above the byte are of no account.
     t = (v - zero[:, None, None]) * inv[:, None, None]
+    N: tl.constexpr = 8 // BITS  # codes per byte
     if STOCHASTIC:
-        q = t + (at + 2.0 ** (23 - NOISE_BITS))[:, None, None]
-        i = tl.arange(0, C)[None, None, :]
-        h = _hash32(seed, first * C, g[:, None, None] * C + i)
-        noise = (h >> (8 * tl.arange(0, 4)[None, :, None])) & 255
-        codes = (q.to(tl.uint32, bitcast=True) + noise) >> NOISE_BITS
+        # The code is in the second byte, below it the fraction that noise was added to.
+        codes = (t + at_and_noise(at, seed, first, C)).to(tl.uint32, bitcast=True)
+        codes = second_bytes(merge(tl.reshape(codes, (GROUPS, N, 4 // N, C)), BITS))
     else:
         q = t + (at + 2.0**23)[:, None, None]
         codes = q.to(tl.uint32, bitcast=True)
-
-    N: tl.constexpr = 8 // BITS  # codes per byte
-    if N > 1:
-        codes = tl.reshape(codes, (GROUPS, N, 4 // N, C))
-        codes = tl.sum(codes << (BITS * tl.arange(0, N)[None, :, None, None]).to(tl.uint32), axis=1)
+        if N > 1:
+            codes = tl.reshape(codes, (GROUPS, N, 4 // N, C))
+            codes = tl.sum(codes << (BITS * tl.arange(0, N)[None, :, None, None]).to(tl.uint32), axis=1)
     byte = tl.arange(0, 4 // N)[None, :, None] * C + tl.arange(0, C)[None, None, :]
     byte = tl.max_contiguous(g[:, None, None] * (GROUP // N) + byte, (1, 1, VECTOR))  # as a thread has them
     tl.store(codes_ptr + first * (GROUP // N) + byte, codes.to(tl.uint8), mask=exists[:, None, None])
@@ -354,24 +338,17 @@ def group_quantize_pack_into(
     """The launch of `group_quantize_pack`: fills the parts of `codes`, which begin at multiples of 16."""
     numel, group = codes.numel, codes.group
     block = 32 * 4 * (16 // x.element_size()) // group  # a warp loads four times 16 bytes per thread
-    with device_of(x):
-        _group_quantize_pack_kernel[(programs(cdiv(numel, block * group), max_programs),)](
-            x,
-            codes.codes,
-            codes.scale,
-            codes.offset,
-            numel,
-            0 if seed is None else _as_int32(seed),
-            codes.bits,
-            group,
-            codes.offset is None,
-            seed is not None,
-            numel % group > 0,
-            block,
-            num_warps=1,
-            maxnreg=PACK_REGISTERS[seed is not None],
-            enable_fp_fusion=False,
-        )
+    symmetric, stochastic = codes.offset is None, seed is not None
+    launch(
+        _group_quantize_pack_kernel,
+        programs(cdiv(numel, block * group), max_programs),
+        (x, codes.codes, codes.scale, codes.scale if codes.offset is None else codes.offset),
+        (numel, 0 if seed is None else _as_int32(seed)),
+        (codes.bits, group, symmetric, stochastic, numel % group > 0, _in_pairs(x, group), block),
+        num_warps=1,
+        maxnreg=PACK_REGISTERS[stochastic],
+        enable_fp_fusion=False,
+    )
 
 
 def group_unpack_dequantize(
@@ -393,25 +370,22 @@ def group_unpack_dequantize(
 def group_unpack_dequantize_into(codes: GroupCodes, out: Tensor, *, max_programs: int | None = None) -> None:
     """The launch of `group_unpack_dequantize` into `out` [numel]."""
     numel, group = codes.numel, codes.group
-    limit, infinity, nan = _LIMITS[out.dtype]
-    with device_of(out):
-        _group_unpack_dequantize_kernel[(programs(cdiv(numel, UNPACK_TILE), max_programs),)](
-            codes.codes,
-            codes.scale,
-            codes.offset,
-            out,
-            numel,
-            codes.bits,
-            group,
-            codes.offset is None,
-            numel % group > 0,
-            UNPACK_TILE // group,
-            limit,
-            infinity,
-            nan,
-            num_warps=UNPACK_WARPS,
-            enable_fp_fusion=False,
-        )
+    constants = codes.bits, group, codes.offset is None, numel % group > 0, UNPACK_TILE // group
+    launch(
+        _group_unpack_dequantize_kernel,
+        programs(cdiv(numel, UNPACK_TILE), max_programs),
+        (codes.codes, codes.scale, codes.scale if codes.offset is None else codes.offset, out),
+        (numel,),
+        (*constants, *_LIMITS[out.dtype]),
+        num_warps=UNPACK_WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+def _in_pairs(x: Tensor, group: int) -> bool:
+    """Whether x [n] is bfloat16 in whole groups that begin at a multiple of four bytes."""
+    whole = x.numel() % group == 0 and x.data_ptr() % 4 == 0
+    return whole and x.dtype == torch.bfloat16 and not INTERPRETED.value
 
 
 def _as_int32(seed: int) -> int:

@@ -254,9 +254,8 @@ def group_quantize_pack_ref(
     if seed is None:
         q = (t + (at + 2.0**23)).view(torch.int32)  # the code in the low bits, rounded half to even
     else:
-        q = (t + (at + 2.0 ** (23 - NOISE_BITS))).view(torch.int32) + group_noise(
-            seed, groups, group, x.device
-        ) >> NOISE_BITS
+        noise = group_noise(seed, groups, group, x.device) * 2.0**-NOISE_BITS
+        q = (t + (at + 2.0 ** (23 - NOISE_BITS) + noise)).view(torch.int32) >> NOISE_BITS
     codes = (q & top).to(torch.uint8)
     special = torch.where(padded > 0, top, torch.where(padded < 0, top - 1, top - 2)).to(torch.uint8)
     codes = torch.where(finite, codes, special)
@@ -316,11 +315,14 @@ def _half_step(e: Tensor) -> Tensor:
 def group_noise(seed: int, groups: int, group: int, device: torch.device | None = None) -> Tensor:
     """int32 [groups, group] of 0..255, a function of (seed, index) alone.
 
-    Byte j, lowest first, of the hash of g * group / 4 + i is for element i + j * group / 4 of group g.
+    Byte j, lowest first, of word g * group / 4 + i is for element i + j * group / 4 of group g. Words 2 n and
+    2 n + 1 are hash n and that hash times an odd number, its upper half added to the lower by exclusive or.
     """
-    hashes = hash32(seed, groups * group // 4, device).view(groups, 1, group // 4)
+    first = hash32(seed, groups * group // 8, device)
+    second = (first * 0x9E3779B1) & 0xFFFFFFFF
+    words = torch.stack((first, second ^ (second >> 16)), 1).view(groups, 1, group // 4)
     shifts = torch.arange(0, 32, NOISE_BITS, device=device).view(1, 4, 1)
-    return (hashes >> shifts & 255).view(groups, group).int()
+    return (words >> shifts & 255).view(groups, group).int()
 
 
 def hash32(seed: int, numel: int, device: torch.device | None = None) -> Tensor:

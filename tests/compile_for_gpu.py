@@ -90,6 +90,7 @@ with _launch.interpret():  # CPU tensors go to the kernels
         sizes = exact_sizes(dtype, flat.numel(), 0, 8)
         buffer = torch.empty(_launch.span(sizes), dtype=torch.uint8)
         exact.exact_encode_into(flat, buffer, 8)
+        exact.exact_encode_late(flat, torch.zeros(2, dtype=torch.int32))
         exact.exact_decode_into(ExactCodes.of(_launch.cut(buffer, sizes), 0, flat.numel()), flat)
     # Rows of an odd pitch that begin anywhere: no two samples can be moved together.
     odd = SurfaceLayout(NV12_SPLIT12, TOKEN_ROWS, 70, 72, width=46, height=30, frames=8, pitch=53)

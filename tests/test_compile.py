@@ -31,6 +31,7 @@ def test_every_kernel_compiles_for_hopper(compiled: list[dict[str, object]]) -> 
         "_unpack_bits_kernel",
         "_exact_survey_kernel",
         "_exact_encode_kernel",
+        "_exact_finish_kernel",
         "_exact_list_kernel",
         "_exact_decode_kernel",
         "project_quantize_kernel",

@@ -378,6 +378,52 @@ def test_escapes_without_room_are_counted_and_not_written(device: torch.device) 
     assert (buffer[span(sizes[:5]) + 10 :] == SENTINEL).all()
 
 
+def late(x: Tensor) -> ExactCodes | Tensor:
+    """Through a code of late size; `x` is overwritten before its size is asked for."""
+    notice = torch.full((2,), -1, dtype=torch.int32, pin_memory=x.is_cuda)
+    source = x.clone()
+    codes = exact.exact_encode_late(source, notice)
+    assert codes is not None and codes.nbytes <= max(x.nbytes + 256, codes.front.numel())
+    source.view(torch.uint8).fill_(0x5A)
+    del source
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return codes.settle()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", ["bf16-blocks", "fp16-ragged", "fp32-of-bf16", "fp32-zeros", "fp32-crowded"])
+def test_codes_of_late_size_are_the_same_codes(device: torch.device, name: str) -> None:
+    x = INPUTS[name]().repeat(2)
+    got = late(x.to(device))
+    assert isinstance(got, ExactCodes)
+    assert_same_codes(got, exact_encode_ref(x))
+    assert all(part.data_ptr() % 16 == 0 for part in got.sections.values())
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", list(EXACT_FIELDS), ids=str)
+@pytest.mark.parametrize("n", [2999, 8191])
+def test_escapes_beyond_the_room_of_a_late_size_leave_the_tensor(
+    device: torch.device, dtype: torch.dtype, n: int
+) -> None:
+    x = random_bits(n, dtype)
+    got = late(x.to(device))
+    assert isinstance(got, Tensor)
+    assert torch.equal(got.cpu(), x.view(torch.uint8))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("extra", [0, 1])
+def test_the_last_escape_that_fits_a_late_size(device: torch.device, extra: int) -> None:
+    """bf16 [8192]: 12288 + 8 + 32 bytes, in whole 256s 12800, leave room for 1792 escapes."""
+    x = torch.full((8192,), 1.0, dtype=torch.bfloat16)
+    x[torch.arange(1792 + extra) * 4] = 2.0**-20
+    got = late(x.to(device))
+    assert isinstance(got, Tensor if extra else ExactCodes)
+    assert extra or same_bits(exact_decode(got, x.dtype), x)
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", list(EXACT_FIELDS), ids=str)
 def test_kernels_leave_random_bits_raw(device: torch.device, dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from guarded import Guarded
 from sidelane.errors import LaneError
-from sidelane.kernels import groups
+from sidelane.kernels import _stochastic, groups
 from sidelane.kernels._launch import ALIGNMENT, cdiv
 from sidelane.kernels.groups import group_quantize_pack, group_sizes, group_unpack_dequantize
 from sidelane.kernels.reference import (
@@ -300,9 +300,31 @@ def test_hash_values() -> None:
 
 
 def test_noise_is_cut_from_the_hash() -> None:
-    """Elements i, i + 8, i + 16 and i + 24 of a group of 32: the four bytes of hash 8 * group + i."""
+    """Elements i, i + 8, i + 16 and i + 24 of a group of 32: the four bytes of word 8 * group + i."""
     noise = group_noise(5, 3, 32)
-    assert noise[2, 7::8].tolist() == list(python_hash(5, 23).to_bytes(4, "little"))
+    h = python_hash(5, 11)
+    assert noise[2, 6::8].tolist() == list(h.to_bytes(4, "little"))
+    h = h * 0x9E3779B1 & 0xFFFFFFFF
+    assert noise[2, 7::8].tolist() == list((h ^ h >> 16).to_bytes(4, "little"))
+
+
+def test_noise_is_uniform_and_its_bytes_do_not_depend_on_each_other() -> None:
+    """Chi-squared of single bytes, and of pairs that share a hash or neighbour each other, by their top bits.
+
+    With n samples in b cells it has mean b - 1 and a standard deviation of sqrt(2 (b - 1)).
+    """
+    noise = group_noise(3, 4096, 32).view(-1, 4, 4, 2).long()  # [group, byte, hash, word]
+    for values, cells in (
+        (noise, 256),
+        *((noise[:, b, :, 0] // 16 * 16 + noise[:, c, :, 1] // 16, 256) for b in range(4) for c in range(4)),
+        *((noise[:, b, :, 0] % 16 * 16 + noise[:, c, :, 1] % 16, 256) for b in range(4) for c in range(4)),
+        *((noise[:, b] // 16 * 16 + noise[:, c] // 16, 256) for b in range(4) for c in range(b)),
+        (noise[:, 0, :-1] // 16 * 16 + noise[:, 0, 1:] // 16, 256),
+    ):
+        counts = torch.bincount(values.flatten(), minlength=cells).double()
+        expected = values.numel() / cells
+        excess = float(((counts - expected) ** 2 / expected).sum()) - (cells - 1)
+        assert abs(excess) < 5 * (2 * (cells - 1)) ** 0.5
 
 
 @pytest.mark.parametrize("seed", [0, 1, 0xFFFFFFFF])
@@ -404,6 +426,22 @@ def test_kernels_equal_the_reference(
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("seed", [None, 11])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", GROUP_BITS)
+def test_whole_groups_that_begin_anywhere(
+    device: torch.device, bits: int, symmetric: bool, seed: int | None
+) -> None:
+    """bfloat16 is read two at a time where its address allows it."""
+    x = hard_values(64 * 80 + 3, torch.bfloat16)
+    moved = x.to(device)
+    for start in range(4):
+        here = slice(start, start + 64 * 80)
+        want = group_quantize_pack_ref(x[here], bits, 64, symmetric=symmetric, seed=seed)
+        assert_same_codes(group_quantize_pack(moved[here], bits, 64, symmetric=symmetric, seed=seed), want)
+
+
+@pytest.mark.kernel
 def test_few_programs_do_the_work_of_many(device: torch.device) -> None:
     x = hard_values(5003, torch.bfloat16)
     codes = group_quantize_pack(x.to(device), 4, 64, max_programs=2)
@@ -454,7 +492,7 @@ def test_every_scale_word_decodes_as_the_reference_says(
 @triton.jit
 def _hash_kernel(out_ptr, base_ptr, seed, N: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.arange(0, N)
-    tl.store(out_ptr + i, groups._hash32(seed, tl.load(base_ptr), i).to(tl.int64))
+    tl.store(out_ptr + i, _stochastic.hash32(seed, tl.load(base_ptr), i).to(tl.int64))
 
 
 @pytest.mark.kernel
