@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from sidelane.codec.packet import Packet
 from sidelane.demo_model import GPT, Corpus, Shape
-from sidelane.pipeline.autolane import AutoLane
 from sidelane.pipeline.chain import AUTO_WIRES, Chain
 from sidelane.pipeline.choice import Decision, Probes, Wire, choose, lane_named, speed_of
 from sidelane.pipeline.disk import Disk
@@ -39,6 +38,7 @@ from sidelane.pipeline.machine import MAX_SIZE, Curve, Machine
 from sidelane.pipeline.planner import crossover
 from sidelane.pipeline.probe import LOAD_SIDE, measure
 from sidelane.pipeline.sampling import Load
+from sidelane.pipeline.tensor_auto import AutoLane
 from sidelane.pipeline.throttle import TokenBucket
 from sidelane.pipeline.tiers import HostCopy
 
@@ -143,7 +143,7 @@ class Throttled(Route):
             memory = self._memory[: layout.nbytes]
             self._setting.join()  # the bytes are there only from here on
             parts = list(packet.sections.values())
-            for first, start, size in layout._runs:
+            for first, start, size in layout.runs:
                 if size:
                     run = parts[first].as_strided((size,), (1,))
                     arrived = self._bucket.copy(run, memory[start : start + size])

@@ -28,7 +28,6 @@ from torch import Tensor
 from sidelane.codec.lane import Lane
 from sidelane.codec.packet import Packet
 from sidelane.errors import LaneError, OffloadError
-from sidelane.pipeline.autolane import AutoLane, auto_lane
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.compress import choose_lane, compress, present_device
@@ -37,6 +36,7 @@ from sidelane.pipeline.lanes import decode_packet, plain, undisturbed
 from sidelane.pipeline.stages import Stages
 from sidelane.pipeline.stash import describe
 from sidelane.pipeline.streams import Event, Slot, current_stream
+from sidelane.pipeline.tensor_auto import AutoLane, auto_lane
 from sidelane.pipeline.ticket import ChainReport, Stored, Ticket
 from sidelane.pipeline.trace import Recorder, Trace
 
@@ -106,6 +106,9 @@ class Chain:
         basis: Basis | None = None,
         **lane_options: Any,
     ) -> None:
+        for name, value, least in (("depth", depth, 1), ("workers", workers, 0), ("streams", streams, 1)):
+            if type(value) is not int or value < least:
+                raise LaneError(f"{name}={value!r} is not a whole number from {least} up")
         if lane == "auto":
             if basis is not None:
                 lane_options["basis"] = basis
@@ -120,9 +123,6 @@ class Chain:
             self._decode = partial(decode_packet, basis=getattr(self._lane, "basis", None))
         if host_budget is not None and (type(host_budget) is not int or host_budget < 0):
             raise LaneError(f"host_budget={host_budget!r} is not a whole number from 0 up or None")
-        for name, value, least in (("workers", workers, 0), ("streams", streams, 1)):
-            if type(value) is not int or value < least:
-                raise LaneError(f"{name}={value!r} is not a whole number from {least} up")
         self._depth = depth
         self._device = None if device is None else _with_index(present_device(device))
         self._kernel, self._inverse = kernel, inverse

@@ -23,14 +23,14 @@ from sidelane.errors import LaneError, LaneUnavailable, ProfileError
 from sidelane.pipeline.compress import CHUNK, check_bound, relative_error
 from sidelane.pipeline.extent import distinct_bytes
 from sidelane.pipeline.lanes import open_lane, plain, undisturbed
-from sidelane.pipeline.machine import Curve, LaneSpeed, Machine
+from sidelane.pipeline.machine import HOST_TIMES, WIRES, Curve, LaneSpeed, Machine
 from sidelane.pipeline.planner import MIN_GAIN, RAW, Residuals, Stage, best_lane, busiest, serial_time
 
 LANES = (RAW, "exact", "packed:8", "packed:4", "packed:2", "video")
 EXACT = (RAW, "exact")
 WAITING = ("exact", "video")  # the host waits in their encoders, so that the next one starts later
 LOADS = ("idle", "busy")
-TABLES = {  # the table of a dtype; every lane stores the other dtypes raw
+TABLES = {  # the table of a dtype; every lane stores the other dtypes raw, lossy ones complex dtypes too
     torch.bfloat16: "bfloat16",
     torch.float16: "bfloat16",
     torch.complex32: "bfloat16",
@@ -40,6 +40,8 @@ TABLES = {  # the table of a dtype; every lane stores the other dtypes raw
 SAMPLE = 1 << 20  # bytes of a tensor that are probed, as so many pieces:
 PIECES = 16
 MARGIN = 0.9  # of the bound that the error of a sample may reach
+MAX_SAMPLES = 4096
+MAX_RATE = 1e100  # bytes per second of a wire
 NO_PROFILE = "no profile of this machine: run sidelane profile"
 
 Wire = str | float | Curve
@@ -116,16 +118,18 @@ class Decision:
         return self.candidates[self.lane].seconds
 
     def explain(self, measured: Mapping[str, float] | None = None) -> str:
-        """A table of all lanes: ratio, error, predicted and measured milliseconds, what binds, why not.
+        """A table of all lanes: ratio, error, predicted and measured milliseconds, its slowest
+        stage, why not.
 
         Args:
             measured: seconds by lane; default: what the timed stages of earlier tensors add up to.
         """
         how = f"{self.together} at once" if self.together > 1 else "one at a time"
         lines = [
-            f"{str(self.dtype).removeprefix('torch.')}, {self.nbytes / 1e6:.3g} MB over "
+            f"{_short(self.dtype)}, {self.nbytes / 1e6:.3g} MB over "
             f"{', '.join(self.wires)}, {self.load}, {how}: {self.lane}",
-            f"{'lane':9} {'ratio':>6} {'error':>8} {'predicted ms':>12} {'measured ms':>12}  binds; why not",
+            f"{'lane':9} {'ratio':>6} {'error':>8} {'predicted ms':>12} {'measured ms':>12}  "
+            "slowest stage; why not",
         ]
         for lane, each in self.candidates.items():
             some, ratio, error = each.sample, "-", "-"
@@ -162,7 +166,7 @@ def name_of(packet: Packet) -> str:
 
 
 class Probes:
-    """Samples by kind of tensor and lane. Thread-safe."""
+    """Samples by kind of tensor and lane, at most `MAX_SAMPLES` of them. Thread-safe."""
 
     def __init__(self) -> None:
         self.seconds = 0.0  # spent on encoding samples
@@ -175,8 +179,11 @@ class Probes:
         with self._lock:
             if (kind, lane) not in self._samples:
                 begin = perf_counter()
-                self._samples[kind, lane] = probe(lane, tensor)
+                found = probe(lane, tensor)
                 self.seconds += perf_counter() - begin
+                if len(self._samples) >= MAX_SAMPLES:
+                    self._samples.clear()
+                self._samples[kind, lane] = found
             return self._samples[kind, lane]
 
     def check_seconds(self, tensor: Tensor) -> float:
@@ -204,8 +211,9 @@ SHARED = Probes()
 
 
 def kind_of(tensor: Tensor, name: str = "") -> Kind:
-    """What tensors share that are taken to code alike: name, dtype, dimensions, row length, device."""
-    last = tensor.shape[-1] if tensor.ndim else 1
+    """What tensors share that are taken to code alike: name, dtype, dimensions, length of rows if there
+    are any, device."""
+    last = tensor.shape[-1] if tensor.ndim > 1 else 1
     return name, tensor.dtype, tensor.ndim, last, tensor.device.type
 
 
@@ -272,10 +280,9 @@ def choose(
     check_bound(max_rel_error)
     check_load(load)
     check_together(together)
+    machine = given_or_present(machine)
     if machine is None:
-        machine = present()
-        if machine is None:
-            raise ProfileError(NO_PROFILE)
+        raise ProfileError(NO_PROFILE)
     task = _Task.of(what, name)
     wires = tuple(named_wire(each, machine) for each in listed(wire))
     if exact is None:
@@ -304,11 +311,13 @@ def choose(
     )
 
 
-def raw_decision(tensor: Tensor, wire: Wire | Sequence[Wire], load: str, together: int) -> Decision:
-    """Raw, on a machine that nothing is known of."""
+def raw_decision(
+    tensor: Tensor, wire: Wire | Sequence[Wire], load: str, together: int, reason: str = NO_PROFILE
+) -> Decision:
+    """Raw, where nothing is known of the machine or of a wire."""
     labels = tuple(each if isinstance(each, str) else _label(each) for each in listed(wire))
     raw = Candidate(RAW, nan, Sample(1.0))
-    note = f"{NO_PROFILE}; until then everything goes raw"
+    note = f"{reason}; until then everything goes raw"
     return Decision(RAW, tensor.dtype, distinct_bytes(tensor), labels, load, together, {RAW: raw}, note=note)
 
 
@@ -317,6 +326,15 @@ def present() -> Machine | None:
     """The profile of this machine, read once; None where there is none. Raises ProfileError for one that is
     damaged, old or of another machine."""
     return Machine.cached()
+
+
+def given_or_present(machine: Machine | None) -> Machine | None:
+    """`machine`, or without one what `present` returns. Raises LaneError for what is no `Machine`."""
+    if machine is None:
+        return present()
+    if not isinstance(machine, Machine):
+        raise LaneError(f"machine={machine!r} is no Machine: pass what Machine.load returns")
+    return machine
 
 
 def check_load(load: str) -> None:
@@ -333,30 +351,47 @@ def check_together(together: int) -> None:
 
 def speed_of(machine: Machine, lane: str, dtype: torch.dtype, load: str) -> LaneSpeed | None:
     """The table of a lane, that of an idle machine where there is none for `load`; None without both."""
-    table = TABLES.get(dtype, TABLES[torch.bfloat16] if lane == RAW else None)
+    table = _table(lane, dtype) or (TABLES[torch.bfloat16] if lane == RAW else None)
     found = machine.lanes.get(f"{lane}|{table}|{load}")
     return found or machine.lanes.get(f"{lane}|{table}|idle")
 
 
 def named_wire(wire: Wire, machine: Machine) -> tuple[str, Curve]:
-    """Name and curve of a wire. Raises LaneError for a name that the machine lacks and a rate not above 0."""
+    """Name and curve of a wire of `listed`. Raises LaneError for a name that the machine lacks."""
     if isinstance(wire, Curve):
         return _label(wire), wire
     if isinstance(wire, str):
-        if wire not in machine.wires:
-            known = ", ".join(machine.wires) or "none"
-            raise LaneError(f"the profile has no wire {wire!r}: it has {known}; or give bytes per second")
+        if wire not in machine.wires or wire in HOST_TIMES:
+            known = ", ".join(name for name in machine.wires if name not in HOST_TIMES) or "none"
+            raise LaneError(f"the profile has no wire {wire!r}: it has {known}; or give a rate")
         return wire, machine.wires[wire]
-    if isinstance(wire, bool) or not isinstance(wire, (int, float)) or not 0 < wire < inf:
-        raise LaneError(f"wire={wire!r} is neither a name, a number of bytes per second above 0 nor a Curve")
     return _label(wire), Curve.line(0.0, float(wire))
 
 
+def missing_wire(wires: Sequence[Wire], machine: Machine | None) -> str:
+    """The first wire that a profile may have but that of `machine` lacks; "" if there is none.
+
+    Raises LaneError for a name that no profile has.
+    """
+    known = {} if machine is None else machine.wires
+    names = [wire for wire in wires if isinstance(wire, str) and wire not in known]
+    for name in names:
+        if name not in WIRES:
+            raise LaneError(f"unknown wire {name!r}: profiles have {', '.join(WIRES)}; or give a rate")
+    return names[0] if names else ""
+
+
 def listed(wire: Wire | Sequence[Wire]) -> tuple[Wire, ...]:
-    """One wire or several as a tuple. Raises LaneError for none."""
-    wires = (wire,) if isinstance(wire, (str, int, float, Curve)) else tuple(wire)
+    """One wire or a list or tuple of them, as a tuple. Raises LaneError for none, for what is no wire and for
+    a rate not above 0."""
+    wires = tuple(wire) if isinstance(wire, (list, tuple)) else (wire,)
     if not wires:
         raise LaneError("there is no wire: name one, or give bytes per second")
+    for each in wires:
+        rate = isinstance(each, (int, float)) and not isinstance(each, bool) and 0 < each < MAX_RATE
+        if not (rate or isinstance(each, (str, Curve))):
+            what = f"{each!r:.60}".replace("\n", " ")
+            raise LaneError(f"wire={what} is neither a name, bytes per second above 0 nor a Curve")
     return wires
 
 
@@ -424,9 +459,9 @@ class _Prediction:
         return Candidate(lane, seconds, sample, seconds if known else None, times)
 
     def _why_no_table(self, lane: str) -> str:
-        table = TABLES.get(self.task.dtype)
+        table = _table(lane, self.task.dtype)
         if table is None or not self.task.nbytes:
-            return f"stores {self.task.dtype if self.task.nbytes else 'empty tensors'} raw"
+            return f"stores {_short(self.task.dtype) if self.task.nbytes else 'empty tensors'} raw"
         return self.machine.left_out.get(f"{lane} {table}", "not in the profile")
 
     def _sample(self, lane: str) -> Sample | None:
@@ -482,6 +517,15 @@ class _Prediction:
         if self.together > 1:
             return sum(busiest(phase, n)[1] for phase in phases)
         return sum(serial_time(phase, n) for phase in phases)
+
+
+def _table(lane: str, dtype: torch.dtype) -> str | None:
+    """The dtype whose table of `lane` holds for `dtype`; None where the lane stores it raw."""
+    return None if dtype.is_complex and lane not in EXACT else TABLES.get(dtype)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _stage(name: str, seconds: float) -> Stage:

@@ -13,7 +13,7 @@ from sidelane.codec.packet import Packet, flatten
 from sidelane.errors import LaneError, PacketError
 from sidelane.kernels.reference import GROUP_BITS
 from sidelane.pipeline.basis import Basis
-from sidelane.pipeline.lanes import decode_packet, open_lane, plain, undisturbed
+from sidelane.pipeline.lanes import check_plain, decode_packet, open_lane, plain, undisturbed
 
 CHUNK = 1 << 20  # elements measured at a time, in float64
 
@@ -40,8 +40,12 @@ def compress(
     Raises LaneError for an unknown lane or option, a bound below 0, and tensors without dense elements.
     """
     lane = choose_lane(lane, max_rel_error, basis, options)
+    check_plain(tensor)
     with undisturbed(tensor.device):
-        return lane.encode(tensor) if max_rel_error is None else _encode_within(tensor, lane, max_rel_error)
+        # "auto" keeps its bound itself, and learns from packets that broke it.
+        if max_rel_error is None or getattr(lane, "max_rel_error", None) == max_rel_error:
+            return lane.encode(tensor)
+        return _encode_within(tensor, lane, max_rel_error)
 
 
 def _encode_within(tensor: Tensor, lane: Lane, max_rel_error: float) -> Packet:
@@ -70,7 +74,7 @@ def choose_lane(
     if lane is None:
         lane = "exact" if max_rel_error is None else "packed"
     if lane == "auto":
-        from sidelane.pipeline.autolane import shared_auto_lane  # it calls `compress`
+        from sidelane.pipeline.tensor_auto import shared_auto_lane  # it calls `compress`
 
         return shared_auto_lane(max_rel_error=max_rel_error, **options)
     if isinstance(lane, str):

@@ -33,6 +33,8 @@ MAX_POINTS = 64  # of a curve
 MAX_NAMES = 256  # of a table
 MAX_SIZE = 1 << 50  # bytes that a curve speaks of
 
+WIRES = ("d2h", "h2d", "d2h both", "h2d both", "disk write", "disk read", "tcp", "peer")
+HOST_TIMES = ("chain out", "chain back")  # tables among those of wires that nothing can be sent over
 MACHINE_KEYS = ("gpu", "cpu", "cores")  # the other keys are versions
 
 T = TypeVar("T")
@@ -121,7 +123,8 @@ class Machine:
         key: what they hold for, see `current_key`.
         wires: "d2h", "h2d": GPU to pinned memory and back; "d2h both", "h2d both": the same while the other
             direction is full; "disk write", "disk read": the disk tier; "tcp": loopback; "peer": to the next
-            GPU. Those that the machine has. "chain out", "chain back": host time of a `Chain` for each tensor.
+            GPU. Those of `WIRES` that the machine has. "chain out", "chain back": host time of a `Chain` for
+            each tensor.
         lanes: by f"{lane}|{dtype}|{load}": lane "raw", "exact", "packed:8", "packed:4", "packed:2" or
             "video"; dtype "bfloat16" or "float32"; load "idle", or "busy" beside bf16 matrix products.
         gemm: FLOP/s of bf16 matrix products.
@@ -204,7 +207,7 @@ def current_key() -> dict[str, str]:
         "gpu": torch.cuda.get_device_name() if gpu else "none",
         "cpu": _cpu(),
         "cores": str(os.cpu_count()),
-        "driver": _driver() if gpu else "none",
+        "driver": driver_version() if gpu else "none",
         "torch": torch.__version__,
         "triton": _triton(),
         "sidelane": version("sidelane"),
@@ -219,6 +222,14 @@ def cache_path() -> Path:
     return folder / "sidelane" / f"machine-{digest[:16]}.json"
 
 
+def driver_version() -> str:
+    """Of the NVIDIA driver; "unknown" where it is not loaded or does not say."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
 def _cpu() -> str:
     with suppress(OSError), open("/proc/cpuinfo") as lines:
         for line in lines:
@@ -226,13 +237,6 @@ def _cpu() -> str:
             if name.strip() == "model name":
                 return value.strip()
     return platform.machine()
-
-
-def _driver() -> str:
-    try:
-        return Path("/sys/module/nvidia/version").read_text().strip()
-    except OSError:
-        return "unknown"
 
 
 def _triton() -> str:

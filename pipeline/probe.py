@@ -114,8 +114,9 @@ def measure(
         left_out["busy"] = "no GPU whose matrix products could be a load"
     if not tables.gemm:
         raise ProfileError(f"no matrix product runs here ({left_out['products']}): see sidelane doctor")
-    machine = tables.wires, tables.lanes, tables.gemm, tables.engines
-    return Machine(current_key(), *machine, left_out=left_out)
+    # Copies, as a step that stalled may go on and add to its tables.
+    found = dict(tables.wires), dict(tables.lanes), tables.gemm, dict(tables.engines)
+    return Machine(current_key(), *found, left_out=left_out)
 
 
 def activations(nbytes: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 import sidelane
 from sidelane import cli
 from sidelane.errors import LaneError, ProfileError
-from sidelane.pipeline import autolane, choice
+from sidelane.pipeline import choice, tensor_auto
 from sidelane.pipeline import machine as machine_module
-from sidelane.pipeline.autolane import REPLAN, WARM, AutoLane
 from sidelane.pipeline.chain import Chain
 from sidelane.pipeline.choice import (
     LANES,
@@ -36,6 +35,7 @@ from sidelane.pipeline.choice import (
 from sidelane.pipeline.compress import relative_error
 from sidelane.pipeline.machine import Curve, LaneSpeed, Machine
 from sidelane.pipeline.planner import EWMA, FADE, MIN_GAIN, SWITCH_AFTER, Residuals
+from sidelane.pipeline.tensor_auto import BREAKS, FORGIVE, REPLAN, WARM, AutoLane
 
 GB = 1e9
 MIB = 1 << 20
@@ -82,11 +82,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No profile but those that a test makes, and nothing remembered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     choice.present.cache_clear()
-    autolane._shared.clear()
+    tensor_auto._shared.clear()
     monkeypatch.setattr(choice, "SHARED", Probes())
     yield
     choice.present.cache_clear()
-    autolane._shared.clear()
+    tensor_auto._shared.clear()
 
 
 # Choices
@@ -188,13 +188,26 @@ def test_kernels_that_take_longer_than_raw_are_not_probed() -> None:
 def test_what_every_lane_stores_raw(dtype: torch.dtype) -> None:
     decision = choose(torch.zeros(1000, dtype=dtype), 0.001 * GB, made(), exact=False)
     assert decision.lane == "raw"
-    assert f"stores {dtype} raw" in decision.explain()
+    assert f"stores {str(dtype).removeprefix('torch.')} raw" in decision.explain()
 
 
 def test_empty_tensors() -> None:
     decision = choose(torch.empty(0, 4), 0.001 * GB, made(), exact=False)
     assert decision.lane == "raw"
     assert "empty" in decision.explain()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex32])
+def test_complex_tensors_have_no_lossy_lane(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 100, 2, generator=random).to(dtype.to_real())
+    x = torch.view_as_complex(x)
+    decision = choose(x, 1e6, slow(), max_rel_error=0.3, probes=Probes())
+    assert "packed:4     " in decision.explain() and f"stores {str(dtype)[6:]} raw" in decision.explain()
+    packet = sidelane.compress(x, lane="auto", wire=1e5, machine=slow(), max_rel_error=0.3)
+    assert packet.lane in ("raw", "exact")
+    back = sidelane.decompress(packet)
+    assert torch.equal(torch.view_as_real(back), torch.view_as_real(x))
 
 
 def test_lanes_that_were_not_measured() -> None:
@@ -219,10 +232,40 @@ def test_a_faster_wire_is_never_slower(rate: float, faster: float, together: int
         assert decision.seconds <= decision.candidates["raw"].seconds
 
 
-@pytest.mark.parametrize("wire", ["h3d", 0, -1.0, float("inf"), True, (), float("nan")])
+@pytest.mark.parametrize(
+    "wire",
+    ["h3d", 0, -1.0, float("inf"), True, (), float("nan"), [], None, b"d2h", 10**400, {"d2h": 1}, [None]],
+)
 def test_wires_that_are_none(wire) -> None:
-    with pytest.raises(LaneError, match="wire"):
-        choose(described(), wire, made())
+    for call in (
+        lambda: choose(described(), wire, made()),
+        lambda: AutoLane(wire, made()),
+        lambda: AutoLane(wire),
+        lambda: sidelane.compress(activations(), lane="auto", wire=wire, machine=made()),
+        lambda: Chain("auto", wire=wire, machine=made()),
+    ):
+        with pytest.raises(LaneError, match="wire") as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_host_times_are_no_wires() -> None:
+    machine = made(wires={"chain out": Curve.line(1e-5, 1e15)})
+    with pytest.raises(LaneError, match="it has d2h, h2d; or give a rate"):
+        choose(described(), "chain out", machine)
+
+
+def test_several_wires_as_a_list() -> None:
+    x = activations()
+    for wire in (["d2h", 1e6], ("d2h", 1e6)):
+        assert sidelane.compress(x, lane="auto", wire=wire, machine=made()).lane == "exact"
+
+
+@pytest.mark.parametrize("machine", [3, "profile.json"])
+def test_what_is_no_machine(machine) -> None:
+    for call in (choose, AutoLane):
+        with pytest.raises(LaneError, match="is no Machine"):
+            call(activations() if call is choose else "d2h", machine=machine)
 
 
 @pytest.mark.parametrize("options", [{"load": "full"}, {"max_rel_error": -1}, {"together": 0}])
@@ -299,6 +342,18 @@ def test_probes_are_remembered_by_kind() -> None:
     assert choose(x, **pick).probe_seconds > 0
 
 
+def test_lengths_are_no_kinds_of_their_own() -> None:
+    assert kind_of(torch.zeros(100)) == kind_of(torch.zeros(1000)) != kind_of(torch.zeros(10, 10))
+
+
+def test_no_more_samples_are_remembered_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "MAX_SAMPLES", 4)
+    probes, x = Probes(), activations(4, 4)
+    for i in range(20):
+        probes.sample((str(i),), "raw", x)
+        assert len(probes._samples) <= 4
+
+
 # Without a profile
 
 
@@ -311,6 +366,16 @@ def test_no_profile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packet.lane == "raw"
     assert NO_PROFILE in lane.explain()
     assert torch.equal(lane.decode(packet), x)
+
+
+def test_a_wire_that_the_profile_lacks_takes_everything_raw() -> None:
+    """A program for a GPU runs where there is none."""
+    machine = made()
+    del machine.wires["d2h"]
+    x = activations()
+    with Chain("auto", machine=machine) as chain:
+        assert torch.equal(chain.receive(chain.send(x)), x)
+        assert "no wire 'd2h'" in chain.explain()
 
 
 def test_the_profile_of_this_machine_is_found() -> None:
@@ -370,6 +435,49 @@ def test_a_tensor_that_breaks_the_bound_is_probed_anew() -> None:
     assert packet.bits == 8
     assert lane.encode(wild).bits == 8
     assert lane.decide(wild).lane == "packed:8"
+
+
+class Hopeful(Probes):
+    """Takes 2 bits to be enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forgotten = 0
+
+    def sample(self, kind, lane: str, tensor: torch.Tensor) -> Sample:
+        return Sample(0.1, 0, 0.0) if lane == "packed:2" else super().sample(kind, lane, tensor)
+
+    def forget(self, kind) -> None:
+        self.forgotten += 1
+        super().forget(kind)
+
+
+@pytest.mark.parametrize("way", ["lane", "compress"])
+def test_a_lane_that_keeps_breaking_the_bound_is_left_out(way: str) -> None:
+    probes, machine, x = Hopeful(), slow(1e5), activations()
+
+    def encode():
+        if way == "lane":
+            return lane.encode(x)
+        return sidelane.compress(x, lane="auto", machine=machine, max_rel_error=0.02, probes=probes)
+
+    lane = AutoLane(machine=machine, max_rel_error=0.02, probes=probes)
+    for _ in range(5):
+        packet = encode()
+        assert packet.bits == 8
+        assert packet.rel_error == relative_error(x.flatten(), lane.decode(packet).flatten()) <= 0.02
+    assert probes.forgotten == BREAKS
+    if way == "lane":
+        assert "kept breaking the bound" in lane.explain()
+
+
+def test_a_lane_that_seldom_breaks_the_bound_stays() -> None:
+    calm, wild = torch.ones(256, 64).bfloat16(), activations(256, 64)
+    lane = AutoLane(machine=slow(1e5), max_rel_error=0.02, probes=Hopeful())
+    for _ in range(2 * BREAKS):
+        assert lane.encode(wild).bits == 8
+        for _ in range(round(1 / FORGIVE)):
+            assert lane.encode(calm).bits == 2
 
 
 def test_options_that_auto_has_not() -> None:
@@ -483,17 +591,44 @@ def test_a_chain_keeps_the_bound() -> None:
 def test_a_chain_learns_that_an_encoder_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     x = activations()
     named = {lane: lane_named(lane) for lane in LANES if lane != "video"} | {"exact": Slow()}
-    monkeypatch.setattr(autolane, "lane_named", named.__getitem__)
+    monkeypatch.setattr(tensor_auto, "lane_named", named.__getitem__)
     with Chain("auto", machine=made(0.2 * GB), workers=0) as chain:
         first = chain.send(x)
         assert chain.report().ratio > 1.2
-        for _ in range(300):
+        for _ in range(1000):  # far more than it takes; it is tried again later
+            if chain.explain().splitlines()[0].endswith(": raw"):
+                break
             chain.send(x)
-        assert chain.explain().splitlines()[0].endswith(": raw")
+        else:
+            pytest.fail("the slow lane is still taken")
         before = chain.report().bytes_wire
         chain.send(x)
         assert chain.report().bytes_wire - before >= x.nbytes
         assert torch.equal(chain.receive(first), x)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_chain_goes_on_and_learns_after_a_stage_that_failed(workers: int) -> None:
+    calls = 0
+
+    def kernel(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls <= 9 and calls % 3 == 0:
+            raise ValueError("of the kernel")
+        return x
+
+    x, failed = activations(), 0
+    with Chain("auto", wire=1e6, machine=made(), kernel=kernel, workers=workers) as chain:
+        for i in range(120):
+            try:
+                assert torch.equal(chain.receive(chain.send(x)), x)
+            except ValueError:
+                failed += 1
+            if i == 9:
+                observed = chain._lane._observed
+        assert failed == 3
+        assert chain._lane._observed > observed + 5
 
 
 def test_a_trace_beside_learning() -> None:
@@ -564,7 +699,10 @@ def test_plan_reads_tensors(profile: Path, tmp_path: Path, capsys: pytest.Captur
     "arguments, says",
     [
         (["--wire", "h3d"], "no wire 'h3d'"),
-        (["--wire", "-1"], "above 0"),
+        (["--wire", "-1"], "GB/s above 0"),
+        (["--wire", "1e400"], "GB/s above 0"),
+        (["--mib", "inf"], "inf MiB are more than"),
+        (["--dtype", "float4_e2m1fn_x2"], "holds no random numbers"),
         (["--dtype", "int8"], "no floating dtype"),
         (["--load", "full"], "load"),
         (["missing.safetensors"], "is no file"),

@@ -196,6 +196,14 @@ def test_refusals(options, text):
     assert str(caught.value) == text
 
 
+@pytest.mark.parametrize("lane", ["raw", "exact", "packed", "auto"])
+def test_what_is_no_dense_tensor_is_refused(lane):
+    with pytest.raises(LaneError, match="list is not a plain tensor"):
+        compress([1.0, 2.0], lane=lane)
+    with pytest.raises(LaneError, match="meta device"):
+        compress(torch.empty(8, device="meta"), lane=lane)
+
+
 def test_autocast_and_default_dtype_change_nothing():
     x = torch.randn(512, 64) @ torch.randn(64, 64)
     basis = calibrate([x], bits=6)

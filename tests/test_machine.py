@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidelane import cli, profile
+from sidelane import cli, doctor, profile
 from sidelane.errors import LaneError, ProfileError
 from sidelane.pipeline import machine as machines
 from sidelane.pipeline import probe, probe_wires, sampling
@@ -473,6 +473,28 @@ def test_the_command_writes_a_file_and_does_not_replace_one(tables, measured, tm
     assert path.read_text() == "mine"
     assert cli.run(["profile", "--out", str(path), "--force"]) == 0
     assert Machine.load(path) == tables
+
+
+def test_the_command_keeps_what_it_measured_when_out_cannot_be_written(tables, measured, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.run(["profile", "--out", str(tmp_path / "file" / "tables.json")]) == 2
+    assert re.fullmatch(r"sidelane: [^\n]+ cannot be written: [^\n]+\n", capsys.readouterr().err)
+    assert Machine.cached() == tables
+
+
+def test_doctor_says_what_the_profile_found(tables, cache):
+    def pcie():
+        return next(each for each in doctor.findings() if each.subject == "PCIe")
+
+    assert (pcie().state, pcie().remedy) == ("not probed", "run sidelane profile")
+    wires = {"d2h": Curve.line(0.0, 55e9), "h2d": Curve.line(0.0, 5e10)}
+    replace(tables, wires=wires).save(cache_path())
+    assert pcie().state == "yes"
+    assert "GPU to pinned host memory 55 GB/s, back 50 GB/s for 64 MiB" in pcie().detail
+    replace(tables, wires={}, left_out={"d2h, h2d": "stalled"}).save(cache_path())
+    assert pcie().detail.endswith("stalled") and pcie().state == "not probed"
+    cache_path().write_text("{")
+    assert "is no profile" in pcie().detail
 
 
 def test_the_command_measures_again_what_is_damaged(tables, measured, cache, capsys):

@@ -15,6 +15,7 @@ from sidelane.errors import (
     LaneUnavailable,
     OffloadError,
     PacketError,
+    ProfileError,
     SidelaneError,
     SpaceError,
 )
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from sidelane.pipeline.chain import Chain
     from sidelane.pipeline.checkpoint import OffloadedCheckpoint, checkpoint
     from sidelane.pipeline.compress import compress, decompress
+    from sidelane.pipeline.dual import DualLane
+    from sidelane.pipeline.dual_wire import DualWire
+    from sidelane.pipeline.machine import Machine
     from sidelane.pipeline.offload import offload
+    from sidelane.pipeline.recompute import StoredKV
     from sidelane.pipeline.wrap import wrap
 
 __version__ = "0.1.0"
@@ -38,14 +43,19 @@ __all__ = [
     "BudgetError",
     "Chain",
     "DriverError",
+    "DualLane",
+    "DualWire",
     "LaneError",
     "LaneUnavailable",
+    "Machine",
     "OffloadError",
     "OffloadedCheckpoint",
     "Packet",
     "PacketError",
+    "ProfileError",
     "SidelaneError",
     "SpaceError",
+    "StoredKV",
     "__version__",
     "calibrate",
     "checkpoint",
@@ -58,8 +68,12 @@ __all__ = [
 _LAZY = {
     "Basis": "sidelane.pipeline.basis",
     "Chain": "sidelane.pipeline.chain",
+    "DualLane": "sidelane.pipeline.dual",
+    "DualWire": "sidelane.pipeline.dual_wire",
+    "Machine": "sidelane.pipeline.machine",
     "OffloadedCheckpoint": "sidelane.pipeline.checkpoint",
     "Packet": "sidelane.codec.packet",
+    "StoredKV": "sidelane.pipeline.recompute",
     "calibrate": "sidelane.pipeline.calibrate",
     "checkpoint": "sidelane.pipeline.checkpoint",
     "compress": "sidelane.pipeline.compress",

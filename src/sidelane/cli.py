@@ -85,7 +85,7 @@ def doctor() -> None:
 def profile(
     out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file too.")] = None,
     spill_dir: Annotated[Path | None, typer.Option(help="Folder whose disk is measured.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Measure again, and replace FILE.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Measure again, and replace OUT.")] = False,
 ) -> None:
     """Measure wires, lanes and matrix products of this machine once, in half a minute, for planning."""
     from sidelane.profile import run_profile
@@ -102,11 +102,14 @@ def plan(
         list[str] | None,
         typer.Option(help="Name in the profile, or GB/s; with commas, one after the other. Repeat for more."),
     ] = None,
-    mib: Annotated[list[float] | None, typer.Option(min=0.01, help="Size without a file; repeat.")] = None,
+    mib: Annotated[
+        list[float] | None,
+        typer.Option(min=0.01, help="MiB of random numbers, without a file. Repeat for more."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the random numbers.")] = "bfloat16",
     load: Annotated[str, typer.Option(help="idle, or busy beside matrix products.")] = "idle",
     max_rel_error: Annotated[
-        float | None, typer.Option(help="Largest relative error; exact lanes only without.")
+        float | None, typer.Option(help="Largest relative Frobenius error; only exact lanes without.")
     ] = None,
     together: Annotated[
         int, typer.Option(min=1, help="Tensors under way at once, whose stages overlap.")
@@ -144,7 +147,7 @@ def compress(
     source: Annotated[Path, typer.Argument(metavar="IN.safetensors")],
     target: Annotated[Path, typer.Argument(metavar="OUT")],
     lane: Annotated[
-        str | None, typer.Option(help="raw, exact, packed, video-cpu or video; exact without an error.")
+        str | None, typer.Option(help="raw, exact, packed, video-cpu, video or auto; exact without an error.")
     ] = None,
     max_rel_error: Annotated[
         float | None, typer.Option(help="Largest relative Frobenius error of a tensor.")

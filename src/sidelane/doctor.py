@@ -21,7 +21,10 @@ from sidelane.codec._driver import hidden_gpus_hint
 from sidelane.codec.engines import capabilities
 from sidelane.codec.hevc import hevc_support
 from sidelane.codec.probe import probe_nvdec, probe_nvenc
-from sidelane.errors import DriverError, LaneUnavailable
+from sidelane.errors import DriverError, LaneUnavailable, ProfileError
+from sidelane.pipeline.machine import Machine, driver_version
+
+PCIE_BYTES = 64 << 20  # of the transfer whose rate is shown
 
 _STYLES = {"yes": "green", "no": "red", "not probed": "yellow"}
 
@@ -60,7 +63,7 @@ def findings() -> Iterator[Finding]:
     yield _nvdec()
     yield _nvcomp()
     yield _memory()
-    yield Finding("PCIe", "not probed", "transfer rates are not measured")
+    yield _pcie()
 
 
 def _gpus() -> Iterator[Finding]:
@@ -68,7 +71,7 @@ def _gpus() -> Iterator[Finding]:
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
             detail = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"
-            yield Finding(f"CUDA device {i}", "yes", f"{detail}, driver {_driver_version()}")
+            yield Finding(f"CUDA device {i}", "yes", f"{detail}, driver {driver_version()}")
     elif torch.version.cuda is None:
         yield Finding(
             "CUDA device", "no", "this torch is built without CUDA", "install a CUDA build of torch"
@@ -78,17 +81,8 @@ def _gpus() -> Iterator[Finding]:
             "CUDA device", "no", reason, "install the NVIDIA driver, or give the container its GPUs"
         )
     else:
-        detail = (
-            f"driver {_driver_version()} shows no device that torch for CUDA {torch.version.cuda} can use"
-        )
+        detail = f"driver {driver_version()} shows no device that torch for CUDA {torch.version.cuda} can use"
         yield Finding("CUDA device", "no", detail, "check nvidia-smi and CUDA_VISIBLE_DEVICES")
-
-
-def _driver_version() -> str:
-    try:
-        return Path("/sys/module/nvidia/version").read_text().strip()
-    except OSError:
-        return "unknown"
 
 
 def _triton() -> Finding:
@@ -203,6 +197,26 @@ def _memory() -> Finding:
     if limit is not None and limit < total:
         detail += f", limited to {limit / 2**30:.1f} GiB by the control group"
     return Finding("host memory", "yes", detail)
+
+
+def _pcie() -> Finding:
+    """What the profile of this machine says."""
+    try:
+        machine = Machine.cached()
+    except ProfileError as error:
+        return Finding("PCIe", "not probed", str(error))
+    if machine is None:
+        return Finding("PCIe", "not probed", "transfer rates are not measured", "run sidelane profile")
+    names = {"d2h": "GPU to pinned host memory", "h2d": "back"}
+    rates = [
+        f"{what} {machine.wires[name].rate(PCIE_BYTES) / 1e9:.3g} GB/s"
+        for name, what in names.items()
+        if name in machine.wires
+    ]
+    if not rates:
+        reason = machine.left_out.get("d2h, h2d", "there is no GPU")
+        return Finding("PCIe", "not probed", f"the profile has no transfer rates: {reason}")
+    return Finding("PCIe", "yes", f"{', '.join(rates)} for {PCIE_BYTES >> 20} MiB, by sidelane profile")
 
 
 def _cgroup_limit() -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from sidelane.errors import LaneError, ProfileError
 from sidelane.pipeline.choice import LANES, NO_PROFILE, Described, Wire, choose, present, probe, speed_of
-from sidelane.pipeline.machine import Machine
+from sidelane.pipeline.machine import HOST_TIMES, MAX_SIZE, Machine
 
 MIB = 1 << 20
-ONE_SIDED = {"both", "chain"}  # words in the names of tables that are no wire to plan for
+HIDDEN = {"d2h both", "h2d both", *HOST_TIMES}  # shown only where they are asked for, if at all
 RANDOM_BYTES = 4 * MIB  # of the tensor that is probed when no file is given
 NOT_CHECKED = "Without a GPU here the time that keeping the bound takes is left out."
 
@@ -41,9 +42,7 @@ def plans(
     machine = present() if profile is None else Machine.load(profile, foreign=True)
     if machine is None:
         raise ProfileError(NO_PROFILE)
-    routes = [parse_wire(wire) for wire in wires] or [
-        (name,) for name in machine.wires if not ONE_SIDED & {*name.split()}
-    ]
+    routes = [parse_wire(wire) for wire in wires] or [(name,) for name in machine.wires if name not in HIDDEN]
     if not routes:
         raise LaneError("the profile has no wires: give --wire with a rate in GB/s")
     tensors = _random(dtype, sizes) if source is None else _read(source)
@@ -65,9 +64,12 @@ def parse_wire(text: str) -> tuple[Wire, ...]:
 
 def _wire(part: str) -> Wire:
     try:
-        return float(part) * 1e9
+        rate = float(part) * 1e9
     except ValueError:
         return part
+    if not (isfinite(rate) and rate > 0):
+        raise LaneError(f"wire '{part}' is no rate: give GB/s above 0, or a name in the profile")
+    return rate
 
 
 def _random(dtype: str, sizes: Sequence[float]) -> Iterator[tuple[str, int, Tensor]]:
@@ -75,8 +77,15 @@ def _random(dtype: str, sizes: Sequence[float]) -> Iterator[tuple[str, int, Tens
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise LaneError(f"dtype '{dtype}' is no floating dtype of torch: use bfloat16, float16 or float32")
     random = torch.Generator().manual_seed(0)
-    tensor = torch.randn(RANDOM_BYTES // 1024 // kind.itemsize, 1024, generator=random).to(kind)
+    try:
+        tensor = torch.randn(RANDOM_BYTES // 1024 // kind.itemsize, 1024, generator=random).to(kind)
+    except RuntimeError as error:
+        raise LaneError(
+            f"dtype '{dtype}' holds no random numbers: use bfloat16, float16 or float32"
+        ) from error
     for size in sizes:
+        if size * MIB > MAX_SIZE:
+            raise LaneError(f"{size:g} MiB are more than the {MAX_SIZE // MIB} MiB that can be planned for")
         yield "normal random numbers", int(size * MIB), tensor
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sidelane.errors import ProfileError
-from sidelane.pipeline.machine import Curve, Machine, cache_path
+from sidelane.pipeline.machine import HOST_TIMES, Curve, Machine, cache_path
 from sidelane.pipeline.probe import measure
 
 COLUMNS = {"1 MiB": 1 << 20, "16 MiB": 16 << 20, "256 MiB": 256 << 20}
@@ -21,8 +21,8 @@ COLUMNS = {"1 MiB": 1 << 20, "16 MiB": 16 << 20, "256 MiB": 256 << 20}
 def run_profile(out: Path | None, spill_dir: Path | None, force: bool) -> None:
     """Show the tables of this machine, measured unless they are in the cache folder, and write them to `out`.
 
-    Raises ProfileError when `out` exists and not `force`, when nothing can be measured, and when the cache
-    folder cannot be written, after all else is done.
+    Raises ProfileError when `out` exists and not `force`, when nothing can be measured, and when `out` or the
+    cache folder cannot be written, after all else is done.
     """
     if out is not None and out.exists() and not force:
         raise ProfileError(f"{out} exists: --force replaces it")
@@ -33,12 +33,14 @@ def run_profile(out: Path | None, spill_dir: Path | None, force: bool) -> None:
         begin = perf_counter()
         machine = _measure(spill_dir)
         console.print(f"measured in {perf_counter() - begin:.1f} s")
-    if out is not None:
-        machine.save(out)
     for part in summary(machine):
         console.print(part)
-    if fresh:
-        machine.save(cache_path())
+    try:
+        if out is not None:
+            machine.save(out)
+    finally:
+        if fresh:
+            machine.save(cache_path())
 
 
 def summary(machine: Machine) -> Iterator[RenderableType]:
@@ -46,12 +48,12 @@ def summary(machine: Machine) -> Iterator[RenderableType]:
     key = machine.key
     versions = ", ".join(f"{name} {key.get(name, 'none')}" for name in ("driver", "torch", "triton"))
     when = strftime("%Y-%m-%d %H:%M", localtime(machine.created))
-    yield Text(f"{key.get('gpu', 'none')} and {key.get('cpu', 'none')}; {versions}; {when}")
+    yield Text(f"GPU {key.get('gpu', 'none')}; CPU {key.get('cpu', 'none')}; {versions}; {when}")
     yield Text(
         f"bf16 matrix products {machine.gemm / 1e12:.3g} TFLOP/s; engines: "
         + ", ".join(f"{count} {name.upper()}" for name, count in machine.engines.items())
     )
-    hosts = {name: curve(1) * 1e6 for name, curve in machine.wires.items() if name.startswith("chain ")}
+    hosts = {name: curve(1) * 1e6 for name, curve in machine.wires.items() if name in HOST_TIMES}
     if hosts:
         costs = ", ".join(f"{name} {microseconds:.0f} us" for name, microseconds in hosts.items())
         yield Text(f"host time for each tensor: {costs}")
@@ -59,7 +61,7 @@ def summary(machine: Machine) -> Iterator[RenderableType]:
     yield _table("Wires, GB/s", wires)
     lanes = {name.replace("|", " "): (speed.encode, speed.decode) for name, speed in machine.lanes.items()}
     yield _table("Lanes, encode / decode, GB/s of raw bytes", lanes)
-    yield Text("In brackets: beyond the sizes that were measured.")
+    yield Text("Columns are sizes of a tensor. In brackets: beyond the sizes that were measured.")
     for name, reason in machine.left_out.items():
         yield Text(f"left out: {name}: {reason}", style="yellow")
 

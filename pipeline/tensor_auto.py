@@ -18,7 +18,9 @@ from sidelane.codec.packet import Packet
 from sidelane.errors import LaneError
 from sidelane.pipeline.choice import (
     EXACT,
+    NO_PROFILE,
     SHARED,
+    Candidate,
     Decision,
     Kind,
     Probes,
@@ -26,12 +28,13 @@ from sidelane.pipeline.choice import (
     check_load,
     check_together,
     choose,
+    given_or_present,
     kind_of,
     lane_named,
     listed,
+    missing_wire,
     name_of,
     named_wire,
-    present,
     raw_decision,
     speed_of,
 )
@@ -48,6 +51,8 @@ LEARN = 5  # spans of a thread of which one is timed; no multiple of the stages 
 WARM = 2  # times of a stage that are not learned from
 MAX_PLANS = 1024
 MAX_SHARED = 64
+BREAKS = 2  # of the bound by packets of a lane that its samples speak for, after which it is left out
+FORGIVE = 0.1  # of a break, by a packet that keeps the bound
 MAX_WAITING = 256  # spans whose end is awaited; older ones teach nothing
 
 
@@ -55,7 +60,8 @@ class AutoLane:
     """Encodes each tensor in the lane that `choose` says. Thread-safe.
 
     A lane is kept for tensors of a kind and size until another is better by 8 % three times, so that noise
-    does not change it. Without a profile of this machine every tensor goes raw, and `explain` says so.
+    does not change it. Without a profile of this machine, and over a wire that its profile lacks, every
+    tensor goes raw, and `explain` says so.
 
     Args:
         wire, machine, load, together: as for `choose`.
@@ -80,18 +86,24 @@ class AutoLane:
         check_bound(max_rel_error)
         check_load(load)
         check_together(together)
-        self._machine = present() if machine is None else machine
+        self._machine = given_or_present(machine)
         self._wires = listed(wire)
+        self._reason = NO_PROFILE
+        if (lacks := missing_wire(self._wires, self._machine)) and self._machine is not None:
+            self._reason = f"the profile has no wire '{lacks}': see sidelane profile"
+            self._machine = None
         self._curves: dict[str, Curve] = {}
         if self._machine is not None:
             self._curves = dict(named_wire(each, self._machine) for each in self._wires)
-        self._load, self._max_rel_error, self._together = load, max_rel_error, together
+        self._load, self._together = load, together
+        self.max_rel_error = max_rel_error
         self.exact = max_rel_error is None
         self._probes = probes
         self._residuals = Residuals()
         self._observed = 0
         self._seen: dict[str, int] = {}
         self._plans: dict[tuple[Kind, int], _Plan] = {}
+        self._breaks: dict[tuple[Kind, str], float] = {}
         self._work = _Work()
         self._lock = RLock()
 
@@ -104,16 +116,15 @@ class AutoLane:
         return self._plan(tensor).lane
 
     def encode(self, tensor: Tensor) -> Packet:
-        """Within the bound. When the chosen lane breaks it, tensors of that kind are probed anew."""
+        """Within the bound. When the chosen lane breaks it, tensors of that kind are probed anew; a lane that
+        keeps breaking it is left out for them."""
         plan = self._plan(tensor)
-        if self._max_rel_error is None:
+        if self.max_rel_error is None:
             packet = plan.lane.encode(tensor)
         else:
-            packet = compress(tensor, lane=plan.lane, max_rel_error=self._max_rel_error)
+            packet = compress(tensor, lane=plan.lane, max_rel_error=self.max_rel_error)
+            self._count(kind_of(tensor), plan, broken=name_of(packet) not in (plan.decision.lane, RAW))
         self._work.set(*plan.encode)
-        if name_of(packet) not in (plan.decision.lane, RAW):
-            self._probes.forget(kind_of(tensor))
-            plan.stale = True
         return packet
 
     def decode(self, packet: Packet) -> Tensor:
@@ -161,6 +172,19 @@ class AutoLane:
         name, seconds = self._work.stage, self._work.predicted
         return None if seconds is None or name.split()[0] != stage else (name, seconds)
 
+    def _count(self, kind: Kind, plan: _Plan, broken: bool) -> None:
+        """Whether a packet of the lane of `plan` broke the bound."""
+        key = kind, plan.decision.lane
+        with self._lock:
+            if broken:
+                if len(self._breaks) >= MAX_PLANS:
+                    self._breaks.clear()
+                self._breaks[key] = self._breaks.get(key, 0.0) + 1
+                self._probes.forget(kind)
+                plan.stale = True
+            elif BREAKS > self._breaks.get(key, 0.0) > 0:
+                self._breaks[key] -= FORGIVE
+
     def _plan(self, tensor: Tensor) -> _Plan:
         key = kind_of(tensor), distinct_bytes(tensor)
         plan = self._plans.get(key)
@@ -176,18 +200,23 @@ class AutoLane:
     def _decide(self, tensor: Tensor, choice: Hysteresis) -> _Plan:
         self._residuals.fade()
         if self._machine is None:
-            decision = raw_decision(tensor, self._wires, self._load, self._together)
+            decision = raw_decision(tensor, self._wires, self._load, self._together, self._reason)
         else:
             decision = choose(
                 tensor,
                 self._wires,
                 self._machine,
                 self._load,
-                self._max_rel_error,
+                self.max_rel_error,
                 together=self._together,
                 residuals=self._residuals,
                 probes=self._probes,
             )
+            kind, candidates = kind_of(tensor), dict(decision.candidates)
+            for lane, each in candidates.items():
+                if self._breaks.get((kind, lane), 0.0) >= BREAKS:
+                    candidates[lane] = Candidate(lane, inf, each.sample, why="kept breaking the bound")
+            decision = replace(decision, candidates=candidates)
             times = {lane: each.seconds for lane, each in decision.candidates.items() if each.seconds < inf}
             decision = replace(decision, lane=choice.update(times))
         return _Plan(decision, lane_named(decision.lane), choice, self._encode_work(decision), self._observed)
@@ -195,7 +224,7 @@ class AutoLane:
     def _encode_work(self, decision: Decision) -> tuple[str, float | None]:
         """The encode stage, and its seconds by the tables unless checking the bound is a part of it."""
         speed = self._speed(decision.lane, decision.dtype)
-        checked = self._max_rel_error is not None and decision.lane not in EXACT
+        checked = self.max_rel_error is not None and decision.lane not in EXACT
         seconds = speed.encode(decision.nbytes) if speed is not None and not checked else None
         return f"encode {decision.lane}", seconds
 
@@ -258,7 +287,8 @@ class _Watch(Recorder):
     def add(self, stage: str, device: torch.device, item: int, begin: Any, end: Any, nbytes: int) -> None:
         if self._trace is not None:
             self._trace.add(stage, device, item, begin, end, nbytes)
-        if begin is None:
+        self._turn.inside = False  # also after work that raised, whose second mark was never made
+        if begin is None or end is None:
             return
         known = self._lane.predicted(stage.split()[0], nbytes)
         with self._lock:
@@ -286,8 +316,14 @@ def auto_lane(**options: Any) -> AutoLane:
 
 
 def shared_auto_lane(**options: Any) -> AutoLane:
-    """The `auto_lane` of these options that every call gets, with what it has learned."""
+    """The `auto_lane` of these options that every call gets, with what it learned. Raises as that does."""
+    if "wire" in options:
+        options = options | {"wire": listed(options["wire"])}
     key = tuple((name, id(value) if isinstance(value, Machine) else value) for name, value in options.items())
+    try:
+        hash(key)
+    except TypeError:  # no option that is valid
+        return auto_lane(**options)
     with _shared_lock:
         if key not in _shared:
             if len(_shared) >= MAX_SHARED:
