@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import copysign, inf, isnan, prod
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ ALIGNMENT = 64  # of every section, from the start of the packet
 PARAMS = 8
 NO_DIGEST = bytes(32)
 
-LANES = {"raw": 0, "exact": 1, "packed": 2, "video": 3}
+LANES = {"raw": 0, "exact": 1, "packed": 2, "video": 3, "dual": 4}
 DTYPES: dict[torch.dtype, int] = {
     torch.float32: 0,
     torch.float16: 1,
@@ -62,6 +62,7 @@ _PREFIX = struct.Struct("<8sHHIQ")  # magic, version, reserved, header bytes, pa
 _FIELDS = struct.Struct(f"<8Bd{PARAMS}I32s")
 _SECTION = struct.Struct(f"<{SECTION_NAME}sIQQ")  # name, CRC-32C, offset, length
 _HEADER_CRC = struct.Struct("<II")  # CRC-32C of all header bytes before it, zero
+_FIXED_SIZE = _PREFIX.size + _FIELDS.size + _HEADER_CRC.size  # of a header
 MAX_NDIM = 64
 MAX_SECTIONS = 16
 
@@ -115,7 +116,7 @@ class Packet:
     """One encoded tensor.
 
     Attributes:
-        lane: name of the lane that decodes it ("raw", "exact", "packed", "video").
+        lane: name of the lane that decodes it ("raw", "exact", "packed", "video", "dual").
         dtype, shape, strides: of the decoded tensor; strides in elements, compact (see `compact_strides`).
         sections: named payload parts, each a contiguous uint8 [bytes] tensor; all on one device.
         params: up to 8 numbers below 2^32 whose meaning the lane defines; the missing ones are 0.
@@ -140,18 +141,18 @@ class Packet:
     def like(cls, lane: str, tensor: Tensor) -> Packet:
         """An empty packet of `lane` that decodes to the shape, dtype and compact strides of `tensor`."""
         shape = tuple(tensor.shape)
-        return cls(lane, tensor.dtype, shape, compact(shape, tensor.stride()))
+        return _EMPTY.with_(
+            lane=lane, dtype=tensor.dtype, shape=shape, strides=compact(shape, tensor.stride()), sections={}
+        )
 
     def with_(self, **changes: object) -> Packet:
         """A packet with other values in these attributes."""
         other = object.__new__(Packet)
         other.__dict__.update(self.__dict__)
         other.__dict__.update(changes)
-        for cached in ("flat_numel", "nbytes"):
-            other.__dict__.pop(cached, None)
         return other
 
-    @cached_property
+    @property
     def flat_numel(self) -> int:
         """Elements that are coded: those of the tensor, expanded dimensions counted once."""
         return _compact_numel(self.shape, self.strides)
@@ -161,13 +162,18 @@ class Packet:
         """Bytes of the coded elements without compression."""
         return self.flat_numel * self.dtype.itemsize
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         """Bytes on the wire: header, sections and padding."""
-        end = self._header_size()
+        end = self._header_size(len(self.sections))
         for section in self.sections.values():
-            end = _align(end) + section.numel()
+            end = -(-end // ALIGNMENT) * ALIGNMENT + section.numel()
         return end
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes on the wire of a packet of lane "raw" with the same elements."""
+        return _align(self._header_size(1)) + self.raw_nbytes
 
     @property
     def ratio(self) -> float:
@@ -175,7 +181,9 @@ class Packet:
 
     @property
     def device(self) -> torch.device:
-        return next((s.device for s in self.sections.values()), torch.device("cpu"))
+        for section in self.sections.values():
+            return section.device
+        return torch.device("cpu")
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Packet:
         return self.with_(
@@ -214,7 +222,7 @@ class Packet:
     def to_bytes(self) -> bytes:
         """The packet as it travels. Raises PacketError naming the field that does not fit the format."""
         self._check()
-        ndim, header_size = len(self.shape), self._header_size()
+        ndim, header_size = len(self.shape), self._header_size(len(self.sections))
         header = bytearray(header_size)
         _FIELDS.pack_into(
             header,
@@ -287,9 +295,8 @@ class Packet:
         table = list(_parse_sections(header, at + 16 * ndim, count, view))
         return packet.with_(sections={name: _copy(view[start:stop]) for name, start, stop in table})
 
-    def _header_size(self) -> int:
-        fixed = _PREFIX.size + _FIELDS.size + _HEADER_CRC.size
-        return fixed + 16 * len(self.shape) + _SECTION.size * len(self.sections)
+    def _header_size(self, sections: int) -> int:
+        return _FIXED_SIZE + 16 * len(self.shape) + _SECTION.size * sections
 
     def _check(self) -> None:
         """Raise PacketError for a field that the format cannot hold or that is not in its one form."""
@@ -316,6 +323,9 @@ class Packet:
             _check_section_name(name)
             if section.dtype != torch.uint8 or section.ndim != 1 or not section.is_contiguous():
                 raise PacketError(name, "section is not a contiguous uint8 vector")
+
+
+_EMPTY = Packet("raw", torch.uint8, (0,), (1,))
 
 
 def _stride_class(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
@@ -353,9 +363,8 @@ def _check_section_name(name: str) -> None:
 
 def _parse_prefix(view: memoryview) -> memoryview:
     """The checked header bytes of the packet in `view`."""
-    fixed = _PREFIX.size + _FIELDS.size + _HEADER_CRC.size
-    if len(view) < fixed:
-        raise PacketError("length", f"{len(view)} bytes are fewer than the smallest header, {fixed}")
+    if len(view) < _FIXED_SIZE:
+        raise PacketError("length", f"{len(view)} bytes are fewer than the smallest header, {_FIXED_SIZE}")
     magic, version, reserved, header, total = _PREFIX.unpack_from(view)
     if magic != MAGIC:
         raise PacketError("magic", "this is not a sidelane packet")
@@ -363,8 +372,8 @@ def _parse_prefix(view: memoryview) -> memoryview:
         raise PacketError("version", f"{version}.{reserved}; this library reads version {VERSION}")
     if total != len(view):
         raise PacketError("length", f"the header says {total} bytes, {len(view)} are present")
-    if not fixed <= header <= total:
-        raise PacketError("header length", f"{header} is outside {fixed}..{total}")
+    if not _FIXED_SIZE <= header <= total:
+        raise PacketError("header length", f"{header} is outside {_FIXED_SIZE}..{total}")
     crc, zero = _HEADER_CRC.unpack_from(view, header - _HEADER_CRC.size)
     if zero or crc32c(view[: header - _HEADER_CRC.size]) != crc:
         raise PacketError("header checksum", "does not match: the header is corrupted")

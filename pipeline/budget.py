@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from threading import Lock
-from weakref import ref
+from weakref import getweakrefs, ref
 
 
 class Claim:
@@ -21,6 +22,24 @@ class _Share(ref[Claim]):
 
     __slots__ = ("nbytes",)
     nbytes: int
+
+
+class Holders:
+    """How many hold one token. The interpreter counts, so that nothing has to be done when one lets go."""
+
+    __slots__ = ("_idle", "_token")
+
+    def __init__(self) -> None:
+        self._token = object()
+        self._idle = sys.getrefcount(self._token)
+
+    @property
+    def held(self) -> int:
+        return sys.getrefcount(self._token) - self._idle
+
+    def claim(self, _: int = 1) -> object:
+        """The token, to be held."""
+        return self._token
 
 
 class Budget:
@@ -58,10 +77,23 @@ class Budget:
             self._torn = False
         return claim
 
+    def shrink(self, claim: Claim, nbytes: int) -> None:
+        """Give back what `claim`, of this budget, has above `nbytes`."""
+        with self._lock:
+            self._begin()
+            for share in getweakrefs(claim):
+                if isinstance(share, _Share) and share.nbytes > nbytes:
+                    claim.nbytes = nbytes  # first: what is torn is rebuilt from the claims
+                    self._held -= share.nbytes - nbytes
+                    share.nbytes = nbytes
+            self._torn = False
+
     def _begin(self) -> None:
         if self._torn:
             alive = [(share, claim) for share in list(self._live.values()) if (claim := share()) is not None]
             self._live = {id(share): share for share, _ in alive}
+            for share, claim in alive:
+                share.nbytes = claim.nbytes
             self._held = sum(claim.nbytes for _, claim in alive)
         self._torn = True
         while self._returned:

@@ -6,9 +6,10 @@ What no Python context can help is an interrupt before the first instruction of 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,16 @@ from torch.autograd.graph import saved_tensors_hooks
 Self = TypeVar("Self", bound="HookContext")
 
 _local = threading.local()
+
+
+class Visit(NamedTuple):
+    """What a context does when a thread enters, and when it leaves.
+
+    `leave` may be called again, and after an `arrive` that did not come to its end.
+    """
+
+    arrive: Callable[[], None]
+    leave: Callable[[], None]
 
 
 class HookContext:
@@ -28,10 +39,17 @@ class HookContext:
     def _unpack(self, packed: Any) -> Tensor:
         raise NotImplementedError
 
+    def _visit(self) -> Visit | None:
+        """A thread is about to enter."""
+        return None
+
     def __enter__(self: Self) -> Self:
         entry = _Entry(self)
         try:
             _entries().append(entry)
+            entry.visit = self._visit()
+            if entry.visit is not None:
+                entry.visit.arrive()
             entry.hooks.__enter__()
             return self
         except BaseException:
@@ -46,9 +64,16 @@ class HookContext:
             entry = _innermost(self)
             entry.hooks.__exit__()
             _entries().remove(entry)
+            entry.take_leave()
         except BaseException:
             (entry or _innermost(self)).recover()
             raise
+
+    def hooks_apply(self) -> bool:
+        """Autograd hands what the calling thread saves to this context: no hooks were installed since."""
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        hook = None if top is None else top[0]
+        return isinstance(hook, partial) and getattr(hook.func, "__self__", None) is self
 
     @staticmethod
     def innermost() -> HookContext | None:
@@ -62,6 +87,7 @@ class _Entry:
 
     def __init__(self, context: HookContext) -> None:
         self.context = context
+        self.visit: Visit | None = None
         # Objects of this entry alone, so that it knows its own among the installed hooks.
         self.hooks = saved_tensors_hooks(partial(context._pack), partial(context._unpack))
 
@@ -72,6 +98,11 @@ class _Entry:
             torch._C._autograd._pop_saved_tensors_default_hooks()
         if self in _entries():
             _entries().remove(self)
+        self.take_leave()
+
+    def take_leave(self) -> None:
+        if self.visit is not None:
+            self.visit.leave()
 
 
 def _entries() -> list[_Entry]:

@@ -172,17 +172,24 @@ def _engine_video_lane() -> type[Lane]:
     return EngineVideoLane
 
 
+def _dual_lane() -> type[Lane]:
+    from sidelane.pipeline.dual import DualLane
+
+    return DualLane
+
+
 LANE_CLASSES: dict[str, Callable[[], type[Lane]]] = {
     "raw": lambda: RawLane,
     "exact": lambda: ExactLane,
     "packed": lambda: PackedLane,
     "video-cpu": _video_lane,
     "video": _engine_video_lane,
+    "dual": _dual_lane,
 }
 
 
 def open_lane(name: str, **options: Any) -> Lane:
-    """The lane `name` ("raw", "exact", "packed", "video-cpu" or "video") with the options of its class.
+    """The lane `name` with the options of its class: "raw", "exact", "packed", "video-cpu", "video", "dual".
 
     Raises LaneError for an unknown name or option, LaneUnavailable when this machine cannot run the lane.
     """
@@ -213,6 +220,10 @@ def decode_packet(packet: Packet, basis: Basis | None = None) -> Tensor:
         from sidelane.pipeline.video import decode_video
 
         return decode_video(packet, basis, decode_surface)
+    elif packet.lane == "dual":
+        from sidelane.pipeline.dual import decode_dual
+
+        flat = decode_dual(packet, basis)
     else:
         raise PacketError("lane", f"{packet.lane!r} is unknown")
     return packet.unflatten(flat)
@@ -261,8 +272,8 @@ class undisturbed:
             self._outer.close()
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """`tensor` detached, conjugate and negative bits resolved. Raises LaneError for a kind no lane stores."""
+def check_plain(tensor: Tensor) -> None:
+    """Raise LaneError for what no lane stores."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_nested:
         raise LaneError(f"{type(tensor).__name__} is not a plain tensor: pass the dense tensors inside it")
     if tensor.is_meta:
@@ -273,7 +284,13 @@ def plain(tensor: Tensor) -> Tensor:
         raise LaneError(f"{tensor.ndim} dimensions are more than {MAX_NDIM}: reshape the tensor")
     if tensor.dtype not in DTYPES:
         raise LaneError(f"dtype {tensor.dtype} has no place in a packet: convert it first")
-    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """`tensor` detached, conjugate and negative bits resolved. Raises LaneError for a kind no lane stores."""
+    check_plain(tensor)
+    tensor = tensor.detach()
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
 def _decode_own(packet: Packet, *lanes: str, basis: Basis | None = None) -> Tensor:
@@ -297,8 +314,9 @@ def _decode_raw(packet: Packet) -> Tensor:
 
 def _or_raw(packet: Packet, flat: Tensor) -> Packet:
     """`packet` where it is smaller than a raw one."""
-    stored = packet.with_(lane="raw", sections={"data": as_bytes(flat)}, params=(), bits=0, digest=NO_DIGEST)
-    return packet if packet.nbytes < stored.nbytes else _encode_raw(stored.with_(rel_error=0.0), flat)
+    if packet.nbytes < packet.stored_nbytes:
+        return packet
+    return _encode_raw(packet.with_(params=(), bits=0, digest=NO_DIGEST, rel_error=0.0), flat)
 
 
 def _encode_exact(packet: Packet, flat: Tensor) -> Packet:

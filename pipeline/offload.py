@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from functools import partial
 from math import inf
 from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sidelane.codec.lane import Lane
 from sidelane.codec.packet import Packet, flatten
 from sidelane.errors import BudgetError, LaneError, OffloadError
 from sidelane.pipeline.basis import Basis
-from sidelane.pipeline.budget import Budget
+from sidelane.pipeline.blocks import find_blocks
+from sidelane.pipeline.budget import Budget, Claim, Holders
 from sidelane.pipeline.compress import choose_lane, compress, relative_error
 from sidelane.pipeline.disk import Disk
-from sidelane.pipeline.entries import HookContext
+from sidelane.pipeline.entries import HookContext, Visit
+from sidelane.pipeline.explain import Plan
 from sidelane.pipeline.extent import WHOLE_SHARE, View, distinct_bytes, whole_storage, without_flags
-from sidelane.pipeline.lanes import decode_packet, open_lane, undisturbed
-from sidelane.pipeline.policy import NOT_PLAIN, for_heads, is_capturing, may_lose_bits, why_kept
+from sidelane.pipeline.lanes import ExactLane, decode_packet, open_lane, undisturbed
+from sidelane.pipeline.late import LatePacket, encode_late
+from sidelane.pipeline.moves import Held, Moves, Parcel
+from sidelane.pipeline.packed import as_bytes
+from sidelane.pipeline.policy import NOT_PLAIN, WEIGHT, for_heads, is_capturing, may_lose_bits, why_kept
 from sidelane.pipeline.report import Report, Tally
 from sidelane.pipeline.stash import (
     Home,
@@ -34,13 +41,15 @@ from sidelane.pipeline.stash import (
     data_key,
     describe,
 )
+from sidelane.pipeline.step_auto import Auto, Tracked
+from sidelane.pipeline.step_model import AWAY, HERE, KEEP, Choice
 from sidelane.pipeline.streams import current_stream
 from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk, Pinned, Spilled
 from sidelane.pipeline.wire import DeviceCopy, Wire
 
 MIN_BYTES = 256 << 10
 GPU_BUDGET = 1 << 30
-EXACT_BYTES = 8 << 20  # smaller tensors cross faster than the host learns the size of their exact code
+EXACT_BYTES = 4 << 20  # of a tensor on a GPU; smaller ones are not worth the launches of their exact code
 SHARED = 3  # tensors that stay decoded for the next nodes that saved them
 POLICIES = ("keep", "spill", "error")
 RAW = open_lane("raw")
@@ -57,6 +66,10 @@ class Tiers:
     def take(self, nbytes: int) -> Memory | None:
         """Room for `nbytes`, or None where there is none."""
         return Pinned.take(self._budget, nbytes) or self.spill(nbytes)
+
+    def promise(self, nbytes: int) -> Claim | None:
+        """A claim on pinned memory for `nbytes`, to be dropped before it is taken, or None."""
+        return Pinned.promise(self._budget, nbytes)
 
     def spill(self, nbytes: int) -> Memory | None:
         room = None if self._disk is None else OnDisk.take(self._disk, nbytes)
@@ -84,6 +97,11 @@ class offload(HookContext):
 
     Args:
         lane: name for `open_lane`, or a lane. Default: "exact", or "packed" when `max_rel_error` is given.
+            "auto" learns the step in its first pass, through the exact lane, and plans it from the second on
+            (see DESIGN.md): tensors are kept, encoded in place or sent off the device, and `blocks` are
+            recomputed, so that the step is short within the budgets. Gradients stay exact unless
+            `max_rel_error` or options of the packed lane (`bits`) permit lossy codes. As without offload, a
+            tensor must not be changed in place after it was saved.
             Lossy lanes apply to activations alone (see `policy.may_lose_bits`); everything else takes the
             exact lane. Without a bound, tensors of four dimensions take 8 bits at least (see
             `policy.for_heads`).
@@ -91,10 +109,12 @@ class offload(HookContext):
             (`compress`).
         min_bytes: smaller tensors are kept.
         host_budget: bytes of packets in host memory, as allocated; None for no limit.
-        gpu_budget: bytes of packets on the device of the tensors, default 1 GiB. The newest stay there, since
-            backward starts with them; the others are on their way, fetched ahead, or there because the host
-            budget is full. At the limit the compute stream waits for the wire. With None nothing leaves the
-            device. One packet in the middle of being encoded or decoded is not counted.
+        gpu_budget: bytes of packets on the device of the tensors, default 1 GiB; with "auto", of all tensors
+            of `min_bytes` or more that are saved there, but for those of one block that runs again. The
+            newest stay there, since backward starts with them; the others are on their way, fetched ahead, or
+            there because the host budget is full. At the limit the compute stream waits for the wire. With
+            None nothing leaves the device. One packet in the middle of being encoded or decoded is not
+            counted.
         on_full: when the host budget is full: "keep" the packet on its device, "spill" it to a disk, which
             takes up to 512 MiB of pinned memory in addition and falls back to "keep" when the disk is full
             or fails, or raise an "error".
@@ -102,6 +122,10 @@ class offload(HookContext):
             counters of tensors do not show. Costs the memory that offloading saves, and waits for the device.
         spill_dir: where "spill" makes its file, which has no name and vanishes with the context; default:
             the system's folder for temporary files.
+        blocks: modules that "auto" may recompute: functions of their arguments, parameters and buffers that
+            change none of these, whose tensor arguments stay as they are until backward. Those that autograd,
+            buffers or arguments show to do otherwise are not recomputed, nor are any where several processes
+            train together. Default: none; `wrap` finds them in a model.
         basis, lane_options: for `open_lane`.
 
     Raises LaneError for a bad argument. Inside, packing raises BudgetError when the budgets are full and the
@@ -121,6 +145,7 @@ class offload(HookContext):
         checker: bool = False,
         spill_dir: str | None = None,
         basis: Basis | None = None,
+        blocks: Iterable[nn.Module] | None = None,
         **lane_options: Any,
     ) -> None:
         for name, value in (("gpu_budget", gpu_budget), ("host_budget", host_budget)):
@@ -128,22 +153,43 @@ class offload(HookContext):
         _check_size("min_bytes", min_bytes)
         if on_full not in POLICIES:
             raise LaneError(f"on_full={on_full!r} is not one of {', '.join(POLICIES)}")
-        self._lane = choose_lane(lane, max_rel_error, basis, lane_options)
+        automatic = isinstance(lane, str) and lane == "auto"
+        asked = max_rel_error, basis, lane_options
+        permitted = max_rel_error is not None or basis is not None or bool(lane_options)
+        lossy = choose_lane("packed", *asked) if automatic and permitted else None
+        self._lane = open_lane("exact") if automatic else choose_lane(lane, *asked)
+        self._may_lose = lossy is not None or not self._lane.exact
         self._exact = self._lane if self._lane.exact else open_lane("exact")
         self._heads_lane = for_heads(self._lane)
-        self._basis: Basis | None = getattr(self._lane, "basis", None)
+        self._basis: Basis | None = getattr(lossy or self._lane, "basis", None)
         self._max_rel_error = max_rel_error
         self._min_bytes = min_bytes
         self._on_full = on_full
         self._checker = checker
         self._host = Budget(host_budget)
         self._device = Budget(gpu_budget)
-        self._tickets = Budget()
+        self._tickets = Holders()
         self._index = Index()
         self._shared: deque[ref[Stash]] = deque()  # those that may hold decoded elements, oldest first
         self._tally = Tally()
         self._tiers = Tiers(self._host, _open_disk(spill_dir) if on_full == "spill" else None, self._tally)
-        self._wire = Wire(self._device, self._tiers.take)
+        self._wire = Wire(self._device, self._tiers.take, self._tiers.promise)
+        self._lossy: dict[str, Lane] = {}
+        self._auto: Auto | None = None
+        if automatic:
+            self._auto = Auto(
+                self._device,
+                self._host,
+                self._tiers.take,
+                min_bytes,
+                None if lossy is None else self._name_lossy(lossy),
+                blocks,
+                lambda tensor: _weight(tensor, view := View.of(tensor), self._keys(tensor, view)[0]),
+                self.hooks_apply,
+                lambda: self._tickets.held,
+            )
+        elif blocks is not None:
+            raise LaneError("blocks= is for lane='auto': leave it out, or use sidelane.checkpoint")
 
     @staticmethod
     def current() -> offload | None:
@@ -153,6 +199,7 @@ class offload(HookContext):
 
     def report(self) -> Report:
         """What was packed, kept and moved so far. On CUDA it waits for the transfers."""
+        self._wire.settle()
         tally = self._tally
         return Report(
             classes=tally.classes(),
@@ -170,26 +217,129 @@ class offload(HookContext):
             device_bytes=self._device.held,
             device_peak=self._device.peak,
             tickets=self._tickets.held,
+            plan="" if self.plan is None else self.plan.explain(),
         )
 
-    def _pack(self, tensor: Tensor) -> Ticket | Kept:
+    @property
+    def plan(self) -> Plan | None:
+        """What `lane="auto"` does with the present step; None for other lanes and before the second step."""
+        auto = self._auto
+        if auto is None or (script := auto.plan) is None:
+            return None
+        return Plan(script, auto.measured, auto.residual)
+
+    def _visit(self) -> Visit | None:
+        return None if self._auto is None else self._auto.visit()
+
+    def find_blocks(self, module: nn.Module) -> None:
+        """Let `lane="auto"` recompute the blocks of `module`, unless `blocks` were given."""
+        if self._auto is not None and not self._auto.blocks_given:
+            self._auto.use_blocks(find_blocks(module))
+
+    def _pack(self, tensor: Tensor) -> Ticket | Kept | Tracked:
         reason = why_kept(tensor, self._min_bytes)
         if reason is not None:
-            self._tally.kept(reason, 0 if reason == NOT_PLAIN else distinct_bytes(tensor))
+            nbytes = 0 if reason == NOT_PLAIN else distinct_bytes(tensor)
+            self._tally.kept(reason, nbytes)
+            if reason == WEIGHT and tensor.requires_grad:
+                self._wire.expect_gradient(nbytes)
+                if self._auto is not None:
+                    self._auto.expect_gradient(nbytes)
             return Kept(tensor)
         view = View.of(tensor)
         with undisturbed(tensor.device):
             keys = self._keys(tensor, view)
             stash = self._index.find(*keys)
+            if self._auto is not None:
+                return self._follow(self._auto, tensor, view, keys[0], stash)
             if stash is None:
                 stash = self._encode(tensor, view, keys[0])
             else:
                 self._reuse(stash, tensor, view)
         return Ticket(stash, view, self._tickets.claim(1))
 
-    def _unpack(self, packed: Ticket | Kept) -> Tensor:
+    def _follow(self, auto: Auto, tensor: Tensor, view: View, key: Key, stash: Stash | None) -> Tracked:
+        """Do with `tensor` what the plan says."""
+        nbytes = _weight(tensor, view, key)
+        trip, number, choice = auto.save(tensor, nbytes)
+        before = trip.before()
+        if stash is not None:
+            self._reuse(stash, tensor, view)
+        found = stash or self._carry_out(auto.moves, choice, tensor, view, key)
+        if isinstance(found, Stash):
+            if trip.learning:
+                number = auto.learn(trip, found, tensor, nbytes)
+            inner: Ticket | Kept = Ticket(found, view, self._tickets.claim(1))
+        else:
+            inner = found
+        if stash is None:
+            trip.saved(number, before)
+        return Tracked(inner, trip, number)
+
+    def _carry_out(
+        self, moves: Moves, choice: Choice | None, tensor: Tensor, view: View, key: Key
+    ) -> Stash | Held:
+        """Keep, or encode and move, a tensor that is not stored yet."""
+        if choice is not None and choice.place == KEEP:
+            held = moves.keep(tensor, key.data, _weight(tensor, view, key))
+            if held is not None:
+                self._tally.kept("plan", view.nbytes)
+                return held
+            choice = Choice(AWAY)
+        if choice is None or (choice.lane == "raw" and not tensor.is_cuda):
+            return self._encode(tensor, view, key)
+        return self._send(moves, choice, tensor, view, key)
+
+    def _name_lossy(self, lane: Lane) -> tuple[str, str]:
+        """Names of the lanes that may take activations of four dimensions, and others, for plans."""
+        names = []
+        for each in (for_heads(lane), lane):
+            bits = getattr(each, "bits", 8)
+            name = f"packed:{bits}" if self._max_rel_error is None else "bounded"
+            self._lossy[name] = each
+            names.append(name)
+        return names[0], names[1]
+
+    def _send(self, moves: Moves, choice: Choice, tensor: Tensor, view: View, key: Key) -> Stash:
+        """Encode a tensor for its place, on the device or off it."""
+        whole = key.kind == "whole"
+        elements, source = _elements(tensor, whole), None
+        if choice.lane == "raw":
+            packet = Packet.like("raw", elements).with_(sections={"data": as_bytes(elements)})
+            if elements.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
+                source = tensor.detach()
+        elif choice.lane == "exact":
+            packet = self._exact_lane(tensor, view).encode(elements)
+        elif self._max_rel_error is None:
+            packet = self._lossy[choice.lane].encode(without_flags(tensor))
+        else:
+            lossy = self._lossy[choice.lane]
+            packet = compress(without_flags(tensor), lane=lossy, max_rel_error=self._max_rel_error)
+        truth = self._truth(tensor, packet, whole) if self._checker else None
+        home: Home | None = None
+        if tensor.is_cuda:
+            claim = moves.room(packet.nbytes) if choice.place == HERE else None
+            if claim is not None:
+                home = DeviceCopy(packet, current_stream(packet.device), claim)
+            else:
+                home = moves.send(packet, source)
+                if home is None and source is not None:
+                    packet = RAW.encode(elements)
+        stash = Stash(tensor, home or self._place(packet, view), whole, truth)
+        self._index.add(key, stash)
+        self._tally.encoded(view, packet)
+        return stash
+
+    def _unpack(self, packed: Ticket | Kept | Tracked) -> Tensor:
         if isinstance(packed, Kept):
             return packed.open()
+        if isinstance(packed, Tracked):
+            before = packed.trip.before()
+            tensor = self._unpack(packed.inner)
+            if self._auto is not None:
+                wire = packed.inner.stash.wire if isinstance(packed.inner, Ticket) else 0
+                self._auto.used(packed, before, wire)
+            return tensor
         stash, view = packed.stash, packed.view
         self._tally.add("unpacks")
         if stash.device.type == "cuda" and is_capturing(stash.device):
@@ -216,7 +366,7 @@ class offload(HookContext):
         """Keys of the stashes that can give `tensor` back; the first is that of the stash to make."""
         data, pairs = data_key(tensor), view.geometry.pairs
         whole = Key(data, "whole")
-        if not self._lane.exact and may_lose_bits(tensor):
+        if self._may_lose and may_lose_bits(tensor):
             # The error bound is of this tensor, so only views of the same elements may share its packet.
             return Key(data, "lossy", view.dtype, view.offset, pairs), whole
         if pairs is None or view.nbytes * WHOLE_SHARE >= tensor.untyped_storage().nbytes():
@@ -234,7 +384,15 @@ class offload(HookContext):
 
     def _encode(self, tensor: Tensor, view: View, key: Key) -> Stash:
         whole = key.kind == "whole"
-        if key.kind != "lossy":
+        late = None if key.kind == "lossy" else self._encode_late(tensor, view, whole)
+        home = None if late is None else self._wire.send_late(late, partial(self._tally.encoded, view))
+        if home is not None:
+            stash = Stash(tensor, home, whole, None)
+            self._index.add(key, stash)
+            return stash
+        if late is not None:
+            packet = late.settle()
+        elif key.kind != "lossy":
             packet = self._exact_lane(tensor, view).encode(_elements(tensor, whole))
         elif self._max_rel_error is None:
             lane = self._heads_lane if tensor.ndim == 4 else self._lane
@@ -247,6 +405,12 @@ class offload(HookContext):
         self._tally.encoded(view, packet)
         return stash
 
+    def _encode_late(self, tensor: Tensor, view: View, whole: bool) -> LatePacket | None:
+        """The exact packet of a tensor on a GPU, without a wait for its size; None of others."""
+        if self._checker or not tensor.is_cuda or not isinstance(self._exact_lane(tensor, view), ExactLane):
+            return None
+        return encode_late(_elements(tensor, whole))
+
     def _exact_lane(self, tensor: Tensor, view: View) -> Lane:
         small = tensor.is_cuda and view.nbytes < EXACT_BYTES and self._exact.name == "exact"
         return RAW if small else self._exact
@@ -254,7 +418,11 @@ class offload(HookContext):
     def _decode(self, stash: Stash) -> Tensor:
         """The elements of a stash, flat, at the start of a storage of their own."""
         self._tally.add("decodes")
+        home = stash.home
+        if isinstance(home, Parcel) and stash.users.held == 1 and (given := home.give()) is not None:
+            return given
         with stash.home.use() as packet:
+            stash.wire = packet.nbytes
             flat = flatten(decode_packet(packet, self._basis))
         return flat.clone() if flat.storage_offset() else flat.detach()  # the only tensor over its storage
 
@@ -309,6 +477,11 @@ def _open_disk(spill_dir: str | None) -> Disk:
         return Disk(spill_dir)
     except LaneError as error:
         raise LaneError(f"spill_dir: {error}") from error
+
+
+def _weight(tensor: Tensor, view: View, key: Key) -> int:
+    """Bytes that are stored for `tensor` under `key`."""
+    return tensor.untyped_storage().nbytes() if key.kind == "whole" else view.nbytes
 
 
 def _elements(tensor: Tensor, whole: bool) -> Tensor:

@@ -18,6 +18,7 @@ from sidelane.pipeline.packed import LOSSY_DTYPES
 DEVICES = ("cuda", "cpu")
 HEADS_BITS = 8
 NOT_PLAIN = "not a plain tensor"
+WEIGHT = "weight"
 
 # Nodes whose output is the same elements as their input, or a cast of them.
 _VIEWS = {
@@ -60,7 +61,7 @@ def why_kept(tensor: Tensor, min_bytes: int) -> str | None:
     if torch._C._current_graph_task_id() != -1:
         return "saved in backward"
     if is_weight(tensor):
-        return "weight"
+        return WEIGHT
     if tensor.numel() == 0 or distinct_bytes(tensor) < min_bytes:
         return "below min_bytes"
     if tensor.is_cuda and is_capturing(tensor.device):
@@ -96,15 +97,18 @@ def is_weight(tensor: Tensor) -> bool:
     Copying them frees nothing: the graph holds every leaf that requires grad, autocast its casts. The cast of
     a frozen parameter looks like any other tensor and is not recognised.
     """
-    base = tensor if tensor._base is None else tensor._base
-    if isinstance(base, Parameter) or (base.is_leaf and base.requires_grad):
+    base = tensor._base
+    if base is None:
+        base = tensor
+    if base.is_leaf and (base.requires_grad or isinstance(base, Parameter)):
         return True
     node: Node | None = tensor.grad_fn
     for _ in range(_DEPTH):
         if node is None or node.name() not in _VIEWS:
             break
         node = node.next_functions[0][0]
-    return isinstance(getattr(node, "variable", None), Parameter)
+    variable = getattr(node, "variable", None)
+    return variable is not None and isinstance(variable, Parameter)
 
 
 def may_lose_bits(tensor: Tensor) -> bool:

@@ -77,6 +77,7 @@ class Report:
         seconds_waited: time that compute streams stood still for those copies (CUDA).
         host_bytes, host_peak, device_bytes, device_peak: held now and at most, as the budgets count them.
         tickets: saved tensors that somebody can still ask for.
+        plan: of lane "auto", as `Plan.explain` tells it.
     """
 
     classes: tuple[TensorClass, ...]
@@ -94,6 +95,7 @@ class Report:
     device_bytes: int
     device_peak: int
     tickets: int
+    plan: str = ""
 
     @property
     def total(self) -> TensorClass:
@@ -123,6 +125,8 @@ class Report:
             f"held: host {self.host_bytes / MIB:.1f} MiB (peak {self.host_peak / MIB:.1f}), device "
             f"{self.device_bytes / MIB:.1f} MiB (peak {self.device_peak / MIB:.1f}), {self.tickets} tickets",
         ]
+        if self.plan:
+            lines += ["", self.plan]
         return "\n".join(lines)
 
 
@@ -138,9 +142,12 @@ class Tally:
     def encoded(self, view: View, packet: Packet) -> None:
         key: _Class = (view.dtype, view.geometry.size, packet.lane)
         with self._lock:
-            if key not in self._classes and len(self._classes) >= MAX_CLASSES:
-                key = (None, None, packet.lane)
-            self._classes.setdefault(key, TensorClass(*key)).add(packet)
+            known = self._classes.get(key)
+            if known is None:
+                if len(self._classes) >= MAX_CLASSES:
+                    key = (None, None, packet.lane)
+                known = self._classes.setdefault(key, TensorClass(*key))
+            known.add(packet)
 
     def kept(self, reason: str, nbytes: int) -> None:
         with self._lock:

@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
-from sidelane.pipeline.budget import Budget, Claim
+from sidelane.pipeline.budget import Claim, Holders
 from sidelane.pipeline.extent import Pairs, View, geometry
 from sidelane.pipeline.streams import current_stream
 
@@ -63,7 +63,8 @@ class Stash:
         self.device = source.device
         # Its address is not reused while this lives.
         self._source = StorageWeakRef(source.untyped_storage())  # type: ignore[no-untyped-call]
-        self.users = Budget()  # tickets
+        self.users = Holders()  # tickets
+        self.wire = 0  # bytes of the packet, once it was decoded
         self._decoded: _Decoded | None = None
 
     def alive(self) -> Tensor | None:
@@ -138,11 +139,11 @@ class Ticket:
 
     __slots__ = ("_claim", "_user", "stash", "view")
 
-    def __init__(self, stash: Stash, view: View, claim: Claim | None) -> None:
+    def __init__(self, stash: Stash, view: View, claim: object) -> None:
         self.stash = stash
         self.view = view
         self._claim = claim
-        self._user = stash.users.claim(1)
+        self._user = stash.users.claim()
 
 
 class Kept:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
+from sidelane.kernels._launch import ALIGNMENT, cut, span
 from sidelane.pipeline.arena import Slot, shared, slot_bytes
 from sidelane.pipeline.budget import Budget, Claim
 from sidelane.pipeline.disk import Disk, Spill
 
-ALIGNMENT = 256  # of sections in a packet that came back, what kernels may assume
+_Run = tuple[int, int, int]  # the number of its first section, start in memory, bytes
 
 
 class Memory(Protocol):
@@ -51,6 +53,11 @@ class Pinned:
         claim = budget.claim(slot_bytes(nbytes))
         slot = None if claim is None else shared().take(nbytes)
         return None if slot is None or claim is None else cls(slot, claim)
+
+    @classmethod
+    def promise(cls, budget: Budget, nbytes: int) -> Claim | None:
+        """A claim on what `take` needs of the budget, to be dropped before."""
+        return budget.claim(slot_bytes(nbytes))
 
     def begin(self) -> Slot:
         return self._slot
@@ -96,31 +103,76 @@ class OnDisk:
 class HostCopy:
     """How the sections of a packet lie one after the other in `nbytes` of memory.
 
-    Sections that are in one block of memory cross in one copy; others are copied one by one.
+    Sections that follow each other in one block of memory cross in one copy.
+
+    Attributes:
+        runs: (number of its first section, start in the memory, bytes) of each copy.
     """
 
     def __init__(self, packet: Packet) -> None:
         self._packet = packet.with_(sections={})
-        parts = packet.sections
-        self._sizes = {name: part.numel() for name, part in parts.items()}
-        self._starts, self.nbytes, _ = _starts(list(parts.values()))
+        self._names = tuple(packet.sections)
+        blocks: list[Tensor] = []
+        places = []
+        for part in packet.sections.values():
+            block = part._base
+            if block is None or block.dtype != torch.uint8:
+                block = part
+            if not blocks or block is not blocks[-1]:
+                blocks.append(block)
+            places.append((part.numel(), int(part.storage_offset()), len(blocks)))
+        self._sizes = tuple(size for size, _, _ in places)
+        self.nbytes = span(self._sizes)
+        whole = bool(blocks) and blocks[0].is_contiguous()  # or it has less memory than elements
+        self.runs = _runs(tuple(places), blocks[0].numel() if whole else 0)
+
+    @property
+    def raw(self) -> bool:
+        """The packet is the elements of a tensor as they are."""
+        return self._packet.lane == "raw" and self._packet.dtype != torch.bool
 
     def write(self, packet: Packet, memory: Tensor) -> None:
         """Copy `packet` to `memory` uint8 [nbytes], on the current stream of its device."""
         parts = list(packet.sections.values())
-        whole = _starts(parts)[2]
-        if whole is not None:
-            memory.copy_(whole, non_blocking=True)
-            return
-        for part, start in zip(parts, self._starts, strict=True):
-            memory[start : start + part.numel()].copy_(part, non_blocking=True)
+        for first, start, size in self.runs:
+            if size:
+                run = parts[first].as_strided((size,), (1,))
+                target = memory if size == self.nbytes else memory[start : start + size]
+                target.copy_(run, non_blocking=True)
 
     def read(self, memory: Tensor, device: torch.device) -> Packet:
         """The packet in `memory` as a copy on `device`, on its current stream."""
         buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
-        buffer.copy_(memory, non_blocking=True)
-        items = zip(self._sizes.items(), self._starts, strict=True)
-        return self._packet.with_(sections={name: buffer[at : at + size] for (name, size), at in items})
+        return self.over(buffer.copy_(memory, non_blocking=True))
+
+    def over(self, buffer: Tensor) -> Packet:
+        """The packet in `buffer` uint8 [nbytes], whose memory it shares."""
+        return self._packet.with_(sections=dict(zip(self._names, cut(buffer, self._sizes), strict=True)))
+
+
+@lru_cache(4096)
+def _runs(places: tuple[tuple[int, int, int], ...], first_block: int) -> tuple[_Run, ...]:
+    """Sections that lie one after the other already as they do where `cut` puts them.
+
+    `places`: size of each section, its offset and the number of the block of memory that this is an offset
+    in. `first_block`: bytes of the first block, as far as they are known to be there. With room for it there,
+    a single run takes the padding along, so that all memory is written at once.
+    """
+    runs: list[_Run] = []
+    ahead, last, end = 0, 0, 0  # `ahead`: offset of the section before, less its start
+    for i, (size, offset, block) in enumerate(places):
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        if block != last or offset - ahead != start:
+            ahead, last = offset - start, block
+            runs.append((i, start, size))
+        else:
+            first, begin, _ = runs[-1]
+            runs[-1] = first, begin, start + size - begin
+        end = start + size
+    nbytes = -(-end // ALIGNMENT) * ALIGNMENT
+    if len(runs) == 1 and places[0][1] + nbytes <= first_block:
+        return ((0, 0, nbytes),)
+    return tuple(runs)
 
 
 class Spilled:
@@ -137,20 +189,3 @@ class Spilled:
     @contextmanager
     def use(self) -> Iterator[Packet]:
         yield self._host.read(self._memory.open(None).tensor, torch.device("cpu"))
-
-
-def _starts(parts: list[Tensor]) -> tuple[list[int], int, Tensor | None]:
-    """(start of each section, bytes in all, the vector that the sections are parts of if there is one)."""
-    base = parts[0]._base if parts else None
-    if base is not None and base.dtype == torch.uint8 and base.is_contiguous():
-        first = int(base.storage_offset())
-        starts = [int(p.storage_offset()) - first for p in parts]
-        ends = [start + p.numel() for start, p in zip(starts, parts, strict=True)]
-        close = all(end <= start < end + ALIGNMENT for end, start in zip([0, *ends], starts, strict=False))
-        if close and base.numel() < ends[-1] + ALIGNMENT and all(p._base is base for p in parts):
-            return starts, base.numel(), base.view(-1)
-    starts, end = [], 0
-    for part in parts:
-        starts.append(end)
-        end += -(-part.numel() // ALIGNMENT) * ALIGNMENT
-    return starts, end, None

@@ -11,7 +11,9 @@ of blocks are affected, and nothing else here is ever read across streams:
 Decoded tensors are allocated by the decoder on the caller's stream like any other tensor of the program. A
 slot of the arena carries the event of its last copy, which the stream of the next copy waits for. When a
 stash dies while its copy out is running, only that dead copy can be torn.
-The host never waits for the device in this module, except in `Wire.seconds_waited`.
+The host waits for the device in two places of this module: in `Wire.seconds_waited`, and in `Wire._learn`
+for the size of a late packet (see Note: [Late sizes] in `late`). That is when UNKNOWN bytes wait to be
+encoded, so that the device does not run dry meanwhile, when their memory is needed, or when one is used.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import RLock
 from weakref import WeakValueDictionary, ref
 
@@ -27,12 +30,14 @@ import torch
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
 from sidelane.pipeline.budget import Budget, Claim
+from sidelane.pipeline.late import LatePacket
 from sidelane.pipeline.streams import current_stream, on, side_stream
 from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk
 
 READ_AHEAD = 8  # those that a disk is told to read
 SIBLINGS = 32  # packets used last, which other nodes of the pass may want too
 AHEAD = 256 << 20  # bytes that may always be fetched ahead
+UNKNOWN = 512 << 20  # bytes of packets, as allocated, whose sizes the host may not know yet
 KEPT = 0.9  # of the device budget, for the packets that backward starts with
 
 
@@ -67,19 +72,45 @@ class DeviceCopy:
             self.close(stream)
 
 
+@dataclass
+class Late:
+    """What a transit has in place of a packet until its size is known.
+
+    Attributes:
+        before: bytes of all late packets before it.
+        claim: on device memory.
+        promise: of room off the device.
+        tell: called with the packet when it is known.
+    """
+
+    packet: LatePacket
+    before: int
+    claim: Claim
+    promise: object | None
+    tell: Callable[[Packet], None]
+
+
 class Transit:
     """The home of an offloaded packet: host memory or a disk once it is copied out, and device memory until
     that is needed for others, or again while a fetched copy is."""
 
-    def __init__(self, wire: Wire, number: int, host: HostCopy, local: DeviceCopy) -> None:
+    def __init__(self, wire: Wire, number: int, device: torch.device, gradients: int) -> None:
         self.number = number
-        self.local: DeviceCopy | None = local
-        self.device = local.owner.device
-        self.nbytes = host.nbytes
+        self.device = device
+        self.gradients = gradients  # bytes of weights that were saved before, in this pass
+        self.late: Late | None = None
+        self.local: DeviceCopy | None = None
         self.copied: torch.cuda.Event | None = None  # None: only the device has it
+        self.nbytes = 0
         self._wire = wire
-        self._host = host
+        self._host: HostCopy | None = None
         self._memory: Memory | None = None
+
+    def fill(self, host: HostCopy, local: DeviceCopy) -> None:
+        """The packet is there, in device memory."""
+        self._host = host
+        self.nbytes = host.nbytes
+        self.local = local
 
     @contextmanager
     def use(self) -> Iterator[Packet]:
@@ -92,7 +123,7 @@ class Transit:
 
     def store(self, memory: Memory) -> None:
         """Enqueue the copy out."""
-        if self.local is None:
+        if self.local is None or self._host is None:
             raise OffloadError("a packet that left the device cannot be copied out again")
         out, slot = side_stream(self.device, "copy out"), memory.begin()
         out.wait_event(self.local.ready)
@@ -105,7 +136,7 @@ class Transit:
 
     def fetch(self, claim: Claim | None) -> DeviceCopy:
         """Enqueue the copy in, after the copy out. The host waits for a disk."""
-        if self._memory is None or self.copied is None:
+        if self._memory is None or self.copied is None or self._host is None:
             raise OffloadError("a packet that was never copied out cannot be fetched")
         stream = side_stream(self.device, "copy in")
         stream.wait_event(self.copied)
@@ -133,20 +164,31 @@ class Wire:
     """The transits of one offload context.
 
     Packets stay on the device as long as the budget has room and are copied out meanwhile, the oldest leave
-    first. The last ones, by the count of the pass before, are not copied out: backward starts with them.
+    first. The last ones, by the count of the pass before, are not copied out: backward starts with them. What
+    happens to a late packet is decided when its size has become known, at a later call, in order.
 
     Args:
         budget: of device memory; without a limit nothing leaves the device. One packet in the middle of being
-            encoded or decoded is not counted.
+            encoded or decoded is not counted. Late packets count as they are allocated.
         take: room for so many bytes off the device, or None when there is none.
+        promise: a claim on such room, to be dropped before it is taken, or None.
     """
 
-    def __init__(self, budget: Budget, take: Callable[[int], Memory | None]) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        take: Callable[[int], Memory | None],
+        promise: Callable[[int], object | None] = lambda nbytes: None,
+    ) -> None:
         self._budget = budget
         self._take = take
+        self._promise = promise
         self._lock = RLock()
         self._count = 0
         self._transits: WeakValueDictionary[int, Transit] = WeakValueDictionary()
+        self._late: _Queue = {}  # of unknown size, oldest first
+        self._late_bytes = 0  # of all late packets that there were
+        self._unknown = UNKNOWN if budget.limit is None else min(UNKNOWN, budget.limit // 4)
         # Device copies that may be dropped, by number, oldest first.
         self._used: _Queue = {}  # used, and wanted again if another node or pass comes
         self._ahead: _Queue = {}  # fetched for later
@@ -157,18 +199,24 @@ class Wire:
         self._expected: int | None = None  # those of the last forward pass
         self._next = -1  # number to fetch ahead next, going down
         self._current = 0  # number that backward has come down to
+        self._gradients = 0  # bytes of weights that this forward pass saved
+        self._grown = 0  # those whose gradients backward has made when it comes to `_current`
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._seconds = 0.0
         self.fetched = 0
         self.prefetched = 0
+
+    def expect_gradient(self, nbytes: int) -> None:
+        """A weight was saved, whose gradient will take device memory from here down in backward."""
+        with self._lock:
+            self._gradients += nbytes
 
     def send(self, packet: Packet) -> Transit | None:
         """A home for a packet that the current stream encodes; None when it has to leave the device and there
         is no room for it elsewhere."""
         with self._lock:
             host = HostCopy(packet)
-            if not self._transits:
-                self._first, self._sent = self._count, 0
+            self._begin()
             stays = self._stays()
             memory = None if stays else self._take(host.nbytes)
             if memory is None and not stays:
@@ -176,23 +224,44 @@ class Wire:
             room = self._make_room(host.nbytes)
             if room is None and memory is None and (memory := self._take(host.nbytes)) is None:
                 return None
-            local = DeviceCopy(packet, current_stream(packet.device), room)
-            transit = Transit(self, self._count, host, local)
+            transit = self._transit(packet.device)
+            transit.fill(host, DeviceCopy(packet, current_stream(packet.device), room))
             if memory is not None:
                 transit.store(memory)
             if room is None:
                 self._drop(transit)
             else:
                 (self._held if memory is None else self._leaving)[transit.number] = ref(transit)
-            self._transits[self._count] = transit
-            self._next = self._count
-            self._count += 1
             self._sent += host.nbytes
             return transit
+
+    def send_late(self, packet: LatePacket, tell: Callable[[Packet], None]) -> Transit | None:
+        """A home for a packet whose size is not known; None where it might not fit. `tell` is called when the
+        size is known, if the home lives then."""
+        with self._lock:
+            self._begin()
+            nothing_leaves = self._budget.limit is None
+            promise = None if nothing_leaves else self._promise(packet.nbytes)
+            if promise is None and not nothing_leaves:
+                return None
+            room = self._make_room(packet.nbytes)
+            if room is None:
+                return None
+            transit = self._transit(packet.device)
+            transit.late = Late(packet, self._late_bytes, room, promise, tell)
+            self._late_bytes += packet.nbytes
+            self._late[transit.number] = ref(transit)
+            return transit
+
+    def settle(self) -> None:
+        """Learn the sizes of all late packets; waits for their encoding."""
+        with self._lock:
+            self._settle(0)
 
     def acquire(self, transit: Transit, stream: torch.cuda.Stream) -> DeviceCopy:
         """A device copy, opened for `stream`; what was packed before it is fetched ahead."""
         with self._lock:
+            self._settle(self._unknown if transit.late is None else 0)
             self._expected = self._sent
             local = transit.local
             if local is None:
@@ -211,6 +280,7 @@ class Wire:
             _forget_dead(self._used)
             if transit.number >= self._next:  # not one that every layer uses
                 self._current = transit.number
+                self._grown = self._gradients - transit.gradients
             self._prefetch(transit.device)
             return local
 
@@ -219,6 +289,54 @@ class Wire:
         with self._lock:
             self._fold(block=True)
             return self._seconds
+
+    def _begin(self) -> None:
+        """Before a packet: forget the pass before, and learn what has become known."""
+        if not self._transits:
+            self._first, self._sent, self._gradients = self._count, 0, 0
+            for queue in (self._used, self._ahead, self._leaving, self._held, self._late):
+                queue.clear()  # of those that are gone
+        self._settle(self._unknown)
+
+    def _transit(self, device: torch.device) -> Transit:
+        transit = Transit(self, self._count, device, self._gradients)
+        self._transits[self._count] = transit
+        self._next = self._count
+        self._count += 1
+        return transit
+
+    def _settle(self, most: int) -> None:
+        """Learn the sizes of late packets, oldest first: of those that are encoded, and of others, waiting
+        for them, until no more than `most` bytes are unknown."""
+        while self._late and self._settle_first(most):
+            pass
+
+    def _settle_first(self, most: int) -> bool:
+        """`_settle` of the oldest; False where it is left."""
+        number, late = next(iter(self._late.items()))
+        transit = late()
+        if transit is not None and transit.late is not None:
+            unknown = self._late_bytes - transit.late.before
+            if unknown <= most and not _reached(transit.late.packet.ready):
+                return False
+            self._learn(transit, transit.late)
+        del self._late[number]
+        return True
+
+    def _learn(self, transit: Transit, late: Late) -> None:
+        """Cut a late packet to its size, and send it off unless it stays. May be repeated after an error."""
+        packet = late.packet.settle()
+        host = HostCopy(packet)
+        self._budget.shrink(late.claim, host.nbytes)
+        late.promise = None
+        memory = None if self._stays() else self._take(host.nbytes)
+        transit.fill(host, DeviceCopy(packet, late.packet.owner, late.claim))
+        if memory is not None:
+            transit.store(memory)
+        transit.late = None
+        (self._held if memory is None else self._leaving)[transit.number] = ref(transit)
+        self._sent += host.nbytes
+        late.tell(packet)
 
     def _stays(self) -> bool:
         """Whether the packet to send next is one of the last that fit on the device."""
@@ -232,7 +350,8 @@ class Wire:
         next. It is a hint: what does not fit is left."""
         while self._next >= self._first:
             transit = self._transits.get(self._next)
-            if transit is not None and transit.local is None and transit.device == device:
+            away = transit is not None and transit.local is None and transit.late is None
+            if transit is not None and away and transit.device == device:
                 if not transit.on_disk:
                     claim = self._claim_ahead(transit.nbytes)
                     if claim is None:
@@ -247,10 +366,11 @@ class Wire:
             self._next -= 1
 
     def _claim_ahead(self, nbytes: int) -> Claim | None:
-        """A claim on less and less of the budget the further backward comes down, since gradients take the
-        room of activations."""
+        """A claim on what the gradients of the weights that were saved leave of the budget. Where they are
+        more than that, on less and less of it the further backward comes down."""
+        limit = self._budget.limit or 0
         left = (self._next - self._first + 1) / (self._count - self._first)
-        allowed = max(left * (self._budget.limit or 0), AHEAD)
+        allowed = max(limit - self._grown, left * limit, AHEAD)
         spare = 1 if self._next >= self._current - 1 else SIBLINGS
         while True:
             claim = self._budget.claim(nbytes) if self._budget.held + nbytes <= allowed else None
@@ -260,7 +380,11 @@ class Wire:
     def _make_room(self, nbytes: int) -> Claim | None:
         """A claim on device memory, at the cost of copies that can be fetched again; None if not enough."""
         while (claim := self._budget.claim(nbytes)) is None:
-            if not any(map(self._evict, (self._used, self._ahead, self._leaving, self._held))):
+            if any(map(self._evict, (self._used, self._ahead, self._leaving))):
+                continue
+            if self._late:
+                self._settle_first(-1)
+            elif not self._evict(self._held):
                 return None
         return claim
 

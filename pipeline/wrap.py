@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from sidelane.errors import LaneError
+from sidelane.pipeline.offload import offload
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,10 +23,15 @@ def wrap(module: M, context: AbstractContextManager[object]) -> M:
     and wrap or compile the blocks of a model, not the whole, where `torch.compile` is used: all that one
     compiled graph saves comes back before its backward pass begins.
 
+    With `lane="auto"` the context may recompute the blocks of `module`, if none were given to it: the members
+    of its longest `nn.ModuleList`.
+
     Raises LaneError when `module` is no module.
     """
     if not isinstance(module, nn.Module):
         raise LaneError(f"{type(module).__name__} is no torch.nn.Module: wrap the model itself")
+    if isinstance(context, offload):
+        context.find_blocks(module)
     inner: Any = module.forward
     if getattr(inner, "__self__", None) is module:
         # A method again, not a closure over `inner`, or a copy of the module would run this one.

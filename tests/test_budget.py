@@ -10,7 +10,7 @@ import pytest
 
 from interrupt import interrupted
 from sidelane.pipeline import budget as budget_module
-from sidelane.pipeline.budget import Budget
+from sidelane.pipeline.budget import Budget, Holders
 
 
 def test_the_limit_holds():
@@ -32,6 +32,31 @@ def test_without_a_limit():
     assert budget.held == budget.peak == 1 << 60
     del claim
     assert budget.held == 0
+
+
+def test_a_claim_may_shrink():
+    budget = Budget(100)
+    a, b = budget.claim(60), budget.claim(40)
+    budget.shrink(a, 25)
+    assert (a.nbytes, budget.held, budget.peak) == (25, 65, 100)
+    budget.shrink(b, 50)  # it does not grow
+    assert (b.nbytes, budget.held) == (40, 65)
+    c = budget.claim(35)
+    assert c is not None and budget.claim(1) is None
+    del a, b, c
+    assert budget.held == 0
+
+
+def test_holders_are_counted_while_they_hold():
+    holders = Holders()
+    assert holders.held == 0
+    held = [holders.claim() for _ in range(3)]
+    assert holders.held == 3
+    held.pop()
+    assert holders.held == 2
+    held.append(holders.claim(1))
+    del held
+    assert holders.held == 0
 
 
 def test_claims_of_a_budget_that_is_gone():
@@ -81,6 +106,7 @@ def test_an_interrupt_at_any_point_breaks_nothing(full):
 
         def use(budget=budget, claims=claims):
             claims.append(budget.claim(50 if full else 20))
+            budget.shrink(claims[0], 7)
             claims.clear()
             claims.append(budget.claim(60))
 

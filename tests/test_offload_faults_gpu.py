@@ -17,6 +17,7 @@ from sidelane.pipeline import disk as disk_module
 from sidelane.pipeline import offload as offload_module
 from sidelane.pipeline.arena import shared
 from sidelane.pipeline.blockfile import BlockFile
+from sidelane.pipeline.late import LatePacket
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.tiers import HostCopy
 
@@ -74,6 +75,35 @@ def test_every_call_of_codecs_and_copies_may_fail(cuda, monkeypatch, where, erro
         fail.left = -1
         assert_same(gradients(model, tokens, context), expected)
     assert failed > 2
+
+
+@pytest.mark.parametrize("where", ["settle", "write", "read"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_calls_may_fail_while_sizes_of_codes_are_unknown(cuda, monkeypatch, where, error):
+    model, tokens = build(cuda)
+    expected = gradients(model, tokens)
+    pinned, fail = shared().held, Countdown(error)
+    monkeypatch.setattr(offload_module, "EXACT_BYTES", 0)
+    target, name = {
+        "settle": (LatePacket, "settle"),
+        "write": (HostCopy, "write"),
+        "read": (HostCopy, "read"),
+    }[where]
+    call = getattr(target, name)
+    monkeypatch.setattr(target, name, lambda *args: (fail(), call(*args))[1])
+    context = offload("exact", min_bytes=MIN_BYTES, gpu_budget=400_000)
+    failed = 0
+    for at in count(0, 8):
+        fail.left = at
+        try:
+            gradients(model, tokens, context)
+            break
+        except error:
+            failed += 1
+        assert_settled(context, pinned)
+        fail.left = -1
+        assert_same(gradients(model, tokens, context), expected)
+    assert failed > 1
 
 
 def test_out_of_memory_while_a_packet_comes_back(cuda):

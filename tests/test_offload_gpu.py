@@ -324,6 +324,58 @@ def test_small_tensors_of_the_exact_lane_cross_raw(cuda, monkeypatch):
     y.backward()
 
 
+def test_the_host_does_not_wait_for_the_sizes_of_exact_codes(cuda):
+    model, tokens = build(cuda)
+    expected = step(model, tokens)
+    context = exact(gpu_budget=64 << 20)
+    for _ in range(2):
+        assert_same(step(model, tokens, context), expected)  # compile, pin and learn
+    model.zero_grad()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(40 * SLEEP)
+    done = torch.cuda.Event()
+    done.record()
+    with context:
+        loss = loss_of(model, tokens)
+    assert not done.query()
+    loss.backward()  # before any size is known
+    assert_same([p.grad for p in model.parameters()], expected)
+
+
+@pytest.mark.parametrize("gpu_budget", [None, 64 << 20, 3 << 20, 0])
+def test_tensors_that_do_not_become_smaller_come_back(cuda, gpu_budget):
+    """Half of them are raw in the end, which the host learns after they are gone."""
+
+    class Saves(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, saved):
+            ctx.save_for_backward(saved)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad + ctx.saved_tensors[0].view(torch.int16).sum(), None
+
+    def run(context):
+        generator = torch.Generator(cuda).manual_seed(0)
+        x = torch.zeros((), device=cuda, requires_grad=True)
+        with context:
+            y = x
+            for i in range(16):
+                saved = torch.randint(-(2**15), 2**15, (1 << 18,), device=cuda, generator=generator)
+                if i % 2:
+                    saved = saved % 256 + 0x3F00  # ordinary exponents
+                y = Saves.apply(y, saved.short().view(torch.bfloat16))
+                del saved
+        garbage(cuda)
+        y.backward()
+        return x.grad
+
+    context = exact(gpu_budget=gpu_budget)
+    assert torch.equal(run(context), run(nullcontext()))
+    assert sorted((row.lane, row.count) for row in context.report().classes) == [("exact", 8), ("raw", 8)]
+
+
 def test_the_host_never_waits_for_the_device_in_the_packed_lane(cuda):
     """The device is held up by a long kernel while a whole step is enqueued."""
     model, tokens = build(cuda)

@@ -48,6 +48,15 @@ def test_sections_come_back_from_pinned_memory(one_block):
     assert budget.held == 0
 
 
+def test_a_section_of_an_expanded_tensor_is_read_no_further_than_its_memory():
+    part = torch.arange(1000).to(torch.uint8)
+    packet = Packet("raw", torch.uint8, (1000,), (1,), {"a": part.expand(4, 1000).data[0]})
+    host = HostCopy(packet)
+    memory = torch.empty(host.nbytes, dtype=torch.uint8)
+    host.write(packet, memory)
+    assert_same(host.read(memory, CPU), packet)
+
+
 @pytest.mark.parametrize("one_block", [True, False])
 def test_sections_come_back_from_disk(one_block, tmp_path):
     packet, disk = random_packet(one_block), Disk(str(tmp_path), in_flight=1 << 20)
@@ -62,6 +71,16 @@ def test_sections_come_back_from_disk(one_block, tmp_path):
     assert disk.held == 0 and not os.listdir(tmp_path)
 
 
+def test_a_promise_is_of_all_that_the_memory_takes():
+    budget = Budget(8192)
+    promise = Pinned.promise(budget, 5000)
+    assert promise is not None and budget.held == 8192
+    del promise
+    memory = Pinned.take(budget, 5000)
+    assert memory is not None and budget.held == 8192
+
+
 def test_a_budget_or_a_disk_without_room_gives_no_memory(tmp_path):
     assert Pinned.take(Budget(4095), 4096) is None
+    assert Pinned.promise(Budget(4095), 1) is None
     assert OnDisk.take(Disk(str(tmp_path), limit=0), 4096) is None

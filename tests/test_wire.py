@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 import weakref
 from contextlib import contextmanager
+from itertools import count
 
 import pytest
 import torch
 
+from faults import Countdown
+from interrupt import interrupted
 from sidelane.pipeline import wire as wire_module
 from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.tiers import Pinned
@@ -68,6 +71,11 @@ class Device:
             work()
             steps = None if steps is None else steps - 1
 
+    def run_until(self, event):
+        """Wait on the host."""
+        while not event.reached:
+            self.run(1)
+
     @contextmanager
     def stream(self, stream):
         before, self.current = self.current, stream
@@ -80,6 +88,8 @@ class Device:
 class Block:
     """A packet in device memory; once dropped, the next work of the stream that owns it overwrites it."""
 
+    size = 16
+
     def __init__(self, device, value=None):
         self.device = GPU
         self.cell = cell = [POISON]
@@ -87,6 +97,33 @@ class Block:
             device.current.enqueue(lambda: cell.__setitem__(0, value))
         owner = device.current
         weakref.finalize(self, lambda: owner.enqueue(lambda: cell.__setitem__(0, POISON)))
+
+
+class Late:
+    """A packet of `value` whose size is known when it is written."""
+
+    nbytes = 16
+
+    def __init__(self, device, value):
+        self.device = GPU
+        self.owner = device.current
+        self.block = Block(device, value)
+        self.ready = self.owner.record_event()
+        self.waits = 0
+        self._device = device
+
+    def settle(self):
+        """As `LatePacket.settle`, a smaller block."""
+        if isinstance(self.block, Block) and self.block.size == 16:
+            self.waits += not self.ready.reached
+            self._device.run_until(self.ready)
+            with self._device.stream(self.owner):
+                block, source = Block(self._device), self.block.cell
+                target = block.cell
+                self.owner.enqueue(lambda: target.__setitem__(0, source[0]))
+            block.size = 10
+            self.block = block
+        return self.block
 
 
 class Host:
@@ -152,13 +189,14 @@ def model(monkeypatch):
 @pytest.mark.parametrize("limit", [None, 0, 10, 25, 60])
 @pytest.mark.parametrize("slots", [12, 4])
 @pytest.mark.parametrize("streams", [1, 2])
-def test_every_use_reads_what_was_sent_in_any_order_of_work(model, limit, slots, streams):
-    for seed in range(60):
+@pytest.mark.parametrize("late", [0, 0.5, 1])
+def test_every_use_reads_what_was_sent_in_any_order_of_work(model, limit, slots, streams, late):
+    for seed in range(40):
         device = model(seed)
         rng = device.rng
         budget, host = Budget(limit), Slots(slots)
-        wire = Wire(budget, host.take)
-        reads, transits = [], {}
+        wire = Wire(budget, host.take, host.budget.claim)
+        reads, transits, told = [], {}, []
 
         def use(value, device=device, transits=transits, reads=reads):
             with transits[value].use() as block:
@@ -168,7 +206,14 @@ def test_every_use_reads_what_was_sent_in_any_order_of_work(model, limit, slots,
         for step in range(3):
             for value in range(12 * step, 12 * step + 12):
                 device.current = device.compute[rng.randrange(streams)]
-                transits[value] = wire.send(Block(device, value))
+                packet = Late(device, value) if rng.random() < late else Block(device, value)
+                transits[value] = None
+                if isinstance(packet, Late):
+                    transits[value] = wire.send_late(packet, told.append)
+                    packet = packet.settle() if transits[value] is None else None
+                if packet is not None:
+                    transits[value] = wire.send(packet)
+                del packet
                 if transits[value] is None:
                     del transits[value]
                     assert not host.free and limit is not None
@@ -279,3 +324,199 @@ def test_a_graph_that_is_kept_goes_on_being_fetched_ahead(model):
             pass
         device.run()
     assert wire.fetched == 0 and wire.prefetched == 34
+
+
+def late_wire(device, limit, slots=20):
+    host = Slots(slots)
+    return Wire(Budget(limit), host.take, host.budget.claim), host
+
+
+def test_a_late_packet_is_copied_out_when_its_size_has_become_known(model):
+    device, told = model(0), []
+    wire, host = late_wire(device, 400)
+    first = wire.send_late(Late(device, 1), told.append)
+    assert first.copied is None and not told
+    second = wire.send_late(Late(device, 2), told.append)
+    assert first.copied is None and not told
+    device.run()
+    third = wire.send_late(Late(device, 3), told.append)
+    assert (first.copied is None, second.copied is None, third.copied is None) == (False, False, True)
+    assert len(told) == 2 and host.budget.held == 2 * 10 + 16  # what is late holds a promise
+
+
+def test_the_host_waits_when_more_than_the_bound_is_unknown(model):
+    device = model(0)
+    wire, _ = late_wire(device, 4 * 16 * 3)
+    packets = [Late(device, i) for i in range(6)]
+    transits = [wire.send_late(packet, lambda _: None) for packet in packets]
+    assert [packet.waits for packet in packets] == [1, 1, 0, 0, 0, 0]
+    assert [t.copied is not None for t in transits] == [True, True, False, False, False, False]
+
+
+def test_a_full_device_waits_for_sizes_before_it_gives_up(model):
+    device = model(0)
+    wire, host = late_wire(device, 40)
+    wire._unknown = 1000
+    packets = [Late(device, i) for i in range(8)]
+    transits = [wire.send_late(packet, lambda _: None) for packet in packets]
+    assert all(transits) and all(packet.waits for packet in packets[:5])
+    device.run()
+    wire.settle()
+    assert host.budget.held == 80 and wire._budget.held <= 40  # as much as the packets are long, no promises
+    backward(device, transits)
+
+
+def test_settled_packets_take_the_room_that_they_need(model):
+    device = model(0)
+    wire, host = late_wire(device, 400)
+    transits = [wire.send_late(Late(device, i), lambda _: None) for i in range(6)]
+    assert (host.budget.held, wire._budget.held) == (96, 96)
+    wire.settle()
+    assert (host.budget.held, wire._budget.held) == (60, 60)
+    assert len(transits) == 6
+
+
+def test_of_late_packets_too_those_that_backward_starts_with_stay(model):
+    device = model(0)
+    wire, host = late_wire(device, 100, 40)
+    for copied in (20, 11):
+        transits = []
+        for i in range(20):
+            transits.append(wire.send_late(Late(device, i), lambda _: None))
+            device.run()
+        wire.settle()
+        assert sum(t.copied is not None for t in transits) == copied
+        backward(device, transits)
+
+
+def test_a_use_before_the_size_is_known_waits_for_it(model):
+    device = model(0)
+    wire, host = late_wire(device, 400)
+    packets = [Late(device, i) for i in range(4)]
+    transits = [wire.send_late(packet, lambda _: None) for packet in packets]
+    reads = []
+    with transits[3].use() as block:
+        cell = block.cell
+        device.current.enqueue(lambda: reads.append(cell[0]))
+    device.run()
+    assert reads == [3] and wire.fetched == 0 and host.budget.held == 40
+    backward(device, transits)
+
+
+def test_a_late_packet_that_dies_leaves_nothing(model):
+    device, told = model(0), []
+    wire, host = late_wire(device, 400)
+    for i in range(8):
+        assert wire.send_late(Late(device, i), told.append)
+    device.run()
+    wire.settle()
+    assert not told and host.budget.held == wire._budget.held == 0 and not wire._late
+
+
+def test_without_room_or_promise_a_late_packet_is_not_taken(model):
+    device = model(0)
+    for limit, slots in ((10, 20), (400, 1)):
+        wire, host = late_wire(device, limit, slots)
+        assert wire.send_late(Late(device, 1), lambda _: None) is None
+        assert host.budget.held == wire._budget.held == 0
+    wire, _ = late_wire(device, None, 0)
+    transit = wire.send_late(Late(device, 1), lambda _: None)
+    wire.settle()
+    assert transit.local is not None and transit.copied is None
+
+
+@pytest.mark.parametrize("where", ["settle", "take", "store", "tell"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_while_a_size_is_learned_may_be_followed_by_another_go(model, monkeypatch, where, error):
+    device = model(0)
+    wire, host = late_wire(device, 400)
+    fail = Countdown(error)
+    packets = [Late(device, i) for i in range(3)]
+    owner, name = {
+        "settle": (Late, "settle"),
+        "take": (wire, "_take"),
+        "store": (Host, "write"),
+        "tell": (None, ""),
+    }[where]
+    if owner is not None:
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (fail(), call(*args))[1])
+    transits = [wire.send_late(packet, lambda _: fail() if where == "tell" else None) for packet in packets]
+    fail.left = 1
+    with pytest.raises(error):
+        wire.settle()
+    fail.left = -1
+    reads = []
+    for i in (2, 1, 0):
+        with transits[i].use() as block:
+            cell = block.cell
+            device.current.enqueue(lambda i=i, cell=cell, reads=reads: reads.append((i, cell[0])))
+        device.run()
+    assert reads == [(2, 2), (1, 1), (0, 0)]
+    transits.clear()
+    del block
+    assert host.budget.held == wire._budget.held == 0
+
+
+def test_nothing_is_kept_of_passes_that_are_over(model):
+    device = model(0)
+    wire, _ = late_wire(device, 200)
+    for _ in range(3):
+        packets = [Late(device, i) if i % 2 else Block(device, i) for i in range(8)]
+        send = [wire.send, lambda packet: wire.send_late(packet, lambda _: None)]
+        transits = [send[i % 2](packet) for i, packet in enumerate(packets)]
+        del packets
+        device.run()
+        backward(device, transits)
+    last = wire.send(Block(device, 0))
+    queues = (wire._used, wire._ahead, wire._leaving, wire._held, wire._late)
+    assert last is not None and sum(map(len, queues)) == 1
+
+
+def test_gradients_take_the_room_of_what_is_fetched_ahead(model, monkeypatch):
+    """Of 100 bytes, as many are left free as the weights have that were saved after the packet in use."""
+    monkeypatch.setattr(wire_module, "AHEAD", 0)
+    held = {}
+    for weights in (0, 1):
+        device = model(0)
+        wire, _ = late_wire(device, 100, 60)
+        transits = []
+        for i in range(40):
+            transits.append(wire.send(Block(device, i)))
+            wire.expect_gradient(weights)
+            device.run()
+        held[weights] = []
+        while transits:
+            with transits.pop().use():
+                pass
+            device.run()
+            held[weights].append(wire._budget.held)
+    assert held[0][:31] == [90] * 31
+    assert all(80 - i <= nbytes <= 100 - i for i, nbytes in enumerate(held[1][:31]))
+
+
+def test_an_interrupt_at_any_point_loses_no_late_packet(model):
+    for at in count():
+        device = model(at)
+        wire, host = late_wire(device, 400)
+        transits = []
+
+        def send(wire=wire, device=device, transits=transits):
+            for i in range(3):
+                transits.append(wire.send_late(Late(device, i), lambda _: None))
+            wire.settle()
+
+        hit = interrupted(send, at, wire_module)
+        reads = []
+        for i in reversed(range(len(transits))):
+            with transits[i].use() as block:
+                cell = block.cell
+                device.current.enqueue(lambda i=i, cell=cell, reads=reads: reads.append((i, cell[0])))
+            del block
+            device.run()
+        assert reads == [(i, i) for i in reversed(range(len(transits)))], at
+        transits.clear()
+        assert host.budget.held == wire._budget.held == 0, at
+        if not hit:
+            break
+    assert at > 40

@@ -1,0 +1,292 @@
+"""Saved tensors that a plan keeps on their GPU, or sends off it and fetches back in time.
+
+Note: [Memory of the compute stream]
+All that is held here is memory of the stream that computes: what is sent away was written there, and what is
+fetched is allocated there, before a copy that waits for that point of the stream. So a block that is dropped
+goes to later work of the same stream, which is after all that read it; only copies have to be waited for.
+Copies out are waited for when their memory is needed, copies in when it is used, or dropped unused. A tensor
+that is sent away as it is may be of another stream's memory: `record_stream` then keeps the allocator from
+handing it out before the compute stream has waited for the copy.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from threading import RLock
+from weakref import WeakValueDictionary, ref
+
+import torch
+from torch import Tensor
+
+from sidelane.codec.packet import Packet
+from sidelane.errors import OffloadError
+from sidelane.pipeline.budget import Budget, Claim
+from sidelane.pipeline.stash import Kept
+from sidelane.pipeline.step_model import allowed_ahead
+from sidelane.pipeline.streams import current_stream, on, side_stream
+from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk
+
+
+class Held(Kept):
+    """A tensor that stays as it is, with its share of the device budget."""
+
+    __slots__ = ("_claim",)
+
+    def __init__(self, tensor: Tensor, claim: Claim) -> None:
+        super().__init__(tensor)
+        self._claim = claim
+
+
+class _Local:
+    """A packet on the device, in memory of the stream `owner`; filled when `ready` is reached."""
+
+    def __init__(self, packet: Packet, owner: torch.cuda.Stream, ready: torch.cuda.Event | None) -> None:
+        self.packet = packet
+        self.owner = owner
+        self._ready = ready
+        self._opened = ready is None
+
+    def open(self, stream: torch.cuda.Stream) -> Packet:
+        """The packet, for work enqueued on `stream` from now on."""
+        if self._ready is not None:
+            stream.wait_event(self._ready)
+        if stream != self.owner:
+            stream.wait_event(self.owner.record_event())
+        self._opened = True
+        return self.packet
+
+    def close(self, stream: torch.cuda.Stream) -> None:
+        """`stream` has enqueued its last read."""
+        if stream != self.owner:
+            self.owner.wait_event(stream.record_event())
+
+    def __del__(self) -> None:
+        if not self._opened and not sys.is_finalizing():
+            self.owner.wait_event(self._ready)  # type: ignore[arg-type]
+
+
+class Parcel:
+    """The home of a packet that leaves the device: host memory or a disk, and the device until that is needed
+    for others, or again once it was fetched.
+
+    Args:
+        number: position in the order of fetching; greater ones come back first.
+        source: the tensor whose memory the packet shares, None if the packet has memory of its own.
+    """
+
+    def __init__(
+        self, moves: Moves, number: int, packet: Packet, host: HostCopy, memory: Memory, source: Tensor | None
+    ) -> None:
+        stream = current_stream(packet.device)
+        self.number = number
+        self.device = packet.device
+        self.nbytes = host.nbytes
+        self.claim: Claim | None = None
+        self._moves = moves
+        self._host = host
+        self._memory = memory
+        self._local: _Local | None = _Local(packet, stream, None)
+        self._source = source
+        self._version = 0 if source is None else source._version
+        self._changed = False
+        out, slot = side_stream(self.device, "copy out"), memory.begin()
+        out.wait_event(stream.record_event())
+        slot.wait(out)
+        with on(out):
+            host.write(packet, slot.tensor)
+        self._copied = out.record_event()
+        memory.written(self._copied)
+
+    @contextmanager
+    def use(self) -> Iterator[Packet]:
+        """As of a `Home`: valid inside, for work on the current stream."""
+        stream = current_stream(self.device)
+        local = self._moves.acquire(self)
+        packet = local.open(stream)
+        try:
+            yield packet
+        finally:
+            local.close(stream)
+
+    def give(self) -> Tensor | None:
+        """The elements, flat, in memory that is the caller's; None where the packet has to be decoded, or its
+        memory is not only of this parcel."""
+        with self._moves.lock:
+            if not self._host.raw or (self._local is not None and self._source is not None):
+                return None
+            local = self._moves.acquire(self)
+            self._local = None
+        stream = current_stream(self.device)
+        packet = local.open(stream)
+        data = packet.sections["data"]
+        if stream != local.owner:
+            data.record_stream(stream)
+        return data.view(packet.dtype)
+
+    @property
+    def here(self) -> bool:
+        return self._local is not None
+
+    @property
+    def on_disk(self) -> bool:
+        return isinstance(self._memory, OnDisk)
+
+    def announce(self) -> None:
+        """A hint that `fetch` comes soon."""
+        self._memory.fetch()
+
+    def local(self) -> _Local | None:
+        """What is on the device. Raises OffloadError when the tensor was changed after it was saved."""
+        self._check()
+        return self._local
+
+    def drop(self) -> None:
+        """Leave the device, without waiting on the host, once the compute stream waits for the copy out."""
+        local = self._local
+        if local is None:
+            return
+        if self._source is not None:
+            self._changed = self._source._version != self._version
+        if not self._copied.query():
+            local.owner.wait_event(self._copied)
+        if self._source is not None:
+            for part in local.packet.sections.values():
+                part.record_stream(local.owner)
+        self._local = self._source = self.claim = None
+
+    def fetch(self, claim: Claim | None) -> _Local:
+        """Enqueue the copy in. It stays on the device where it has a claim."""
+        self._check()
+        owner, stream = current_stream(self.device), side_stream(self.device, "copy in")
+        slot = self._memory.open(stream)
+        buffer = torch.empty(self._host.nbytes, dtype=torch.uint8, device=self.device)
+        stream.wait_event(owner.record_event())
+        stream.wait_event(self._copied)
+        with on(stream):
+            packet = self._host.over(buffer.copy_(slot.tensor, non_blocking=True))
+        ready = stream.record_event()
+        slot.released = ready
+        local = _Local(packet, owner, ready)
+        if claim is not None:
+            self._local, self.claim = local, claim
+        return local
+
+    def _check(self) -> None:
+        if self._source is not None:
+            self._changed = self._source._version != self._version
+        if self._changed:
+            raise OffloadError(
+                "a tensor needed for backward was modified in place after it was saved: clone it before the "
+                "change"
+            )
+
+
+class Moves:
+    """The parcels of one context, and what its plan keeps on the device.
+
+    Args:
+        budget: of device memory.
+        take: room for so many bytes off the device, or None when there is none.
+    """
+
+    def __init__(self, budget: Budget, take: Callable[[int], Memory | None]) -> None:
+        self.lock = RLock()
+        self.count = 0  # number of the next parcel
+        self.fetched = 0
+        self.prefetched = 0
+        self._budget = budget
+        self._take = take
+        self._parcels: WeakValueDictionary[int, Parcel] = WeakValueDictionary()
+        self._leaving: deque[ref[Parcel]] = deque()  # copied out and on the device, oldest first
+        self._away: list[int] = []  # numbers of those that are not on the device, ascending
+        self._kept: WeakValueDictionary[Hashable, Claim] = WeakValueDictionary()
+
+    @property
+    def holding(self) -> bool:
+        """Tensors are kept."""
+        return bool(self._kept)
+
+    def keep(self, tensor: Tensor, data: Hashable, nbytes: int) -> Held | None:
+        """`tensor` as it is, its memory `data` counted once; None when the budget has no room."""
+        with self.lock:
+            claim = self._kept.get(data)
+            if claim is None:
+                claim = self.room(nbytes)
+                if claim is None:
+                    return None
+                self._kept[data] = claim
+        return Held(tensor, claim)
+
+    def room(self, nbytes: int) -> Claim | None:
+        """A claim on device memory, at the cost of parcels that leave; None if not enough do."""
+        with self.lock:
+            while (claim := self._budget.claim(nbytes)) is None:
+                parcel = self._leaving.popleft()() if self._leaving else None
+                if parcel is not None and parcel.here:
+                    parcel.drop()
+                    insort(self._away, parcel.number)
+                elif not self._leaving:
+                    return None
+        return claim
+
+    def send(self, packet: Packet, source: Tensor | None) -> Parcel | None:
+        """A parcel of a packet that the current stream has written; None where there is no room for it off
+        the device."""
+        host = HostCopy(packet)
+        memory = self._take(host.nbytes)
+        if memory is None:
+            return None
+        with self.lock:
+            claim = self.room(host.nbytes)
+            parcel = Parcel(self, self.count, packet, host, memory, source)
+            self.count += 1
+            self._parcels[parcel.number] = parcel
+            if claim is None:
+                parcel.drop()
+                insort(self._away, parcel.number)
+            else:
+                parcel.claim = claim
+                self._leaving.append(ref(parcel))
+        return parcel
+
+    def acquire(self, parcel: Parcel) -> _Local:
+        """What is on the device of it, fetched if need be."""
+        with self.lock:
+            local = parcel.local()
+            if local is None:
+                self.fetched += 1
+                self._forget(parcel.number)
+                local = parcel.fetch(self._budget.claim(parcel.nbytes))
+            return local
+
+    def fetch_ahead(self, end: int, growth: int, left: float) -> None:
+        """Fetch the newest parcels below number `end`, while `allowed_ahead` has room."""
+        if not self._away:
+            return
+        with self.lock:
+            limit = self._budget.limit or 0
+            allowed = allowed_ahead(limit, growth, left)
+            while (at := bisect_left(self._away, end)) > 0:
+                parcel = self._parcels.get(self._away[at - 1])
+                if parcel is None or parcel.here:
+                    del self._away[at - 1]
+                    continue
+                if parcel.on_disk:
+                    parcel.announce()
+                    return
+                fits = self._budget.held + parcel.nbytes <= allowed
+                claim = self._budget.claim(parcel.nbytes) if fits else None
+                if claim is None:
+                    return
+                del self._away[at - 1]
+                parcel.fetch(claim)
+                self.prefetched += 1
+
+    def _forget(self, number: int) -> None:
+        at = bisect_left(self._away, number)
+        if at < len(self._away) and self._away[at] == number:
+            del self._away[at]

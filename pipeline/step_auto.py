@@ -1,0 +1,312 @@
+"""The automatic lane of an offload context: learns the step, plans it, and says what to do with each tensor.
+
+Note: [Cycle of a plan]
+The first trip of a kind takes the exact lane and learns. Its plan is made when the second begins, which is
+timed again, since a trip that learns computes with pauses; so is one whose time is not what was predicted.
+Another plan takes over only if it is predicted to be faster by `GAIN`. A trip that is not the step of its
+script goes on as one that learns would, and the next of its kind learns again. Kinds are told apart by the
+first tensor they save, so that batches of other shapes have plans of their own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
+from functools import partial
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sidelane.pipeline.blocks import Blocks, fingerprint, is_plain, modes, run_again_later
+from sidelane.pipeline.budget import Budget
+from sidelane.pipeline.entries import Visit
+from sidelane.pipeline.lanes import undisturbed
+from sidelane.pipeline.lesson import Entry, Script
+from sidelane.pipeline.moves import Moves
+from sidelane.pipeline.policy import is_capturing, may_lose_bits, why_kept
+from sidelane.pipeline.recorder import Trip
+from sidelane.pipeline.stash import Kept, Stash, Ticket, data_key
+from sidelane.pipeline.step_model import Choice, Step
+from sidelane.pipeline.step_plan import StepPlan, plan_step
+from sidelane.pipeline.tiers import Memory
+
+GAIN = 0.03  # share of the step that another plan must save
+DRIFT = 0.15  # share of the step by which a prediction may be wrong
+PATIENCE = 3  # trips in a row that are wrong before the step is timed again
+TIMED = 2  # trips after the first plan
+SPARE = 1 / 128  # of budgets that plans leave alone, for what rounding and headers add
+KINDS = 16  # of trips that are remembered
+SMOOTH = 0.2  # weight of the last trip in the mean
+
+
+class Tracked:
+    """What autograd keeps in place of a tensor, and which one of which trip it is."""
+
+    __slots__ = ("inner", "number", "trip")
+
+    def __init__(self, inner: Ticket | Kept, trip: Trip, number: int) -> None:
+        self.inner = inner
+        self.trip = trip
+        self.number = number
+
+
+class _Kind:
+    """What is known of trips that begin alike."""
+
+    def __init__(self) -> None:
+        self.script: Script | None = None
+        self.timed = 0  # trips to time
+        self.wrong = 0  # trips in a row whose time was not as predicted
+        self.short = 0  # trips in a row that ended early
+        self.measured: float | None = None  # seconds of a trip, smoothed
+        self.residual = 1.0  # by which they are more than the model of the step says
+        self.pending: deque[Trip] = deque(maxlen=4)
+
+
+class Auto:
+    """The state of one offload context.
+
+    Args:
+        budget, host: of device and of host memory.
+        take: room off the device.
+        min_bytes: smaller tensors are kept.
+        lossy: lanes that may take activations: for tensors of four dimensions, for others; None for none.
+        blocks: modules that may be recomputed; None to let `wrap` find them.
+        weigh: bytes that a tensor would hold.
+        innermost: whether the hooks of the context are those that autograd calls in this thread.
+        alive: how many tickets of the context there are.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        host: Budget,
+        take: Callable[[int], Memory | None],
+        min_bytes: int,
+        lossy: tuple[str, str] | None,
+        blocks: Iterable[nn.Module] | None,
+        weigh: Callable[[Tensor], int],
+        innermost: Callable[[], bool],
+        alive: Callable[[], int],
+    ) -> None:
+        self.moves = Moves(budget, take)
+        self.blocks_given = blocks is not None
+        self._blocks = Blocks(blocks or (), self._around)
+        self._budget = budget
+        self._host = host
+        self._min_bytes = min_bytes
+        self._lossy = lossy
+        self._weigh = weigh
+        self._innermost = innermost
+        self._alive = alive
+        self._local = threading.local()
+        self._lock = threading.RLock()
+        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+        self._uses = 0
+        self._latest: _Kind | None = None
+
+    @property
+    def plan(self) -> Script | None:
+        """Of the last trip; None before there is one."""
+        return None if self._latest is None else self._latest.script
+
+    @property
+    def measured(self) -> float | None:
+        """Seconds from the first save to the end of backward, smoothed; None before one was measured."""
+        return None if self._latest is None else self._latest.measured
+
+    @property
+    def residual(self) -> float:
+        """By what forecasts have to be multiplied, smoothed."""
+        return 1.0 if self._latest is None else self._latest.residual
+
+    def use_blocks(self, modules: Iterable[nn.Module]) -> None:
+        """Modules that may be recomputed from the next entering on."""
+        self._blocks = Blocks(modules, self._around)
+
+    def visit(self) -> Visit:
+        """For a thread that enters the context."""
+        blocks, user = self._blocks, object()
+
+        def arrive() -> None:
+            if not self._alive() and not self.moves.holding:
+                self._local.trip = None
+            blocks.install(user)
+
+        return Visit(arrive, partial(blocks.remove, user))
+
+    def save(self, tensor: Tensor, nbytes: int) -> tuple[Trip, int, Choice | None]:
+        """The trip of a tensor that is saved now, its number, and what to do with it; None: nobody knows.
+
+        Args:
+            nbytes: that it would hold.
+        """
+        trip = self._trip(tensor.device, ("save", tensor.dtype, tensor.shape))
+        if tensor.device != trip.device:
+            return trip, -1, None
+        return trip, *trip.save(nbytes, tensor.dtype)
+
+    def learn(self, trip: Trip, stash: Stash, tensor: Tensor, nbytes: int) -> int:
+        """The number of a tensor that a trip that learns saved as `stash`."""
+        if not trip.learning or tensor.device != trip.device:
+            return -1
+        return trip.learn(stash, self._entry(tensor, nbytes))
+
+    def expect_gradient(self, nbytes: int) -> None:
+        """A weight of `nbytes` was saved: backward makes its gradient."""
+        trip: Trip | None = getattr(self._local, "trip", None)
+        if trip is not None and trip.learning:
+            trip.gradients += nbytes
+
+    def used(self, tracked: Tracked, before: Any, wire: int) -> None:
+        """A tensor was unpacked."""
+        self._uses += 1
+        trip = tracked.trip
+        trip.used(tracked.number, before, wire)
+        self.moves.fetch_ahead(trip.last, trip.growth, (tracked.number + 1) / trip.size)
+
+    def _entry(self, tensor: Tensor, nbytes: int) -> Entry:
+        lossy = None
+        if self._lossy is not None and may_lose_bits(tensor):
+            lossy = self._lossy[0 if tensor.ndim == 4 else 1]
+        return Entry(nbytes, tensor.dtype, -1, lossy=lossy)
+
+    def _trip(self, device: torch.device, kind: Hashable) -> Trip:
+        """That of this thread; another one if a backward pass ran since its last save."""
+        local = self._local
+        trip: Trip | None = getattr(local, "trip", None)
+        if trip is None or local.uses != self._uses or trip.played:
+            trip = local.trip = self._depart(device, (device, kind))
+            local.uses = self._uses
+        trip.last = self.moves.count + 1
+        return trip
+
+    def _depart(self, device: torch.device, key: Hashable) -> Trip:
+        with self._lock:
+            kind = self._kinds.pop(key, None) or _Kind()
+            self._kinds[key] = self._latest = kind
+            if len(self._kinds) > KINDS:
+                self._kinds.popitem(last=False)
+            with undisturbed(device):
+                self._learn_from(kind)
+            timed = kind.timed > 0
+            kind.timed -= timed
+            trip = Trip(device, kind.script, timed, self.moves.count)
+            kind.pending.append(trip)
+            return trip
+
+    def _learn_from(self, kind: _Kind) -> None:
+        """Read the trips that have ended; make a plan, or a better one."""
+        while kind.pending:
+            trip = kind.pending[0]
+            if trip.script is not kind.script or (trip.end is None and not trip.lost):
+                pass  # of an older plan, or without a backward pass
+            elif trip.learning:
+                lesson = None
+                if trip.complete:
+                    trip.end.synchronize()  # the one wait: there is no plan without
+                    lesson = trip.lesson()
+                if lesson is not None:
+                    kind.script = Script.of(lesson, self._plan_for(lesson.step()))
+                    kind.timed, kind.measured, kind.residual = TIMED, None, 1.0
+            elif not trip.complete:
+                self._note_short(kind, trip)
+            elif trip.ended():
+                self._compare(kind, trip, kind.script)
+            else:
+                return
+            kind.pending.popleft()
+
+    def _note_short(self, kind: _Kind, trip: Trip) -> None:
+        """A trip was not as its script says: forget that, at once if something else came."""
+        kind.short += 1
+        if (trip.lost and not trip.failed) or kind.short >= PATIENCE:
+            kind.script, kind.short = None, 0
+
+    def _compare(self, kind: _Kind, trip: Trip, script: Script | None) -> None:
+        if script is None:
+            return
+        kind.short = 0
+        seconds, forecast = trip.seconds(), max(script.plan.forecast.seconds, 1e-9)
+        wrong = abs(seconds - forecast * kind.residual) > DRIFT * forecast * kind.residual
+        if kind.measured is None:
+            kind.measured, kind.residual = seconds, seconds / forecast
+        kind.measured += SMOOTH * (seconds - kind.measured)
+        kind.residual *= (seconds / forecast / kind.residual) ** SMOOTH
+        kind.wrong = kind.wrong + 1 if wrong else 0
+        if kind.wrong >= PATIENCE:
+            kind.timed, kind.wrong = max(kind.timed, 1), 0
+        computing = trip.computing()
+        if computing is None:
+            return
+        lesson = None if any(script.plan.recompute) else trip.lesson()
+        lesson = lesson or script.lesson.stretched(computing, script.plan.forecast.again)
+        step = lesson.step()
+        old, new = script.plan.for_step(step), self._plan_for(step)
+        better = new.forecast.seconds < (1 - GAIN) * old.forecast.seconds
+        kind.measured = None  # the next one is of the step as it is seen from here on
+        kind.script = Script.of(lesson, new if better or not old.fits else replace(old, others=new.others))
+
+    def _plan_for(self, step: Step) -> StepPlan:
+        limits = (self._budget.limit, self._host.limit)
+        return plan_step(step, *(inf if limit is None else limit * (1 - SPARE) for limit in limits))
+
+    def _around(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A call of a block."""
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not tensors or not self._watches(tensors[0].device):
+            return forward(*args, **kwargs)
+        local, first = self._local, tensors[0]
+        repeatable = is_plain(leaves) and not _is_distributed()
+        trip = self._trip(first.device, ("block", first.dtype, first.shape))
+        again = trip.enter(lambda: self._inputs(tensors), repeatable, modes(module))
+        before = fingerprint(module, (args, kwargs)) if trip.learning else []
+        try:
+            local.inside = True
+            result = run_again_later(forward, args, kwargs) if again else forward(*args, **kwargs)
+        except BaseException:
+            trip.lost = trip.failed = True
+            raise
+        finally:
+            local.inside = False
+        trip.leave(not trip.learning or before == fingerprint(module, (args, kwargs)))
+        return result
+
+    def _watches(self, device: torch.device) -> bool:
+        """A block is called in a forward pass that this context packs, outside of other blocks."""
+        return (
+            self._budget.limit is not None
+            and not getattr(self._local, "inside", False)
+            and torch.is_grad_enabled()
+            and torch._C._current_graph_task_id() == -1
+            and self._innermost()
+            and device.type in ("cpu", "cuda")
+            and not (device.type == "cuda" and is_capturing(device))
+        )
+
+    def _inputs(self, tensors: list[Tensor]) -> list[tuple[Any, Entry]]:
+        """Those that a block saves when it is recomputed, as far as a context packs them."""
+        out = []
+        for tensor in tensors:
+            if why_kept(tensor, self._min_bytes) is None:
+                out.append((data_key(tensor), self._entry(tensor, self._weigh(tensor))))
+        return out
+
+
+def _is_distributed() -> bool:
+    """Processes plan for themselves, and a block that only some of them run again would leave the others
+    waiting in its collectives."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1

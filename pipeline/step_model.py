@@ -1,0 +1,264 @@
+"""The model of a training step: what choices for its saved tensors make of its time and memory. Pure: no GPU,
+no torch.
+
+Note: [Model of a step]
+The compute stream runs through the step; its clock is what computing alone takes plus all that was added so
+far. To keep a tensor adds nothing and holds its bytes until its last use. To encode one adds the encode when
+it is saved and the decode when it is used. What goes away is copied out in order of saving by one engine
+and copied in by another, newest first; it holds memory until room is needed, and then the compute stream
+waits for its copy. In backward it is fetched as soon as the budget has room, less and less of it the further
+backward comes down. A recomputed block saves its inputs alone and adds its forward time again. `simulate`
+follows the engine in `moves.py` step by step, so that what is predicted is what it does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+AHEAD = 256 << 20  # bytes that may always be fetched ahead
+KEEP, HERE, AWAY = "keep", "here", "away"
+
+_FREE, _SAVE, _USE, _AGAIN, _FREE_AT_ONCE = range(5)  # in this order where times are equal
+
+
+def allowed_ahead(limit: float, growth: float, left: float) -> float:
+    """Bytes that may be held when something is fetched ahead and the share `left` of the saved tensors is not
+    used yet: what backward allocates itself, `growth` bytes at its end, takes the room of activations."""
+    return min(limit, max(limit - growth * (1 - left), AHEAD))
+
+
+@dataclass(frozen=True)
+class Code:
+    """One way to encode a tensor: its bytes then, and the seconds that the compute stream spends on it."""
+
+    lane: str
+    nbytes: int
+    encode: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor that is saved for backward.
+
+    Attributes:
+        nbytes: as it is.
+        saved, used, freed: when it is saved, first used and no longer needed, in seconds of computing alone
+            since the step began.
+        codes: those that may be used; one of lane "raw" for sending it as it is.
+        block: in which it is saved, -1 for none.
+        boundary: an input of the block, saved only if that is recomputed; others of a block only if not.
+    """
+
+    nbytes: int
+    saved: float
+    used: float
+    freed: float
+    codes: tuple[Code, ...] = ()
+    block: int = -1
+    boundary: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """Part of the forward pass that can run again.
+
+    Attributes:
+        seconds: of its forward pass.
+        used, freed: when backward comes to it and leaves it.
+        repeatable: running it again gives the same and changes nothing else.
+    """
+
+    seconds: float
+    used: float
+    freed: float
+    repeatable: bool = True
+
+
+@dataclass(frozen=True)
+class Step:
+    """A forward and backward pass.
+
+    Attributes:
+        saved: in order of saving.
+        seconds: of computing alone, forward and backward.
+        out, back: seconds over bytes of the wires off the device and back; None where there are none.
+        gradients: bytes of gradients at the end of backward.
+    """
+
+    saved: tuple[Saved, ...]
+    blocks: tuple[Block, ...]
+    seconds: float
+    out: Callable[[int], float] | None = None
+    back: Callable[[int], float] | None = None
+    gradients: int = 0
+
+
+class Choice(NamedTuple):
+    """What to do with a tensor: "keep" it, keep its code "here", or send its code "away"."""
+
+    place: str
+    lane: str = "raw"
+
+
+KEPT = Choice(KEEP)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a simulation says.
+
+    Attributes:
+        seconds: of the step.
+        held: most bytes of saved tensors on the device at once; `working`: with gradients, and what a block
+            that runs again holds while its backward pass does.
+        growth: bytes that backward itself allocates in its course: gradients, and one recomputed block.
+        away: bytes that leave.
+        coding, again: seconds of codes and of recomputing.
+        waited_out, waited_back: seconds in which computing waits for a copy out, or a copy back.
+    """
+
+    seconds: float
+    held: int
+    working: int
+    growth: int
+    away: int
+    coding: float
+    again: float
+    waited_out: float
+    waited_back: float
+
+
+class Option(NamedTuple):
+    choice: Choice
+    nbytes: int
+    encode: float
+    decode: float
+    out: float
+    back: float
+
+
+class Simulator:
+    """Simulates one step under many choices."""
+
+    def __init__(self, step: Step, limit: float) -> None:
+        self.step = step
+        self.limit = limit
+        self.options = tuple(tuple(_options(step, saved)) for saved in step.saved)
+        events: list[tuple[float, int, int]] = []
+        for i, saved in enumerate(step.saved):
+            free = _FREE if saved.freed > saved.used else _FREE_AT_ONCE
+            events += [(saved.saved, _SAVE, i), (saved.used, _USE, i), (saved.freed, free, i)]
+        events += [(block.used, _AGAIN, b) for b, block in enumerate(step.blocks)]
+        self._events = sorted(events)
+        self._owners = [(saved.block, saved.boundary) for saved in step.saved]
+        self._block_bytes = [0] * len(step.blocks)
+        for saved in step.saved:
+            if saved.block >= 0 and not saved.boundary:
+                self._block_bytes[saved.block] += saved.nbytes
+
+    def run(self, picks: Sequence[int], recompute: Sequence[bool]) -> Forecast:
+        """`picks`: of each saved tensor, which of its options."""
+        step, limit, options, count = self.step, self.limit, self.options, len(self.step.saved)
+        left = 1.0
+        late = out = back = coding = again = waited_out = waited_back = 0.0
+        held = peak = working = sent = 0
+        copied, arrived = [0.0] * count, [-1.0] * count
+        leaving: deque[int] = deque()
+        away: list[int] = []
+        gone = [False] * count
+        again_bytes = (n for n, flag in zip(self._block_bytes, recompute, strict=True) if flag)
+        growth = step.gradients + max(again_bytes, default=0)
+        active = [block < 0 or recompute[block] == boundary for block, boundary in self._owners]
+        for time, kind, i in self._events:
+            if kind == _AGAIN:
+                if recompute[i]:
+                    late += step.blocks[i].seconds
+                    again += step.blocks[i].seconds
+                    grown = step.gradients * (1 - left) + self._block_bytes[i]
+                    working = max(working, held + int(grown))
+                continue
+            if not active[i]:
+                continue
+            choice, nbytes, encode, decode, out_s, back_s = options[i][picks[i]]
+            if kind == _SAVE:
+                late += encode
+                coding += encode
+                while held + nbytes > limit and leaving:
+                    j = leaving.popleft()
+                    if copied[j] > time + late:
+                        waited_out += copied[j] - time - late
+                        late = copied[j] - time
+                    held -= options[j][picks[j]].nbytes
+                    gone[j] = True
+                    away.append(j)
+                if choice.place == AWAY:
+                    out = max(out, time + late) + out_s
+                    copied[i] = out
+                    sent += nbytes
+                    if held + nbytes > limit:
+                        waited_out += out - time - late
+                        late = out - time
+                        gone[i] = True
+                        away.append(i)
+                        continue
+                    leaving.append(i)
+                held += nbytes
+                if held > peak:
+                    peak = held
+            elif kind == _USE:
+                now = time + late
+                if gone[i]:
+                    if arrived[i] < 0:
+                        away.remove(i)
+                        back = arrived[i] = max(now, back, copied[i]) + back_s
+                        held += nbytes
+                    if arrived[i] > now:
+                        waited_back += arrived[i] - now
+                        late += arrived[i] - now
+                late += decode
+                coding += decode
+                left = (i + 1) / count
+                working = max(working, held + int(step.gradients * (1 - left)))
+                if away:
+                    now, allowed = time + late, allowed_ahead(limit, growth, left)
+                    while away:
+                        j = away[-1]
+                        option = options[j][picks[j]]
+                        if held + option.nbytes > allowed:
+                            break
+                        away.pop()
+                        held += option.nbytes
+                        back = arrived[j] = max(now, back, copied[j]) + option.back
+            else:
+                held -= nbytes
+        seconds = step.seconds + late
+        return Forecast(
+            seconds, peak, max(peak, working), growth, sent, coding, again, waited_out, waited_back
+        )
+
+
+def simulate(step: Step, choices: Sequence[Choice], recompute: Sequence[bool], limit: float) -> Forecast:
+    """What these choices make of the step. Raises ValueError for one that a tensor does not have."""
+    simulator = Simulator(step, limit)
+    picks = [
+        next((n for n, option in enumerate(options) if option.choice == choice), None)
+        for options, choice in zip(simulator.options, choices, strict=True)
+    ]
+    if None in picks:
+        raise ValueError(f"{choices[picks.index(None)]} is not possible for tensor {picks.index(None)}")
+    return simulator.run([pick for pick in picks if pick is not None], recompute)
+
+
+def _options(step: Step, saved: Saved) -> Iterator[Option]:
+    """First to keep it."""
+    yield Option(KEPT, saved.nbytes, 0.0, 0.0, 0.0, 0.0)
+    for code in saved.codes:
+        if code.nbytes < saved.nbytes:
+            yield Option(Choice(HERE, code.lane), code.nbytes, code.encode, code.decode, 0.0, 0.0)
+        if step.out is not None and step.back is not None:
+            wires = step.out(code.nbytes), step.back(code.nbytes)
+            yield Option(Choice(AWAY, code.lane), code.nbytes, code.encode, code.decode, *wires)
