@@ -51,12 +51,14 @@ class Setting:
             Takes `gpu_budget` in bytes when `peak` is given.
         exact: its gradients must equal those without offload bit for bit.
         recompute: compared with "checkpoint" rather than "none" for the time that copies add.
+        settle: steps before the gate, in which the method makes up its mind.
         peak: GiB; the largest GPU budget is taken with which a step stays below it.
     """
 
     open: Callable[..., Method]
     exact: bool = True
     recompute: bool = False
+    settle: int = 0
     peak: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -120,7 +122,9 @@ SETTINGS = {
     "none": Setting(none),
     "checkpoint": Setting(checkpointed, recompute=True),
     "sidelane 4-bit": Setting(ours, exact=False, peak=3.6, options={"lane": "packed", "bits": 4}),
-    "sidelane 8-bit": Setting(ours, exact=False, peak=3.6, options={"lane": "packed", "bits": 8}),
+    "sidelane 8-bit": Setting(
+        ours, exact=False, peak=3.6, options={"lane": "packed", "bits": 8, "group": 256}
+    ),
     "sidelane exact": Setting(ours, peak=3.6, options={"lane": "exact"}),
     "sidelane exact 10.8 GiB": Setting(ours, peak=10.8, options={"lane": "exact"}),
     "sidelane raw": Setting(ours, peak=3.6, options={"lane": "raw"}),

@@ -1,0 +1,45 @@
+"""The benchmark of the automatic lane at a tiny size."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+GIB = 1 << 30
+
+
+@pytest.fixture
+def pareto(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module("pareto")
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_a_budget_is_what_a_peak_leaves(pareto):
+    # 30 GiB without offload, 29 of them saved: 1 GiB is there anyway.
+    assert pareto.budget_of(1.0, 30.0, 29.0) == 29 * GIB
+    assert pareto.budget_of(0.5, 30.0, 29.0) == 14 * GIB
+    assert pareto.budget_of(0.01, 30.0, 29.0) == 0
+
+
+def test_rows_of_a_curve(pareto, tmp_path):
+    pareto.main(
+        ["--shape", "tiny", "--shares", "0.4", "--settings", "", "--steps", "2", "--lossy", "4"]
+        + ["--out", str(tmp_path)]
+    )
+    with (tmp_path / "pareto.csv").open() as file:
+        rows = {(row["setting"], row["share"]): row for row in csv.DictReader(file)}
+    assert rows.keys() == {
+        ("none", ""), ("auto", "1.0"), ("auto", "0.4"), ("auto, 4 bits", "0.4"), ("checkpoint", "")
+    }  # fmt: skip
+    assert {row["gradients"] for key, row in rows.items() if "bits" not in key[0]} == {"bitwise"}
+    assert rows["auto", "1.0"]["bound_by"] == "nothing: all fits"
+    assert rows["auto", "0.4"]["bound_by"].startswith("gpu_budget")
+    assert float(rows["auto", "0.4"]["predicted_ms"]) > 0
+    assert (tmp_path / "pareto_tiny.png").stat().st_size > 0
