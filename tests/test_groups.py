@@ -426,8 +426,7 @@ def test_kernels_equal_the_reference(
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("seed", [None, 11])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("symmetric", "seed"), [(False, None), (True, 11)])
 @pytest.mark.parametrize("bits", GROUP_BITS)
 def test_whole_groups_that_begin_anywhere(
     device: torch.device, bits: int, symmetric: bool, seed: int | None
