@@ -31,12 +31,13 @@ from torch import Tensor, nn
 from sidelane.codec.packet import Packet
 from sidelane.demo_model import GPT, Corpus, Shape
 from sidelane.pipeline.chain import AUTO_WIRES, Chain
-from sidelane.pipeline.choice import Decision, Probes, Wire, choose, lane_named, speed_of
+from sidelane.pipeline.choice import Decision, Wire, choose, speed_of
 from sidelane.pipeline.disk import Disk
 from sidelane.pipeline.lanes import decode_packet
 from sidelane.pipeline.machine import MAX_SIZE, Curve, Machine
 from sidelane.pipeline.planner import crossover
 from sidelane.pipeline.probe import LOAD_SIDE, measure
+from sidelane.pipeline.samples import Probes, lane_named
 from sidelane.pipeline.sampling import Load
 from sidelane.pipeline.tensor_auto import AutoLane
 from sidelane.pipeline.throttle import TokenBucket

@@ -10,24 +10,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil, inf, isfinite, nan
-from threading import RLock
-from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sidelane.codec.lane import Lane
-from sidelane.codec.packet import Packet, flatten
 from sidelane.errors import LaneError, LaneUnavailable, ProfileError
-from sidelane.pipeline.compress import CHUNK, check_bound, relative_error
+from sidelane.pipeline.compress import CHUNK, check_bound
 from sidelane.pipeline.extent import distinct_bytes
-from sidelane.pipeline.lanes import open_lane, plain, undisturbed
 from sidelane.pipeline.machine import HOST_TIMES, WIRES, Curve, LaneSpeed, Machine
 from sidelane.pipeline.planner import MIN_GAIN, RAW, Residuals, Stage, best_lane, busiest, serial_time
+from sidelane.pipeline.samples import (
+    EXACT,
+    LANES,
+    SHARED,
+    Kind,
+    Probes,
+    Sample,
+    kind_of,
+)
 
-LANES = (RAW, "exact", "packed:8", "packed:4", "packed:2", "video")
-EXACT = (RAW, "exact")
 WAITING = ("exact", "video")  # the host waits in their encoders, so that the next one starts later
 LOADS = ("idle", "busy")
 TABLES = {  # the table of a dtype; every lane stores the other dtypes raw, lossy ones complex dtypes too
@@ -37,31 +38,12 @@ TABLES = {  # the table of a dtype; every lane stores the other dtypes raw, loss
     torch.float32: "float32",
     torch.complex64: "float32",
 }
-SAMPLE = 1 << 20  # bytes of a tensor that are probed, as so many pieces:
-PIECES = 16
 MARGIN = 0.9  # of the bound that the error of a sample may reach
-MAX_SAMPLES = 4096
 MAX_RATE = 1e100  # bytes per second of a wire
 NO_PROFILE = "no profile of this machine: run sidelane profile"
 
 Wire = str | float | Curve
-Kind = tuple[Any, ...]
 Described = tuple[torch.dtype, int, Tensor | Mapping[str, tuple[float, float]]]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a lane makes of tensors of a kind.
-
-    Attributes:
-        share: bytes on the wire per raw byte.
-        header: bytes on the wire besides.
-        rel_error: relative Frobenius error, 0 for what comes back bit for bit.
-    """
-
-    share: float
-    header: int = 0
-    rel_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -149,99 +131,6 @@ class Decision:
             return f"{times:.2f} x the time of {self.lane}"
         need = f"{MIN_GAIN:.0%} beside raw" if self.lane == RAW else "what a change needs"
         return f"saves {1 - times:.1%} of {self.lane}, less than {need}"
-
-
-@lru_cache(16)
-def lane_named(name: str) -> Lane:
-    """The lane of a name in `LANES`. Raises LaneError for another, LaneUnavailable as `open_lane`."""
-    if name not in LANES:
-        raise LaneError(f"unknown lane {name!r}: a planner knows {', '.join(LANES)}")
-    kind, _, bits = name.partition(":")
-    return open_lane(kind, **({"bits": int(bits)} if bits else {}))
-
-
-def name_of(packet: Packet) -> str:
-    """The name in `LANES` of the lane that decodes `packet`."""
-    return f"packed:{packet.bits}" if packet.lane == "packed" else packet.lane
-
-
-class Probes:
-    """Samples by kind of tensor and lane, at most `MAX_SAMPLES` of them. Thread-safe."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0  # spent on encoding samples
-        self._samples: dict[tuple[Kind, str], Sample] = {}
-        self._checks: dict[tuple[str, torch.dtype], float] = {}
-        self._lock = RLock()
-
-    def sample(self, kind: Kind, lane: str, tensor: Tensor) -> Sample:
-        """Of `lane` for tensors of `kind`, from `tensor` if there is none. Raises LaneUnavailable."""
-        with self._lock:
-            if (kind, lane) not in self._samples:
-                begin = perf_counter()
-                found = probe(lane, tensor)
-                self.seconds += perf_counter() - begin
-                if len(self._samples) >= MAX_SAMPLES:
-                    self._samples.clear()
-                self._samples[kind, lane] = found
-            return self._samples[kind, lane]
-
-    def check_seconds(self, tensor: Tensor) -> float:
-        """Of measuring the error of `CHUNK` elements on the device of `tensor`."""
-        key = tensor.device.type, tensor.dtype
-        with self._lock:
-            if key not in self._checks:
-                with undisturbed(tensor.device):
-                    flat = flatten(sample_of(plain(tensor)))
-                    relative_error(flat, flat)
-                    begin = perf_counter()
-                    relative_error(flat, flat)
-                    self._checks[key] = perf_counter() - begin
-                self.seconds += 2 * self._checks[key]
-            return self._checks[key]
-
-    def forget(self, kind: Kind) -> None:
-        """Probe the next tensor of `kind` anew."""
-        with self._lock:
-            for key in [key for key in self._samples if key[0] == kind]:
-                del self._samples[key]
-
-
-SHARED = Probes()
-
-
-def kind_of(tensor: Tensor, name: str = "") -> Kind:
-    """What tensors share that are taken to code alike: name, dtype, dimensions, length of rows if there
-    are any, device."""
-    last = tensor.shape[-1] if tensor.ndim > 1 else 1
-    return name, tensor.dtype, tensor.ndim, last, tensor.device.type
-
-
-def sample_of(tensor: Tensor) -> Tensor:
-    """About `SAMPLE` bytes of `tensor` in `PIECES` pieces of neighbouring rows, [rows, row length]."""
-    flat = flatten(tensor)
-    width = tensor.shape[-1] if tensor.ndim > 1 and tensor.numel() and tensor.is_contiguous() else 1
-    piece = max(SAMPLE // PIECES // flat.itemsize // width, 1) * width
-    if flat.nbytes > SAMPLE and piece * PIECES < flat.numel():
-        rows = flat.numel() // width
-        starts = [i * (rows - piece // width) // (PIECES - 1) * width for i in range(PIECES)]
-        flat = torch.cat([flat[start : start + piece] for start in starts])
-    return flat.view(-1, width) if width > 1 else flat
-
-
-def probe(lane: str, tensor: Tensor) -> Sample:
-    """What `lane` makes of a sample of `tensor`; waits for the device. Raises LaneUnavailable."""
-    opened = lane_named(lane)
-    if lane == RAW:
-        return Sample(1.0)
-    with undisturbed(tensor.device):
-        some = sample_of(plain(tensor))
-        packet = opened.encode(some)
-        payload = sum(section.numel() for section in packet.sections.values())
-        error = 0.0
-        if packet.lane not in EXACT:
-            error = relative_error(flatten(some), flatten(opened.decode(packet)))
-        return Sample(payload / packet.raw_nbytes, packet.nbytes - payload, error)
 
 
 def choose(

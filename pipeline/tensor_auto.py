@@ -17,23 +17,16 @@ from sidelane.codec.lane import Lane
 from sidelane.codec.packet import Packet
 from sidelane.errors import LaneError
 from sidelane.pipeline.choice import (
-    EXACT,
     NO_PROFILE,
-    SHARED,
     Candidate,
     Decision,
-    Kind,
-    Probes,
     Wire,
     check_load,
     check_together,
     choose,
     given_or_present,
-    kind_of,
-    lane_named,
     listed,
     missing_wire,
-    name_of,
     named_wire,
     raw_decision,
     speed_of,
@@ -43,6 +36,7 @@ from sidelane.pipeline.extent import distinct_bytes
 from sidelane.pipeline.lanes import decode_packet
 from sidelane.pipeline.machine import Curve, LaneSpeed, Machine
 from sidelane.pipeline.planner import RAW, Hysteresis, Residuals
+from sidelane.pipeline.samples import EXACT, SHARED, Kind, Probes, kind_of, lane_named, name_of
 from sidelane.pipeline.streams import Stream
 from sidelane.pipeline.trace import Recorder
 

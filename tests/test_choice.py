@@ -16,25 +16,14 @@ from hypothesis import strategies as st
 import sidelane
 from sidelane import cli
 from sidelane.errors import LaneError, ProfileError
-from sidelane.pipeline import choice, tensor_auto
+from sidelane.pipeline import choice, samples, tensor_auto
 from sidelane.pipeline import machine as machine_module
 from sidelane.pipeline.chain import Chain
-from sidelane.pipeline.choice import (
-    LANES,
-    MARGIN,
-    NO_PROFILE,
-    SAMPLE,
-    Probes,
-    Sample,
-    choose,
-    kind_of,
-    lane_named,
-    probe,
-    sample_of,
-)
+from sidelane.pipeline.choice import MARGIN, NO_PROFILE, choose
 from sidelane.pipeline.compress import relative_error
 from sidelane.pipeline.machine import Curve, LaneSpeed, Machine
 from sidelane.pipeline.planner import EWMA, FADE, MIN_GAIN, SWITCH_AFTER, Residuals
+from sidelane.pipeline.samples import LANES, SAMPLE, Probes, Sample, kind_of, lane_named, probe, sample_of
 from sidelane.pipeline.tensor_auto import BREAKS, FORGIVE, REPLAN, WARM, AutoLane
 
 GB = 1e9
@@ -347,7 +336,7 @@ def test_lengths_are_no_kinds_of_their_own() -> None:
 
 
 def test_no_more_samples_are_remembered_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "MAX_SAMPLES", 4)
+    monkeypatch.setattr(samples, "MAX_SAMPLES", 4)
     probes, x = Probes(), activations(4, 4)
     for i in range(20):
         probes.sample((str(i),), "raw", x)

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sidelane.errors import LaneError, ProfileError
-from sidelane.pipeline.choice import LANES, NO_PROFILE, Described, Wire, choose, present, probe, speed_of
+from sidelane.pipeline.choice import NO_PROFILE, Described, Wire, choose, present, speed_of
 from sidelane.pipeline.machine import HOST_TIMES, MAX_SIZE, Machine
+from sidelane.pipeline.samples import LANES, probe
 
 MIB = 1 << 20
 HIDDEN = {"d2h both", "h2d both", *HOST_TIMES}  # shown only where they are asked for, if at all
