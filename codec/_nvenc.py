@@ -84,7 +84,7 @@ class Session:
         return self._streams[0]
 
     def place(self) -> HostPlace | DevicePlace:
-        """Where the bitstreams of this session lie."""
+        """Where the bitstreams of the session lie."""
         return DevicePlace(self.index, self._streams[-1]) if self.coding.on_device else HostPlace()
 
     def caps(self) -> EncoderCaps:

@@ -92,7 +92,7 @@ class SurfaceRing:
         return surfaces
 
     def end(self) -> None:
-        """Wake who waits for a surface of this session: there will be no more."""
+        """Wake who waits for a surface of the session: there will be no more."""
         if self.is_own:
             self.ring.put(None)
 

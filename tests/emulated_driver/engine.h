@@ -11,7 +11,7 @@ enum headers { NEVER, FIRST_PICTURE, EVERY_PICTURE };
 
 struct session {
     void *context;
-    uint32_t api; /* the version of every structure of this session */
+    uint32_t api; /* the version of every structure of its session */
     int failed, initialized, engine;
     int faulty; /* a call failed on order: what was in flight then may never come out */
     uint32_t width, height, format;
@@ -53,7 +53,7 @@ struct mapping {
 };
 
 void note_fault(const void *encoder, const char *call, int status);
-void *owned(const void *encoder, const void *handle, enum kind kind); /* state of a handle of this session */
+void *owned(const void *encoder, const void *handle, enum kind kind); /* state of a handle of the session */
 int registered_in(const void *encoder, uint64_t address, uint64_t size);
 void give_back_all(void *encoder);
 void free_bitstream(struct bitstream *b);
