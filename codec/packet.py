@@ -95,6 +95,15 @@ def _compact_numel(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return prod(n for n, s in zip(shape, strides, strict=True) if s or n == 1)
 
 
+@lru_cache(4096)
+def _end(header: int, sizes: tuple[int, ...]) -> int:
+    """Bytes of a packet whose header and sections have so many."""
+    end = header
+    for size in sizes:
+        end = _align(end) + size
+    return end
+
+
 def flatten(tensor: Tensor) -> Tensor:
     """The distinct elements of `tensor` in memory order, 1-D and contiguous; a view of a compact tensor."""
     if tensor.is_contiguous():
@@ -109,6 +118,38 @@ def flatten(tensor: Tensor) -> Tensor:
         order = sorted(range(tensor.ndim), key=lambda d: (-strides[d], d))
         dense = dense.permute(order).contiguous()
     return dense.as_strided((_compact_numel(shape, strides),), (1,))
+
+
+class Sections(Mapping[str, Tensor]):
+    """Parts of one uint8 vector, cut out of it when one is first asked for.
+
+    Attributes:
+        names, starts, sizes: of the parts, in bytes.
+        buffer: [*] contiguous; nothing in it is in two parts.
+    """
+
+    __slots__ = ("_parts", "buffer", "names", "sizes", "starts")
+
+    def __init__(
+        self, names: tuple[str, ...], starts: tuple[int, ...], sizes: tuple[int, ...], buffer: Tensor
+    ) -> None:
+        self.names = names
+        self.starts = starts
+        self.sizes = sizes
+        self.buffer = buffer
+        self._parts: dict[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._parts is None:
+            places = zip(self.names, self.starts, self.sizes, strict=True)
+            self._parts = {name: self.buffer[start : start + size] for name, start, size in places}
+        return self._parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +170,7 @@ class Packet:
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    sections: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    sections: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     params: tuple[int, ...] = ()
     bits: int = 0
     surface: str = ""
@@ -165,10 +206,14 @@ class Packet:
     @property
     def nbytes(self) -> int:
         """Bytes on the wire: header, sections and padding."""
-        end = self._header_size(len(self.sections))
-        for section in self.sections.values():
-            end = -(-end // ALIGNMENT) * ALIGNMENT + section.numel()
-        return end
+        parts = self.sections
+        if isinstance(parts, Sections):
+            return self.wire_nbytes(parts.sizes)
+        return self.wire_nbytes(tuple(part.numel() for part in parts.values()))
+
+    def wire_nbytes(self, sizes: tuple[int, ...]) -> int:
+        """`nbytes` if the sections had these sizes."""
+        return _end(self._header_size(len(sizes)), sizes)
 
     @property
     def stored_nbytes(self) -> int:
@@ -181,6 +226,8 @@ class Packet:
 
     @property
     def device(self) -> torch.device:
+        if isinstance(self.sections, Sections):
+            return self.sections.buffer.device
         for section in self.sections.values():
             return section.device
         return torch.device("cpu")

@@ -45,34 +45,54 @@ def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
+class Part:
+    """The bytes of the uint8 vector `buffer` from `start` on, for `launch`, which needs no tensor of them."""
+
+    __slots__ = ("buffer", "start")
+    dtype = torch.uint8
+
+    def __init__(self, buffer: Tensor, start: int) -> None:
+        self.buffer = buffer
+        self.start = start
+
+    def data_ptr(self) -> int:
+        return self.buffer.data_ptr() + self.start
+
+    def tensor(self) -> Tensor:
+        return self.buffer[self.start :]
+
+
 def launch(
     kernel: Any,
     count: int,
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Any, ...],
     numbers: tuple[int, ...],
     constants: tuple[object, ...],
     **options: object,
 ) -> None:
     """`kernel[(count,)](*tensors, *numbers, *constants, **options)` on the device of the first tensor.
 
+    `tensors` after the first may be `Part`s.
+
     Triton takes longer to find the compiled kernel of a call than to launch it, so those of tensors that
     begin at multiples of 16 are kept here by what it specializes on: dtypes, constants, and of each number
     whether it is 1, a multiple of 16, or beyond int32.
     """
-    first = tensors[0]
+    first: Tensor = tensors[0]
     with device_of(first):
         addresses = [tensor.data_ptr() for tensor in tensors]
-        if not first.is_cuda or reduce(or_, addresses) % 16:
-            kernel[(count,)](*tensors, *numbers, *constants, **options)
-            return
-        kinds = [(n == 1, n % 16 == 0, -(2**31) <= n < 2**31) for n in numbers]
-        dtypes = [tensor.dtype for tensor in tensors]
-        key = (id(kernel), first.device.index, *dtypes, *kinds, *constants, *options.values())
-        compiled = _compiled.get(key)
-        if compiled is None:
-            _compiled[key] = kernel[(count,)](*tensors, *numbers, *constants, **options)
-        else:
-            compiled[count, 1, 1](*addresses, *numbers, *constants)
+        key: tuple[object, ...] | None = None
+        if first.is_cuda and not reduce(or_, addresses) % 16:
+            kinds = [(n == 1, n % 16 == 0, -(2**31) <= n < 2**31) for n in numbers]
+            dtypes = [tensor.dtype for tensor in tensors]
+            key = (id(kernel), first.device.index, *dtypes, *kinds, *constants, *options.values())
+            if (compiled := _compiled.get(key)) is not None:
+                compiled[count, 1, 1](*addresses, *numbers, *constants)
+                return
+        whole = [tensor.tensor() if isinstance(tensor, Part) else tensor for tensor in tensors]
+        compiled = kernel[(count,)](*whole, *numbers, *constants, **options)
+        if key is not None:
+            _compiled[key] = compiled
 
 
 def carve(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
@@ -93,6 +113,12 @@ def cut(buffer: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
 def span(sizes: tuple[int, ...]) -> int:
     """Bytes that `carve` takes for `sizes`."""
     return sum(size + -size % ALIGNMENT for size in sizes)
+
+
+@lru_cache(maxsize=4096)
+def starts(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Where `carve` puts the parts of `sizes`."""
+    return tuple(span(sizes[:i]) for i in range(len(sizes)))
 
 
 @lru_cache(maxsize=4096)

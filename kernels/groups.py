@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,17 @@ from torch import Tensor
 
 from sidelane.errors import LaneError
 from sidelane.kernels import reference
-from sidelane.kernels._launch import carve, cdiv, check_parts, launch, programs, use_triton
+from sidelane.kernels._launch import (
+    Part,
+    cdiv,
+    check_parts,
+    cut,
+    launch,
+    programs,
+    span,
+    starts,
+    use_triton,
+)
 from sidelane.kernels._pairs import extremes_of_pairs, first_and_second, larger, load_pairs, smaller
 from sidelane.kernels._stochastic import INTERPRETED, at_and_noise, merge, second_bytes
 from sidelane.kernels.reference import (
@@ -283,6 +295,7 @@ def _load_codes(  # type: ignore[no-untyped-def]
         return (byte >> (p * BITS)) & (2**BITS - 1)
 
 
+@lru_cache(4096)
 def group_sizes(numel: int, bits: int, group: int, symmetric: bool) -> tuple[int, ...]:
     """Bytes of the parts of `GroupCodes` in order."""
     groups = cdiv(numel, group)
@@ -321,30 +334,64 @@ def group_quantize_pack(
         raise LaneError(
             f"no {bits}-bit groups of {group}: use bits of {GROUP_BITS} and groups of {GROUP_SIZES}"
         )
-    parts = carve(group_sizes(numel, bits, group, symmetric), x.device)
-    codes = GroupCodes(parts[0], parts[1], None if symmetric else parts[2], bits, group, numel)
+    sizes = group_sizes(numel, bits, group, symmetric)
+    buffer = torch.empty(span(sizes), dtype=torch.uint8, device=x.device)
+    group_quantize_pack_to(x, buffer, bits, group, symmetric=symmetric, seed=seed, max_programs=max_programs)
+    parts = cut(buffer, sizes)
+    return GroupCodes(parts[0], parts[1], None if symmetric else parts[2], bits, group, numel)
+
+
+def group_quantize_pack_to(
+    x: Tensor,
+    buffer: Tensor,
+    bits: int,
+    group: int,
+    *,
+    symmetric: bool = False,
+    seed: int | None = None,
+    max_programs: int | None = None,
+) -> None:
+    """`group_quantize_pack` of a valid x into `buffer` uint8 [span(sizes)], its parts at `starts(sizes)` of
+    sizes = `group_sizes(n, bits, group, symmetric)`; `buffer` begins at a multiple of 16."""
+    sizes = group_sizes(x.numel(), bits, group, symmetric)
     if use_triton(x):
-        group_quantize_pack_into(x, codes, seed=seed, max_programs=max_programs)
-    else:
-        want = group_quantize_pack_ref(x.detach(), bits, group, symmetric=symmetric, seed=seed)
-        for name, part in want.sections.items():
-            codes.sections[name].copy_(part)
-    return codes
+        at = [Part(buffer, start) for start in starts(sizes)]
+        _launch_pack(x, at[0], at[1], at[-1], bits, group, symmetric, seed, max_programs)
+        return
+    want = group_quantize_pack_ref(x.detach(), bits, group, symmetric=symmetric, seed=seed)
+    for part, found in zip(cut(buffer, sizes), want.sections.values(), strict=True):
+        part.copy_(found)
 
 
 def group_quantize_pack_into(
     x: Tensor, codes: GroupCodes, *, seed: int | None = None, max_programs: int | None = None
 ) -> None:
     """The launch of `group_quantize_pack`: fills the parts of `codes`, which begin at multiples of 16."""
-    numel, group = codes.numel, codes.group
+    offset, symmetric = (codes.scale, True) if codes.offset is None else (codes.offset, False)
+    _launch_pack(x, codes.codes, codes.scale, offset, codes.bits, codes.group, symmetric, seed, max_programs)
+
+
+def _launch_pack(
+    x: Tensor,
+    codes: Tensor | Part,
+    scale: Tensor | Part,
+    offset: Tensor | Part,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    seed: int | None,
+    max_programs: int | None,
+) -> None:
+    """`offset`: not used where `symmetric`."""
+    numel = x.numel()
     block = 32 * 4 * (16 // x.element_size()) // group  # a warp loads four times 16 bytes per thread
-    symmetric, stochastic = codes.offset is None, seed is not None
+    stochastic = seed is not None
     launch(
         _group_quantize_pack_kernel,
         programs(cdiv(numel, block * group), max_programs),
-        (x, codes.codes, codes.scale, codes.scale if codes.offset is None else codes.offset),
+        (x, codes, scale, offset),
         (numel, 0 if seed is None else _as_int32(seed)),
-        (codes.bits, group, symmetric, stochastic, numel % group > 0, _in_pairs(x, group), block),
+        (bits, group, symmetric, stochastic, numel % group > 0, _in_pairs(x, group), block),
         num_warps=1,
         maxnreg=PACK_REGISTERS[stochastic],
         enable_fp_fusion=False,

@@ -24,6 +24,7 @@ from sidelane.pipeline.pool import Piece, Pool, rounded
 STEP = 256 << 20  # regions are no smaller, unless a limit or the machine wants it
 RESERVE = 1 << 30  # bytes of host memory that are left alone
 PREFAULT_THREADS = 8
+VIEWS = 1024  # tensors over a region that are kept
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
@@ -161,6 +162,7 @@ class _Region:
             self._tensor = torch.frombuffer(memory, dtype=torch.uint8)
         self.nbytes = len(memory)
         self.start = self._tensor.data_ptr()
+        self._views: dict[tuple[int, int], Tensor] = {}  # the same are wanted in every step
         self._forks = _forks
 
     @classmethod
@@ -187,7 +189,12 @@ class _Region:
         """uint8 [nbytes] at an address."""
         if self._registered and self._forks != _forks:
             raise OffloadError("memory of an arena is not there after a fork: offload in one process only")
-        return self._tensor[start - self.start : start - self.start + nbytes]
+        found = self._views.get((start, nbytes))
+        if found is None:
+            if len(self._views) >= VIEWS:
+                self._views.clear()
+            found = self._views[start, nbytes] = self._tensor[start - self.start :][:nbytes]
+        return found
 
     def close(self) -> None:
         """Unregister. The memory is unmapped with the last tensor over it."""

@@ -73,7 +73,8 @@ class Budget:
                 share.nbytes = nbytes
                 self._live[id(share)] = share
                 self._held += nbytes
-                self.peak = max(self.peak, self._held)
+                if self._held > self.peak:
+                    self.peak = self._held
             self._torn = False
         return claim
 

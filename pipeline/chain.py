@@ -6,6 +6,11 @@ enqueue the work, since lanes may wait for the device or run on the CPU. The pro
 `Chain._wait` only: in `send` while `depth` tensors are in front of the encoder; in `receive` until its work
 is enqueued, and until the program's stream has reached the `receive` that was `depth` calls earlier; in
 `flush` and `close`. With a lane that never waits for the device, or with threads, `send` never does.
+
+What is encoded is stored by the same thread at once, unless its size is not known yet (Note: [Late sizes] in
+`late`). A thread of its own waits for those sizes and stores, so that the encoders are never without work:
+it gets a packet when that is enqueued, in that order, and gives its slot. An encoder that waits for a slot
+therefore waits for packets that this thread has got already, and both go on.
 """
 
 from __future__ import annotations
@@ -32,7 +37,8 @@ from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.compress import choose_lane, compress, present_device
 from sidelane.pipeline.extent import distinct_bytes
-from sidelane.pipeline.lanes import decode_packet, plain, undisturbed
+from sidelane.pipeline.lanes import ExactLane, decode_packet, plain, undisturbed
+from sidelane.pipeline.late import LatePacket, encode_exact
 from sidelane.pipeline.stages import Stages
 from sidelane.pipeline.stash import describe
 from sidelane.pipeline.streams import Event, Slot, current_stream
@@ -72,8 +78,9 @@ class Chain:
         depth: tensors in each stage: those that wait for the encoder, encoded packets on the device, loaded
             packets, and fetched tensors are at most so many each.
         workers: threads for each direction. With 0 the stages are enqueued by `send` and `receive`
-            themselves. One is enough for lanes that only launch kernels; a lane that waits inside encode,
-            since the size of its packets depends on the data, or that runs on the CPU wants several.
+            themselves. One is enough for lanes that only launch kernels, and for the exact lane on a GPU,
+            which has one more for the sizes of its packets; a lane that waits inside encode or that runs on
+            the CPU wants several.
         streams: for each worker and each stage of kernels, used in turn, so that kernels of several tensors
             are ready when the program leaves the device free for a moment. CUDA has 8 queues unless
             CUDA_DEVICE_MAX_CONNECTIONS says otherwise: with more streams than that, they hold each other up.
@@ -116,8 +123,10 @@ class Chain:
             self._lane: Lane = auto_lane(**around | lane_options)
         else:
             self._lane = choose_lane(lane, max_rel_error, basis, lane_options)
-        self._encode: Callable[[Tensor], Packet] = self._lane.encode
+        self._encode: Callable[[Tensor], Packet | LatePacket] = self._lane.encode
         self._decode: Callable[[Any], Tensor] = self._lane.decode
+        if type(self._lane) is ExactLane:
+            self._encode = encode_exact
         if max_rel_error is not None and lane != "auto":  # which keeps the bound itself
             self._encode = partial(compress, lane=self._lane, max_rel_error=max_rel_error)
             self._decode = partial(decode_packet, basis=getattr(self._lane, "basis", None))
@@ -131,6 +140,7 @@ class Chain:
         self._stages = Stages(depth, streams, priority, watch)
         self._host = Budget(host_budget)
         self._sender, self._receiver = (self._stages.pool(name, workers) for name in ("send", "receive"))
+        self._settler = self._stages.pool("settle", min(workers, 1))
         self._pending: set[Future[Any]] = set()
         self._lock = RLock()  # with no workers, stages run inside `fetch`
         self._fetched: WeakKeyDictionary[Ticket, Future[tuple[Tensor, Event]]] = WeakKeyDictionary()
@@ -165,9 +175,10 @@ class Chain:
         with self._lock:
             ticket = Ticket(self._sent, self._stages)
             self._sent += 1
-        ticket._stored = self._submit(
-            self._sender, self._store, ticket.number, slot, _version(tensor), ticket._read
-        )
+        stored: Future[Stored] = Future()
+        ticket._stored = stored
+        arguments = ticket.number, slot, _version(tensor), ticket._read, stored
+        self._submit(self._sender, self._code, *arguments, outcome=stored)
         return ticket
 
     def fetch(self, ticket: Ticket) -> bool:
@@ -231,7 +242,8 @@ class Chain:
 
     def flush(self) -> None:
         """Wait until all that was sent is in host memory. Raises the first error that nobody received."""
-        self._wait(partial(wait, set(self._pending)))
+        for _ in range(2):  # for what is encoded, then for the stores that this has led to
+            self._wait(partial(wait, set(self._pending)))
         for device in set(self._stores):
             self._wait(self._stages.stream("store", device).record_event().synchronize)
         self._stages.sweep()
@@ -285,7 +297,14 @@ class Chain:
             item = self._names[name] = self._names.get(name, -1) + 1
         self._recorder.add(name, where, item, begin, self._recorder.mark(current_stream(where)), nbytes)
 
-    def _store(self, number: int, source: Slot[Tensor], version: int | None, read: Future[Event]) -> Stored:
+    def _code(
+        self,
+        number: int,
+        source: Slot[Tensor],
+        version: int | None,
+        read: Future[Event],
+        stored: Future[Stored],
+    ) -> None:
         """What the sender's thread does for one tensor, which was at `version` when it was sent."""
         tensor = source.peek()
         device, nbytes = tensor.device, distinct_bytes(tensor)
@@ -299,26 +318,45 @@ class Chain:
                 if self._kernel is not None:
                     last = stages.fill(slots, "kernel", number, (source,), self._kernel, device, nbytes)
                 inputs = (last,) if last is source else (last, source)  # what a kernel returns may be a view
-                encoded: Slot[Packet] = stages.fill(
-                    slots, "encode", number, inputs, self._encode, device, nbytes
-                )
+                encoded: Slot[Packet | LatePacket] = stages.fill(
+                    ExitStack(), "encode", number, inputs, self._encode, device, nbytes
+                )  # `_store` gives it
                 if _version(tensor) != version:
                     raise OffloadError(
                         f"{describe(tensor)} was changed in place before it was read: call Ticket.join first"
                     )
             finally:
                 read.set_result(stream.record_event())
-            packet = encoded.peek()
-            stored = Stored(packet, nbytes, self._device or device)
-            out = stages.stream("store", packet.device)
-            with stages.copying["store"]:
-                encoded.open(out)
-                stages.run("store", number, out, partial(stored.write, self._host, out), stored.nbytes)
-            self._stores.add(packet.device)
+        if isinstance(encoded.peek(), LatePacket):
+            self._submit(self._settler, self._store, number, encoded, nbytes, device, stored, outcome=stored)
+        else:
+            self._store(number, encoded, nbytes, device, stored)
+
+    def _store(
+        self,
+        number: int,
+        encoded: Slot[Packet | LatePacket],
+        nbytes: int,
+        device: torch.device,
+        stored: Future[Stored],
+    ) -> None:
+        """Store what was encoded of a tensor of `device`, and give its slot."""
+        stages = self._stages
+        try:
+            with undisturbed(device):
+                packet = _settled(encoded)
+                copy = Stored(packet, nbytes, self._device or device)
+                out = stages.stream("store", packet.device)
+                with stages.copying["store"]:
+                    encoded.open(out)
+                    stages.run("store", number, out, partial(copy.write, self._host, out), copy.nbytes)
+                self._stores.add(packet.device)
+        finally:
+            encoded.give()
         with self._lock:
             self._bytes_in += nbytes
-            self._bytes_wire += stored.nbytes
-        return stored
+            self._bytes_wire += copy.nbytes
+        stored.set_result(copy)
 
     def _load(self, number: int, sent: Future[Stored]) -> tuple[Tensor, Event]:
         """What the receiver's thread does for one tensor."""
@@ -344,23 +382,28 @@ class Chain:
     def _start(self, ticket: Ticket) -> Future[tuple[Tensor, Event]]:
         return self._submit(self._receiver, self._load, ticket.number, ticket._stored)
 
-    def _submit(self, pool: Executor, work: Callable[..., T], *arguments: Any) -> Future[T]:
-        future = pool.submit(self._guard, work, *arguments)
+    def _submit(
+        self, pool: Executor, work: Callable[..., T], *arguments: Any, outcome: Future[Any] | None = None
+    ) -> Future[T]:
+        """Do `work` on a thread of `pool`. An error is that of the future, and of `outcome`."""
+        future = pool.submit(self._guard, outcome, work, *arguments)
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)
         return future
 
-    def _guard(self, work: Callable[..., T], *arguments: Any) -> T:
+    def _guard(self, outcome: Future[Any] | None, work: Callable[..., T], *arguments: Any) -> T:
         """Keep an error of `work` until it is raised, but not the tensors that its frames hold."""
         try:
             return work(*arguments)
         except BaseException as error:
             del arguments
             clear_frames(error.__traceback__)
+            if outcome is not None and not outcome.done():
+                outcome.set_exception(error)
             if error not in self._errors:
                 self._errors.append(error)
                 with self._lock:
-                    self._failed += work == self._store
+                    self._failed += work != self._load
             raise
 
     def _wait(self, work: Callable[[], T]) -> T:
@@ -398,10 +441,22 @@ class Chain:
             if not quiet:
                 raise
         finally:
-            self._sender.shutdown()
-            self._receiver.shutdown()
+            for pool in (self._sender, self._settler, self._receiver):  # each gets work from those before
+                pool.shutdown()
             self._fetched.clear()
             self._stages.clear()
+
+
+def _settled(slot: Slot[Packet | LatePacket]) -> Packet:
+    """The packet in `slot`; the host waits until its size is known."""
+    late = slot.peek()
+    if not isinstance(late, LatePacket):
+        return late
+    packet = late.uncut()
+    if packet is None:
+        packet = late.settle()
+        slot.fill(packet)
+    return packet
 
 
 def _version(tensor: Tensor) -> int | None:

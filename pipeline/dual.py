@@ -74,7 +74,7 @@ class DualLane:
         coded = self.lane.encode(split.rows(flat[split.raw :]))
         if coded.lane == "raw":
             return RawLane().encode(tensor)
-        sections = {"raw": as_bytes(flat[: split.raw]).clone()} | coded.sections
+        sections = {"raw": as_bytes(flat[: split.raw]).clone(), **coded.sections}
         return coded.with_(
             lane="dual",
             shape=like.shape,

@@ -60,7 +60,7 @@ class Geometry(NamedTuple):
 def _geometry(size: tuple[int, ...], stride: tuple[int, ...]) -> Geometry:
     dims = list(zip(size, stride, strict=True))
     return Geometry(
-        size,
+        tuple(size),
         stride,
         compact(size, stride),
         element_set(size, stride),
@@ -70,7 +70,7 @@ def _geometry(size: tuple[int, ...], stride: tuple[int, ...]) -> Geometry:
 
 
 def geometry(tensor: Tensor) -> Geometry:
-    return _geometry(tuple(tensor.shape), tensor.stride())
+    return _geometry(tensor.shape, tensor.stride())
 
 
 def distinct_bytes(tensor: Tensor) -> int:

@@ -36,8 +36,16 @@ from sidelane.pipeline.packed import (
     encode_basis,
     encode_groups,
     fits,
+    plan_groups,
 )
 
+# Names of this module are found faster than attributes of others; these are asked for every saved tensor.
+_is_inference, _is_autocast, _is_grad = (
+    torch.is_inference_mode_enabled,
+    torch.is_autocast_enabled,
+    torch.is_grad_enabled,
+)
+_modes, _set_grad = torch._C._len_torch_dispatch_stack, torch._C._set_grad_enabled
 _REAL = {torch.complex64: torch.float32, torch.complex32: torch.float16}  # coded as pairs of floats
 
 
@@ -127,14 +135,16 @@ class PackedLane:
 
     def encode(self, tensor: Tensor) -> Packet:
         tensor = plain(tensor)
-        packet, flat = Packet.like("packed", tensor), flatten(tensor)
-        if packet.dtype not in LOSSY_DTYPES or not packet.flat_numel:
-            return _encode_exact(packet, flat)
-        if self.basis is not None and fits(self.basis, packet):
-            packet = encode_basis(packet, flat, self.basis, self.width)
-        else:
-            packet = encode_groups(packet, flat, self.bits, self.group, self.symmetric, self.seed)
-        return _or_raw(packet, flat)
+        flat = flatten(tensor)
+        if tensor.dtype not in LOSSY_DTYPES or not tensor.numel():
+            return _encode_exact(Packet.like("packed", tensor), flat)
+        if self.basis is not None and fits(self.basis, packet := Packet.like("packed", tensor)):
+            return _or_raw(encode_basis(packet, flat, self.basis, self.width), flat)
+        kind = tensor.dtype, tuple(tensor.shape), tensor.stride()
+        plan = plan_groups(*kind, self.bits, self.group, self.symmetric)
+        if not plan.smaller:
+            return _encode_raw(Packet.like("raw", tensor), flat)
+        return encode_groups(plan, flat, self.seed)
 
     def decode(self, packet: Packet) -> Tensor:
         return _decode_own(packet, "raw", "exact", "packed", basis=self.basis)
@@ -252,22 +262,18 @@ class undisturbed:
 
     def __enter__(self) -> None:
         self._outer: ExitStack | None = None
-        if (
-            torch.is_inference_mode_enabled()
-            or torch.is_autocast_enabled(self._device)
-            or torch._C._len_torch_dispatch_stack()
-        ):
+        if _is_inference() or _is_autocast(self._device) or _modes():
             self._outer = ExitStack()
             self._outer.enter_context(torch.inference_mode(False))
             self._outer.enter_context(torch.autocast(self._device, enabled=False))
             self._outer.enter_context(_disable_current_modes())
-        self._grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
+        self._grad = _is_grad()
+        _set_grad(False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        torch._C._set_grad_enabled(self._grad)
+        _set_grad(self._grad)
         if self._outer is not None:
             self._outer.close()
 

@@ -6,7 +6,8 @@ device run dry, so the code is written into as much memory as the tensor has, th
 notice in pinned memory, and an event tells when it is there. Until then the packet cannot be copied out, and
 nobody but `settle` may look at its memory. `settle` cuts it to its size with copies on the stream of the
 encoder, so the memory that it frees goes back in the order of that stream, and the packet is complete after
-these copies. A packet that dies before it is settled leaves a notice that the device may still write: the
+these copies. A packet that does not stay on the device is not cut: `uncut` is it in the memory that it was
+encoded to. A packet that dies before its size is known leaves a notice that the device may still write: the
 notice is used again only when its event is reached.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from sidelane.codec.packet import Packet, flatten
 from sidelane.kernels.exact import LateCodes, exact_encode_late
 from sidelane.kernels.reference import EXACT_FIELDS, ExactCodes
-from sidelane.pipeline.lanes import plain, undisturbed
+from sidelane.pipeline.lanes import ExactLane, plain, undisturbed
 from sidelane.pipeline.streams import HOST, current_stream, on
 
 NOTICES = 256  # in an allocation
@@ -99,6 +100,27 @@ class LatePacket:
                 self._packet = self._packet.with_(lane="raw", sections={"data": codes})
             self._codes = None
         return self._packet
+
+    def uncut(self) -> Packet | None:
+        """The packet in the memory that this holds, for work behind `ready`. The host waits for its encoding.
+        None where only `settle` gives it: of a float32 tensor with zero planes, and raw."""
+        codes = self._codes
+        if codes is None:
+            return None
+        self.ready.synchronize()
+        escapes, planes = codes.notice.tolist()
+        droppable = (1 << EXACT_FIELDS[codes.dtype].droppable) - 1
+        *parts, back = codes.parts
+        if 2 * escapes > back.numel() or planes & droppable != droppable:
+            return None
+        sections = ExactCodes.of((*parts, back[: 2 * escapes]), 0, codes.numel).sections
+        return self._packet.with_(sections=sections, params=(0,))
+
+
+def encode_exact(tensor: Tensor) -> Packet | LatePacket:
+    """`ExactLane.encode`, without a wait where `encode_late` has one."""
+    late = encode_late(tensor)
+    return ExactLane().encode(tensor) if late is None else late
 
 
 def encode_late(tensor: Tensor) -> LatePacket | None:

@@ -184,7 +184,7 @@ class offload(HookContext):
                 min_bytes,
                 None if lossy is None else self._name_lossy(lossy),
                 blocks,
-                lambda tensor: _weight(tensor, view := View.of(tensor), self._keys(tensor, view)[0]),
+                lambda tensor: _weight(tensor, view := View.of(tensor), self._key(tensor, view)),
                 self.hooks_apply,
                 lambda: self._tickets.held,
             )
@@ -247,15 +247,16 @@ class offload(HookContext):
                     self._auto.expect_gradient(nbytes)
             return Kept(tensor)
         view = View.of(tensor)
-        with undisturbed(tensor.device):
-            keys = self._keys(tensor, view)
-            stash = self._index.find(*keys)
-            if self._auto is not None:
-                return self._follow(self._auto, tensor, view, keys[0], stash)
-            if stash is None:
-                stash = self._encode(tensor, view, keys[0])
-            else:
-                self._reuse(stash, tensor, view)
+        key = self._key(tensor, view)
+        stash = self._index.find(key)
+        if self._auto is not None:
+            with undisturbed(tensor.device):
+                return self._follow(self._auto, tensor, view, key, stash)
+        if stash is None:
+            with undisturbed(tensor.device):
+                stash = self._encode(tensor, view, key)
+        else:
+            self._reuse(stash, tensor, view)
         return Ticket(stash, view, self._tickets.claim(1))
 
     def _follow(self, auto: Auto, tensor: Tensor, view: View, key: Key, stash: Stash | None) -> Tracked:
@@ -362,48 +363,51 @@ class offload(HookContext):
         if len(self._shared) > SHARED and (oldest := self._shared.popleft()()) is not None:
             oldest.forget()
 
-    def _keys(self, tensor: Tensor, view: View) -> tuple[Key, ...]:
-        """Keys of the stashes that can give `tensor` back; the first is that of the stash to make."""
+    def _key(self, tensor: Tensor, view: View) -> Key:
+        """What a stash of `tensor` is made from."""
         data, pairs = data_key(tensor), view.geometry.pairs
-        whole = Key(data, "whole")
         if self._may_lose and may_lose_bits(tensor):
             # The error bound is of this tensor, so only views of the same elements may share its packet.
-            return Key(data, "lossy", view.dtype, view.offset, pairs), whole
+            return Key(data, "lossy", view.dtype, view.offset, pairs)
         if pairs is None or view.nbytes * WHOLE_SHARE >= tensor.untyped_storage().nbytes():
-            return (whole,)
-        return Key(data, "elements", view.dtype, view.offset, pairs), whole
+            return Key(data, "whole")
+        return Key(data, "elements", view.dtype, view.offset, pairs)
 
     def _reuse(self, stash: Stash, tensor: Tensor, view: View) -> None:
         """Count `tensor` as stored already."""
-        if stash.truth is not None and not _same_bits(_elements(tensor, stash.whole), stash.truth.packed):
-            raise OffloadError(
-                f"{describe(tensor)} changed since it was first saved, and its version counter did not: "
-                "clone it before the change"
-            )
+        if stash.truth is not None:
+            with undisturbed(tensor.device):
+                unchanged = _same_bits(_elements(tensor, stash.whole), stash.truth.packed)
+            if not unchanged:
+                raise OffloadError(
+                    f"{describe(tensor)} changed since it was first saved, and its version counter did not: "
+                    "clone it before the change"
+                )
         self._tally.add("deduplicated", view.nbytes)
 
     def _encode(self, tensor: Tensor, view: View, key: Key) -> Stash:
         whole = key.kind == "whole"
-        late = None if key.kind == "lossy" else self._encode_late(tensor, view, whole)
-        home = None if late is None else self._wire.send_late(late, partial(self._tally.encoded, view))
-        if home is not None:
+        if key.kind == "lossy":
+            packet = self._encode_lossy(tensor, view)
+        elif (late := self._encode_late(tensor, view, whole)) is None:
+            packet = self._exact_lane(tensor, view).encode(_elements(tensor, whole))
+        elif (home := self._wire.send_late(late, partial(self._tally.encoded, view))) is None:
+            packet = late.settle()
+        else:
             stash = Stash(tensor, home, whole, None)
             self._index.add(key, stash)
             return stash
-        if late is not None:
-            packet = late.settle()
-        elif key.kind != "lossy":
-            packet = self._exact_lane(tensor, view).encode(_elements(tensor, whole))
-        elif self._max_rel_error is None:
-            lane = self._heads_lane if tensor.ndim == 4 else self._lane
-            packet = lane.encode(without_flags(tensor))
-        else:
-            packet = compress(without_flags(tensor), lane=self._lane, max_rel_error=self._max_rel_error)
         truth = self._truth(tensor, packet, whole) if self._checker else None
         stash = Stash(tensor, self._place(packet, view), whole, truth)
         self._index.add(key, stash)
         self._tally.encoded(view, packet)
         return stash
+
+    def _encode_lossy(self, tensor: Tensor, view: View) -> Packet:
+        source = without_flags(tensor) if view.conj or view.neg else tensor
+        if self._max_rel_error is None:
+            return (self._heads_lane if tensor.ndim == 4 else self._lane).encode(source)
+        return compress(source, lane=self._lane, max_rel_error=self._max_rel_error)
 
     def _encode_late(self, tensor: Tensor, view: View, whole: bool) -> LatePacket | None:
         """The exact packet of a tensor on a GPU, without a wait for its size; None of others."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import nan
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sidelane.codec.packet import Packet
+from sidelane.codec.packet import Packet, Sections, compact
 from sidelane.errors import PacketError
-from sidelane.kernels._launch import aligned, cdiv
+from sidelane.kernels._launch import aligned, cdiv, span, starts
 from sidelane.kernels.bits import pack_bits, unpack_bits
-from sidelane.kernels.groups import group_quantize_pack, group_sizes, group_unpack_dequantize
+from sidelane.kernels.groups import group_quantize_pack_to, group_sizes, group_unpack_dequantize
 from sidelane.kernels.reference import GROUP_BITS, GROUP_SIZES, MAX_CODE_BITS, GroupCodes, packed_bits_size
 from sidelane.kernels.surface import MAX_SIZE, dequantize_project, project_quantize
 from sidelane.pipeline.basis import Basis
 
 LOSSY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_GROUP_SECTIONS = ("codes", "scale", "offset")
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -24,15 +27,56 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def encode_groups(
-    packet: Packet, flat: Tensor, bits: int, group: int, symmetric: bool, seed: int | None
-) -> Packet:
-    """`packet` with the group code of flat floats [n], n >= 1.
+class GroupPlan(NamedTuple):
+    """What a group code of a tensor is, whatever its elements.
+
+    Attributes:
+        packet: without sections.
+        sizes: bytes of the sections.
+        nbytes: of all sections in memory.
+        smaller: than a raw packet.
+    """
+
+    packet: Packet
+    sizes: tuple[int, ...]
+    nbytes: int
+    smaller: bool
+
+
+@lru_cache(4096)
+def plan_groups(
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    bits: int,
+    group: int,
+    symmetric: bool,
+) -> GroupPlan:
+    """For a tensor of at least one element and these strides."""
+    packet = Packet(
+        lane="packed",
+        dtype=dtype,
+        shape=shape,
+        strides=compact(shape, strides),
+        params=(group, int(symmetric)),
+        bits=bits,
+        rel_error=nan,
+    )
+    sizes = group_sizes(packet.flat_numel, bits, group, symmetric)
+    smaller = packet.wire_nbytes(sizes) < packet.stored_nbytes
+    return GroupPlan(packet, sizes, span(sizes), smaller)
+
+
+def encode_groups(plan: GroupPlan, flat: Tensor, seed: int | None) -> Packet:
+    """The group code of flat floats [n].
 
     Sections: codes, scale and, unless symmetric, offset of `GroupCodes`; params: group, symmetric.
     """
-    codes = group_quantize_pack(flat, bits, group, symmetric=symmetric, seed=seed)
-    return packet.with_(sections=codes.sections, params=(group, int(symmetric)), bits=bits, rel_error=nan)
+    packet, sizes, nbytes, _ = plan
+    group, symmetric = packet.params
+    buffer = torch.empty(nbytes, dtype=torch.uint8, device=flat.device)
+    group_quantize_pack_to(flat, buffer, packet.bits, group, symmetric=symmetric == 1, seed=seed)
+    return packet.with_(sections=Sections(_GROUP_SECTIONS[: len(sizes)], starts(sizes), sizes, buffer))
 
 
 def decode_groups(packet: Packet) -> Tensor:
@@ -46,7 +90,7 @@ def decode_groups(packet: Packet) -> Tensor:
     numel = packet.flat_numel
     if not numel:
         raise PacketError("shape", "empty tensors have no group code")
-    packet.check_sections("codes", "scale", *(() if symmetric else ("offset",)))
+    packet.check_sections(*_GROUP_SECTIONS[: 3 - symmetric])
     sizes = group_sizes(numel, packet.bits, group, bool(symmetric))
     codes = GroupCodes(
         aligned(packet.section("codes", numel=sizes[0])),

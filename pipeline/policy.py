@@ -46,27 +46,40 @@ _VIEWS = {
     "ViewBackward0",
 }
 _DEPTH = 8  # nodes from a cast weight to its parameter
+_LEAF = "torch::autograd::AccumulateGrad"
+_PLAIN = (Tensor, Parameter)
+_REASONS: dict[int, str | None] = {}  # by the dispatch keys of a tensor, which say what kind it is
+_dispatch_keys, _graph_task = torch._C._dispatch_keys, torch._C._current_graph_task_id
 
 
 def why_kept(tensor: Tensor, min_bytes: int) -> str | None:
     """The reason to leave a saved tensor alone, or None."""
-    if not is_plain(tensor):
+    if type(tensor) not in _PLAIN:
         return NOT_PLAIN
-    if tensor.device.type not in DEVICES:
-        return "other device"
-    if tensor.dtype not in DTYPES:
-        return "other dtype"
+    keys = _dispatch_keys(tensor).raw_repr()
+    reason = _REASONS[keys] if keys in _REASONS else _REASONS.setdefault(keys, _why_of_kind(tensor))
+    if reason is not None:
+        return reason
     # What a backward pass saves (the recompute of a checkpoint, a graph for double backward) is used before
     # the pass ends: moving it out would only bring it straight back.
-    if torch._C._current_graph_task_id() != -1:
+    if _graph_task() != -1:
         return "saved in backward"
     if is_weight(tensor):
         return WEIGHT
-    if tensor.numel() == 0 or distinct_bytes(tensor) < min_bytes:
+    if distinct_bytes(tensor) < min_bytes or not tensor.numel():
         return "below min_bytes"
+    if tensor.dtype not in DTYPES:
+        return "other dtype"
     if tensor.is_cuda and is_capturing(tensor.device):
         return "graph capture"
     return None
+
+
+def _why_of_kind(tensor: Tensor) -> str | None:
+    """The reason to leave alone all tensors that dispatch as this one does, or None."""
+    if not is_plain(tensor):
+        return NOT_PLAIN
+    return None if tensor.device.type in DEVICES else "other device"
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -80,7 +93,7 @@ def is_plain(tensor: Tensor) -> bool:
     """False for subclasses (DTensor, fake, quantized), nested, sparse and functorch tensors, which have no
     strides or must not be taken apart."""
     return (
-        type(tensor) in (Tensor, Parameter)
+        type(tensor) in _PLAIN
         and tensor.layout == torch.strided
         and not tensor.is_meta
         and not tensor.is_nested
@@ -103,12 +116,11 @@ def is_weight(tensor: Tensor) -> bool:
     if base.is_leaf and (base.requires_grad or isinstance(base, Parameter)):
         return True
     node: Node | None = tensor.grad_fn
-    for _ in range(_DEPTH):
-        if node is None or node.name() not in _VIEWS:
+    for _ in range(_DEPTH + 1):
+        if node is None or (name := node.name()) not in _VIEWS:
             break
         node = node.next_functions[0][0]
-    variable = getattr(node, "variable", None)
-    return variable is not None and isinstance(variable, Parameter)
+    return node is not None and name == _LEAF and isinstance(getattr(node, "variable", None), Parameter)
 
 
 def may_lose_bits(tensor: Tensor) -> bool:

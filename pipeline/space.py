@@ -1,8 +1,9 @@
-"""Free ranges of memory or of a file: best fit, neighbours merged at once."""
+"""Free ranges of memory or of a file: those of the size that is asked for, or else the best fit."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,21 +28,32 @@ class Block:
 class Space:
     """The free blocks. Blocks of different owners are never merged. Not thread-safe.
 
-    Both operations take time logarithmic in the number of free blocks, but for the shifting of a sorted list.
+    Steps of a training run ask for the same sizes again, so what is given waits whole for the next who wants
+    as much, the first given first. It is merged with its neighbours when something does not fit otherwise.
     """
 
     def __init__(self) -> None:
-        self._sizes: list[tuple[int, int]] = []  # (nbytes, start), sorted
+        self._whole: defaultdict[int, deque[Block]] = defaultdict(deque)  # given and not merged, by size
+        self._sizes: list[tuple[int, int]] = []  # (nbytes, start) of merged blocks, sorted
         self._starts: dict[int, Block] = {}
         self._ends: dict[int, Block] = {}
 
     def __iter__(self) -> Iterator[Block]:
-        """The free blocks by address."""
+        """The free blocks by address, merged."""
+        self._merge()
         return iter(sorted(self._starts.values(), key=lambda block: block.start))
 
     def take(self, nbytes: int) -> Block | None:
-        """The first `nbytes` of the smallest block that holds them, or None."""
+        """A block of `nbytes` that was given, or the first of the smallest merged block that holds them."""
+        if (whole := self._whole.get(nbytes)) is not None:
+            block = whole.popleft()
+            if not whole:
+                del self._whole[nbytes]
+            return block
         i = bisect_left(self._sizes, (nbytes, -1))
+        if i == len(self._sizes) and self._whole:
+            self._merge()
+            i = bisect_left(self._sizes, (nbytes, -1))
         if i == len(self._sizes):
             return None
         found = self._starts[self._sizes[i][1]]
@@ -53,14 +65,22 @@ class Space:
 
     def give(self, block: Block) -> None:
         """Make `block` free."""
-        for other in (self._ends.get(block.start), self._starts.get(block.end)):
-            if other is not None and other.owner is block.owner:
-                self.remove(other)
-                after = both(block.after, other.after)
-                block = Block(block.owner, min(block.start, other.start), block.nbytes + other.nbytes, after)
-        self._insert(block)
+        self._whole[block.nbytes].append(block)
+
+    def _merge(self) -> None:
+        given = [block for blocks in self._whole.values() for block in blocks]
+        self._whole.clear()
+        for block in given:
+            for other in (self._ends.get(block.start), self._starts.get(block.end)):
+                if other is not None and other.owner is block.owner:
+                    self.remove(other)
+                    start = min(block.start, other.start)
+                    after = both(block.after, other.after)
+                    block = Block(block.owner, start, block.nbytes + other.nbytes, after)
+            self._insert(block)
 
     def remove(self, block: Block) -> None:
+        """Take one of the merged blocks away."""
         del self._sizes[bisect_left(self._sizes, (block.nbytes, block.start))]
         del self._starts[block.start], self._ends[block.end]
 

@@ -8,12 +8,13 @@ when a step fails. Every other reference (the index, the prefetch order) is weak
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from threading import RLock
 from typing import NamedTuple, Protocol
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -186,26 +187,47 @@ class Key(NamedTuple):
     pairs: Pairs | None = None
 
 
+class _Entry(ref[Stash]):
+    """The index's side of a stash."""
+
+    __slots__ = ("key",)
+    key: Key
+
+
 class Index:
-    """Live stashes by what they were made from. Thread-safe."""
+    """Live stashes by what they were made from. Thread-safe. See Note: [Interrupts] in `pool`."""
 
     def __init__(self) -> None:
-        self._stashes: WeakValueDictionary[Key, Stash] = WeakValueDictionary()
+        self._entries: dict[Hashable, tuple[_Entry, ...]] = {}  # by `Key.data`
+        self._dead: deque[_Entry] = deque()
         self._lock = RLock()
 
     def __len__(self) -> int:
-        return len(self._stashes)
-
-    def find(self, *keys: Key) -> Stash | None:
         with self._lock:
-            for key in keys:
-                if (stash := self._stashes.get(key)) is not None:
-                    return stash
+            return sum(entry() is not None for entries in self._entries.values() for entry in entries)
+
+    def find(self, key: Key) -> Stash | None:
+        """The stash of `key`, or of the whole storage of its data."""
+        for entry in self._entries.get(key.data, ()):
+            if (entry.key.kind == "whole" or entry.key == key) and (stash := entry()) is not None:
+                return stash
         return None
 
     def add(self, key: Key, stash: Stash) -> None:
+        entry = _Entry(stash, self._dead.append)
+        entry.key = key
         with self._lock:
-            self._stashes[key] = stash
+            while self._dead:
+                self._remove(self._dead.popleft())
+            self._entries[key.data] = (*self._entries.get(key.data, ()), entry)
+
+    def _remove(self, dead: _Entry) -> None:
+        data = dead.key.data
+        left = tuple(entry for entry in self._entries.get(data, ()) if entry is not dead)
+        if left:
+            self._entries[data] = left
+        else:
+            self._entries.pop(data, None)
 
 
 def data_key(tensor: Tensor) -> Hashable:

@@ -114,6 +114,8 @@ def side_stream(device: torch.device, role: str, priority: int = 0) -> Any:
     if device.type == "cpu":
         return HOST
     key = (device, role, priority)
+    if (stream := _side.get(key)) is not None:
+        return stream
     with _side_lock:
         if key not in _side:
             _side[key] = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]

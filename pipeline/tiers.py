@@ -10,14 +10,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sidelane.codec.packet import Packet
+from sidelane.codec.packet import Packet, Sections
 from sidelane.errors import OffloadError
-from sidelane.kernels._launch import ALIGNMENT, cut, span
+from sidelane.kernels._launch import ALIGNMENT, span, starts
 from sidelane.pipeline.arena import Slot, shared, slot_bytes
 from sidelane.pipeline.budget import Budget, Claim
 from sidelane.pipeline.disk import Disk, Spill
 
 _Run = tuple[int, int, int]  # the number of its first section, start in memory, bytes
+_NONE: dict[str, Tensor] = {}
 
 
 class Memory(Protocol):
@@ -110,11 +111,17 @@ class HostCopy:
     """
 
     def __init__(self, packet: Packet) -> None:
-        self._packet = packet.with_(sections={})
-        self._names = tuple(packet.sections)
+        self._packet = packet.with_(sections=_NONE)
+        sections = packet.sections
+        self._names = tuple(sections)
+        if isinstance(sections, Sections) and sections.starts == starts(sections.sizes):
+            self._sizes = sections.sizes
+            self.nbytes = span(self._sizes)
+            self.runs: tuple[_Run, ...] = ((0, 0, self.nbytes),)
+            return
         blocks: list[Tensor] = []
         places = []
-        for part in packet.sections.values():
+        for part in sections.values():
             block = part._base
             if block is None or block.dtype != torch.uint8:
                 block = part
@@ -133,7 +140,11 @@ class HostCopy:
 
     def write(self, packet: Packet, memory: Tensor) -> None:
         """Copy `packet` to `memory` uint8 [nbytes], on the current stream of its device."""
-        parts = list(packet.sections.values())
+        sections = packet.sections
+        if isinstance(sections, Sections) and sections.buffer.numel() == self.nbytes:
+            memory.copy_(sections.buffer, non_blocking=True)
+            return
+        parts = list(sections.values())
         for first, start, size in self.runs:
             if size:
                 run = parts[first].as_strided((size,), (1,))
@@ -147,7 +158,7 @@ class HostCopy:
 
     def over(self, buffer: Tensor) -> Packet:
         """The packet in `buffer` uint8 [nbytes], whose memory it shares."""
-        return self._packet.with_(sections=dict(zip(self._names, cut(buffer, self._sizes), strict=True)))
+        return self._packet.with_(sections=Sections(self._names, starts(self._sizes), self._sizes, buffer))
 
 
 @lru_cache(4096)

@@ -248,7 +248,7 @@ class _Encoding:
         if self.slot is None:
             return self.packet
         stream = torch.frombuffer(bytearray(self.slot.stream()), dtype=torch.uint8)
-        sections = self.packet.sections | {"bitstream": stream.to(self.packet.device)}
+        sections = {**self.packet.sections, "bitstream": stream.to(self.packet.device)}
         packet = self.packet.with_(sections=sections)
         return packet if packet.nbytes < packet.raw_nbytes else RawLane().encode(self.tensor)
 

@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
-from weakref import WeakValueDictionary, ref
+from weakref import ref
 
 import torch
 
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
-from sidelane.pipeline.budget import Budget, Claim
+from sidelane.pipeline.budget import Budget, Claim, Holders
 from sidelane.pipeline.late import LatePacket
 from sidelane.pipeline.streams import current_stream, on, side_stream
 from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk
@@ -38,6 +38,7 @@ READ_AHEAD = 8  # those that a disk is told to read
 SIBLINGS = 32  # packets used last, which other nodes of the pass may want too
 AHEAD = 256 << 20  # bytes that may always be fetched ahead
 UNKNOWN = 512 << 20  # bytes of packets, as allocated, whose sizes the host may not know yet
+PRUNE = 1024  # transits that are gone and still in the books, beside as many as there are
 KEPT = 0.9  # of the device budget, for the packets that backward starts with
 
 
@@ -103,6 +104,7 @@ class Transit:
         self.copied: torch.cuda.Event | None = None  # None: only the device has it
         self.nbytes = 0
         self._wire = wire
+        self._claim = wire.transits.claim()
         self._host: HostCopy | None = None
         self._memory: Memory | None = None
 
@@ -185,7 +187,8 @@ class Wire:
         self._promise = promise
         self._lock = RLock()
         self._count = 0
-        self._transits: WeakValueDictionary[int, Transit] = WeakValueDictionary()
+        self.transits = Holders()
+        self._by_number: _Queue = {}  # those of this pass
         self._late: _Queue = {}  # of unknown size, oldest first
         self._late_bytes = 0  # of all late packets that there were
         self._unknown = UNKNOWN if budget.limit is None else min(UNKNOWN, budget.limit // 4)
@@ -224,8 +227,9 @@ class Wire:
             room = self._make_room(host.nbytes)
             if room is None and memory is None and (memory := self._take(host.nbytes)) is None:
                 return None
-            transit = self._transit(packet.device)
-            transit.fill(host, DeviceCopy(packet, current_stream(packet.device), room))
+            stream = current_stream(packet.device)
+            transit = self._transit(stream.device)
+            transit.fill(host, DeviceCopy(packet, stream, room))
             if memory is not None:
                 transit.store(memory)
             if room is None:
@@ -292,18 +296,24 @@ class Wire:
 
     def _begin(self) -> None:
         """Before a packet: forget the pass before, and learn what has become known."""
-        if not self._transits:
+        if not self.transits.held:
             self._first, self._sent, self._gradients = self._count, 0, 0
-            for queue in (self._used, self._ahead, self._leaving, self._held, self._late):
+            for queue in (self._by_number, self._used, self._ahead, self._leaving, self._held, self._late):
                 queue.clear()  # of those that are gone
         self._settle(self._unknown)
 
     def _transit(self, device: torch.device) -> Transit:
         transit = Transit(self, self._count, device, self._gradients)
-        self._transits[self._count] = transit
+        if len(self._by_number) > 2 * self.transits.held + PRUNE:
+            self._by_number = {n: found for n, found in self._by_number.items() if found() is not None}
+        self._by_number[self._count] = ref(transit)
         self._next = self._count
         self._count += 1
         return transit
+
+    def _transit_of(self, number: int) -> Transit | None:
+        found = self._by_number.get(number)
+        return None if found is None else found()
 
     def _settle(self, most: int) -> None:
         """Learn the sizes of late packets, oldest first: of those that are encoded, and of others, waiting
@@ -349,7 +359,7 @@ class Wire:
         """Fetch the newest packets that are not on the device, while the budget has room: backward needs them
         next. It is a hint: what does not fit is left."""
         while self._next >= self._first:
-            transit = self._transits.get(self._next)
+            transit = self._transit_of(self._next)
             away = transit is not None and transit.local is None and transit.late is None
             if transit is not None and away and transit.device == device:
                 if not transit.on_disk:

@@ -25,6 +25,7 @@ def interrupted(action: Callable[[], object], at: int, *modules: ModuleType) -> 
         nonlocal left
         if frame.f_code.co_filename not in files:
             return None
+        frame.f_trace = trace  # 3.13 takes the next line from frames that have one
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "call":
             last[id(frame)] = "RESUME"
@@ -37,6 +38,7 @@ def interrupted(action: Callable[[], object], at: int, *modules: ModuleType) -> 
                 raise KeyboardInterrupt
         return trace
 
+    sys._getframe().f_trace_opcodes = True  # 3.12 asks at `settrace` whether any frame wants opcodes
     sys.settrace(trace)
     try:
         action()

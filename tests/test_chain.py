@@ -23,7 +23,8 @@ from sidelane.pipeline import chain as chain_module
 from sidelane.pipeline import streams as streams_module
 from sidelane.pipeline import ticket as ticket_module
 from sidelane.pipeline.chain import Chain
-from sidelane.pipeline.lanes import RawLane, open_lane
+from sidelane.pipeline.lanes import ExactLane, RawLane, open_lane
+from sidelane.pipeline.late import LatePacket
 from signals import Interrupt, interrupts
 
 LANES = {
@@ -48,6 +49,38 @@ class Gated(RawLane):
             self.entered.set()
             assert self.gate.wait(PATIENCE)
         return super().encode(tensor)
+
+
+class Late(RawLane):
+    """Raw, with a size that is known when `gate` is set. A tensor of one element is settled with a copy; the
+    size of one of two elements is never known."""
+
+    def __init__(self, known: bool = True):
+        object.__setattr__(self, "gate", threading.Event())
+        object.__setattr__(self, "encoded", [])
+        object.__setattr__(self, "learned", [])
+        if known:
+            self.gate.set()
+
+    def encode(self, tensor):
+        self.encoded.append(tensor.numel())
+        return LateRaw(self, super().encode(tensor))
+
+
+class LateRaw(LatePacket):
+    def __init__(self, lane, packet):
+        self.lane, self.whole, self.numel = lane, packet, packet.flat_numel
+
+    def uncut(self):
+        assert self.lane.gate.wait(PATIENCE)
+        self.lane.learned.append(self.numel)
+        if self.numel == 2:
+            raise MemoryError("size")
+        return None if self.numel == 1 else self.whole
+
+    def settle(self):
+        sections = {name: part.clone() for name, part in self.whole.sections.items()}
+        return self.whole.with_(sections=sections)
 
 
 class Broken(RawLane):
@@ -268,6 +301,86 @@ def test_an_early_change_is_an_error_and_join_prevents_it():
     assert whole(chain) and chain.report().failed == 1
 
 
+def test_encoders_go_on_while_a_size_is_unknown():
+    """As far as the ring has places; then sizes are learned and packets stored in order."""
+    lane = Late(known=False)
+    with Chain(lane, depth=3, workers=1) as chain:
+        tickets = [chain.send(torch.ones(n)) for n in (3, 1, 4, 5)]
+        for ticket in tickets[:3]:
+            ticket.join()
+        joined = threading.Event()
+        thread = threading.Thread(target=lambda: (tickets[3].join(), joined.set()))
+        thread.start()
+        assert not joined.wait(0.2)
+        assert lane.encoded == [3, 1, 4] and not any(ticket.done() for ticket in tickets)
+        lane.gate.set()
+        assert [len(x) for x in chain.receive_all(tickets)] == [3, 1, 4, 5]
+        assert joined.wait(PATIENCE)
+        thread.join()
+        assert lane.learned == lane.encoded == [3, 1, 4, 5]
+    assert whole(chain) and all(ring.held == 0 for ring in chain._stages.rings.values())
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_many_encoders_share_few_places_for_packets_of_unknown_size(depth):
+    """None waits for a place that only a later tensor gives."""
+    with Chain(Late(), depth=depth, workers=4) as chain:
+        for _ in range(20):
+            assert [len(x) for x in chain.stream([torch.ones(n) for n in range(3, 13)])] == [*range(3, 13)]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_size_that_cannot_be_learned_is_an_error_of_its_tensor(workers):
+    with Chain(Late(), depth=2, workers=workers) as chain:
+        for _ in range(5):
+            tickets = [chain.send(torch.ones(n)) for n in (2, 1, 3)]
+            for _ in range(2):
+                assert error_of(lambda ticket=tickets[0]: chain.receive(ticket)) == (MemoryError, "size")
+            assert [chain.receive(ticket).tolist() for ticket in tickets[1:]] == [[1], [1, 1, 1]]
+        chain.send(torch.ones(2))
+        with pytest.raises(MemoryError, match="size"):
+            chain.flush()
+        del tickets
+        if not workers:
+            gc.collect()  # errors hold the frames of their callers
+        assert whole(chain)
+        report = chain.report()
+    assert (report.sent, report.received, report.failed, report.host_bytes) == (16, 10, 6, 0)
+
+
+@pytest.mark.parametrize("how", ["flush", "close"])
+def test_nothing_is_left_behind_while_sizes_are_unknown(how):
+    """`flush` and `close` wait for what is not stored yet, and for tensors whose tickets are gone."""
+    lane = Late(known=False)
+    chain = Chain(lane, depth=3, workers=2)
+    tickets = [chain.send(torch.ones(n)) for n in (3, 4, 5)]
+    tickets.pop(1)
+    over = threading.Event()
+    thread = threading.Thread(target=lambda: (getattr(chain, how)(), over.set()))
+    thread.start()
+    assert not over.wait(0.2) and not any(ticket.done() for ticket in tickets)
+    lane.gate.set()
+    assert over.wait(PATIENCE)
+    thread.join()
+    assert all(ticket.done() for ticket in tickets) and whole(chain)
+    report = chain.report()
+    assert 3 * report.host_bytes == 2 * report.bytes_wire
+    chain.close()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_codes_of_unknown_size_arrive(device, dtype):
+    """Stored as they were written, or copied first: those with zero planes, and what is raw in the end."""
+    x, noise = torch.randn(32, 64), torch.randint(-(2**15), 2**15, (2048,), dtype=torch.int16)
+    sent = [y.to(device) for y in (x.to(dtype), x.bfloat16().to(dtype), noise.view(torch.bfloat16))]
+    with Chain("exact", depth=2, workers=0) as chain:  # the interpreter is for this thread alone
+        assert isinstance(chain._encode(sent[0]), LatePacket)
+        for x, out in zip(sent, chain.stream(sent), strict=True):
+            assert same(out, x)
+    assert whole(chain)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_failed_stage_is_raised_by_receive_and_leaves_the_rings_whole(workers):
     with Chain(Broken(), depth=2, workers=workers) as chain:
@@ -334,11 +447,12 @@ def test_an_error_holds_no_tensor():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_nothing_leaks_without_gc(workers):
+@pytest.mark.parametrize("make", [ExactLane, Late])
+def test_nothing_leaks_without_gc(workers, make):
     gc.collect()
     gc.disable()
     try:
-        chain = Chain("exact", workers=workers)
+        chain = Chain(make(), workers=workers)
         ticket = chain.send(torch.randn(100))
         chain.receive(ticket)
         chain.fetch(ticket)
@@ -406,8 +520,9 @@ def test_threads_share_a_chain():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_interrupts_lose_no_slot(workers):
-    with Chain("raw", depth=2, workers=workers) as chain, suppress(Interrupt):
+@pytest.mark.parametrize("make", [RawLane, Late])
+def test_interrupts_lose_no_slot(workers, make):
+    with Chain(make(), depth=2, workers=workers) as chain, suppress(Interrupt):
         x, hits = torch.ones(3), 0
         with interrupts(chain_module, streams_module, ticket_module) as armed:
             while hits < 15:

@@ -11,11 +11,12 @@ import torch
 
 from faults import Event
 from interrupt import interrupted
+from latch import LIMIT, Latch
 from sidelane.kernels import exact as exact_module
 from sidelane.kernels.exact import exact_encode_late
 from sidelane.pipeline import late as late_module
 from sidelane.pipeline.lanes import ExactLane, decode_packet
-from sidelane.pipeline.late import NOTICES, LatePacket, Notice, encode_late
+from sidelane.pipeline.late import NOTICES, LatePacket, Notice, encode_exact, encode_late
 from sidelane.pipeline.tiers import HostCopy
 
 
@@ -81,6 +82,45 @@ def test_a_packet_can_be_settled_again_after_an_interrupt_at_any_point(device, k
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_an_uncut_packet_lies_where_it_was_encoded(device, dtype):
+    x = torch.randn(64, 160, device=device).to(dtype)
+    x[3, ::5] = 2.0**-14
+    late, want = encode_late(x), ExactLane().encode(x)
+    packet = late.uncut()
+    assert (packet.lane, packet.dtype, packet.shape, packet.params) == ("exact", dtype, x.shape, (0,))
+    for name, part in want.sections.items():
+        assert torch.equal(packet.sections[name], part), name
+    storages = {part.untyped_storage().data_ptr() for part in packet.sections.values()}
+    assert storages == {part.untyped_storage().data_ptr() for part in late.uncut().sections.values()}
+    host = HostCopy(packet)
+    memory = torch.zeros(host.nbytes, dtype=torch.uint8)
+    host.write(packet, memory)
+    assert torch.equal(bits(decode_packet(host.read(memory, device))), bits(x))
+    assert torch.equal(bits(decode_packet(late.settle())), bits(x)) and late.uncut() is None
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(4096).bfloat16().float(),
+        torch.randint(-(2**15), 2**15, (4096,), dtype=torch.int16).view(torch.bfloat16),
+    ],
+    ids=["zero planes", "raw"],
+)
+def test_what_has_to_be_cut_is_not_given_uncut(device, x):
+    late = encode_late(x.to(device))
+    assert late.uncut() is None and torch.equal(bits(decode_packet(late.settle())), bits(x))
+
+
+@pytest.mark.kernel
+def test_the_exact_code_is_late_where_it_can_be(device):
+    assert isinstance(encode_exact(torch.randn(5000, device=device)), LatePacket)
+    assert encode_exact(torch.arange(5000, device=device)).lane == "raw"
+
+
+@pytest.mark.kernel
 def test_sizes_may_be_learned_in_inference_mode(device):
     late = encode_late(torch.randn(8192).bfloat16().to(device))
     with torch.inference_mode():
@@ -143,22 +183,26 @@ def test_notices_are_pinned_whoever_asks_first(cuda, notices):
 
 @pytest.mark.gpu
 def test_sizes_come_from_a_device_that_runs_late(cuda):
-    """Encoded behind a long kernel; the sources are dropped and overwritten before it ends."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        encode_late(torch.randn(1 << 20, device=cuda).to(dtype))  # compile
-    torch.cuda.synchronize()
-    torch.cuda._sleep(1_000_000_000)
-    xs = [torch.randn(1 << 20, device=cuda).bfloat16() for _ in range(4)]
-    xs += [torch.randn(1 << 20, device=cuda).bfloat16().float(), torch.randn(1 << 20, device=cuda).half()]
-    xs.append(torch.randint(-(2**15), 2**15, (1 << 20,), dtype=torch.int16, device=cuda).view(torch.bfloat16))
-    kept = [x.clone() for x in xs]
-    packets = [encode_late(x) for x in xs]
-    assert not packets[0].ready.query()
-    while xs:
-        xs.pop().view(torch.uint8).fill_(0x5A)
-    for packet, x in zip(packets, kept, strict=True):
-        assert torch.equal(bits(decode_packet(packet.settle())), bits(x))
-    assert [packet.settle().lane for packet in packets] == ["exact"] * 6 + ["raw"]
+    """The sources are dropped and overwritten before anything is encoded."""
+    for seconds in (0, LIMIT):  # first, kernels are loaded
+        with Latch(seconds) as latch:
+            xs = [torch.randn(1 << 20, device=cuda).bfloat16() for _ in range(4)]
+            xs += [
+                torch.randn(1 << 20, device=cuda).bfloat16().float(),
+                torch.randn(1 << 20, device=cuda).half(),
+                torch.randint(-(2**15), 2**15, (1 << 20,), dtype=torch.int16, device=cuda).view(
+                    torch.bfloat16
+                ),
+            ]
+            kept = [x.clone() for x in xs]
+            packets = [encode_late(x) for x in xs]
+            while xs:
+                xs.pop().view(torch.uint8).fill_(0x5A)
+            late = latch.holds
+        for packet, x in zip(packets, kept, strict=True):
+            assert torch.equal(bits(decode_packet(packet.settle())), bits(x))
+        assert [packet.settle().lane for packet in packets] == ["exact"] * 6 + ["raw"]
+    assert late
 
 
 @pytest.mark.gpu

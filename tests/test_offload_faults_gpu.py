@@ -92,8 +92,11 @@ def test_calls_may_fail_while_sizes_of_codes_are_unknown(cuda, monkeypatch, wher
     call = getattr(target, name)
     monkeypatch.setattr(target, name, lambda *args: (fail(), call(*args))[1])
     context = offload("exact", min_bytes=MIN_BYTES, gpu_budget=400_000)
-    failed = 0
-    for at in count(0, 8):
+    for _ in range(2):  # learn what leaves
+        fail.left = -1
+        assert_same(gradients(model, tokens, context), expected)
+    calls, failed = -1 - fail.left, 0  # how much leaves also depends on when sizes become known
+    for at in count(0, max(calls // 5, 1)):
         fail.left = at
         try:
             gradients(model, tokens, context)
@@ -103,7 +106,7 @@ def test_calls_may_fail_while_sizes_of_codes_are_unknown(cuda, monkeypatch, wher
         assert_settled(context, pinned)
         fail.left = -1
         assert_same(gradients(model, tokens, context), expected)
-    assert failed > 1
+    assert calls > 1 and failed > min(calls, 5) // 2
 
 
 def test_out_of_memory_while_a_packet_comes_back(cuda):

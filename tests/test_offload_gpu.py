@@ -1,4 +1,4 @@
-"""Offload on a real device: races are provoked with sleeping kernels, never waited for."""
+"""Offload on a real device: races are provoked with sleeping kernels and latches, never waited for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from latch import LIMIT, Latch
 from models import MIN_BYTES, assert_same, build, gradients, loss_of
 from sidelane.errors import BudgetError
 from sidelane.pipeline import offload as offload_module
@@ -21,6 +22,7 @@ from sidelane.pipeline.tiers import HostCopy
 pytestmark = pytest.mark.gpu
 
 SLEEP = 100_000_000  # cycles, 50 ms at 2 GHz
+EXACT_BYTES = offload_module.EXACT_BYTES
 exact = partial(offload, min_bytes=MIN_BYTES)
 
 
@@ -328,17 +330,28 @@ def test_the_host_does_not_wait_for_the_sizes_of_exact_codes(cuda):
     model, tokens = build(cuda)
     expected = step(model, tokens)
     context = exact(gpu_budget=64 << 20)
+    for seconds in (0, 0, LIMIT):  # first, compile, pin and learn
+        model.zero_grad()
+        with Latch(seconds) as latch:
+            with context:
+                loss = loss_of(model, tokens)
+            early = latch.holds
+        loss.backward()
+        assert_same([p.grad for p in model.parameters()], expected)
+    assert early
+
+
+@pytest.mark.parametrize("gpu_budget", [None, 64 << 20])
+def test_backward_may_be_enqueued_before_any_size_is_known(cuda, gpu_budget):
+    """The host waits then, on the thread of backward."""
+    model, tokens = build(cuda)
+    expected = step(model, tokens)
+    context = exact(gpu_budget=gpu_budget)
     for _ in range(2):
-        assert_same(step(model, tokens, context), expected)  # compile, pin and learn
+        step(model, tokens, context)
     model.zero_grad()
-    torch.cuda.synchronize()
-    torch.cuda._sleep(40 * SLEEP)
-    done = torch.cuda.Event()
-    done.record()
-    with context:
-        loss = loss_of(model, tokens)
-    assert not done.query()
-    loss.backward()  # before any size is known
+    with Latch(0.5), context:
+        loss_of(model, tokens).backward()
     assert_same([p.grad for p in model.parameters()], expected)
 
 
@@ -376,17 +389,21 @@ def test_tensors_that_do_not_become_smaller_come_back(cuda, gpu_budget):
     assert sorted((row.lane, row.count) for row in context.report().classes) == [("exact", 8), ("raw", 8)]
 
 
-def test_the_host_never_waits_for_the_device_in_the_packed_lane(cuda):
-    """The device is held up by a long kernel while a whole step is enqueued."""
+def test_the_host_never_waits_for_the_device_in_the_packed_lane(cuda, monkeypatch):
+    """The device is held up while a whole step is enqueued. What stays exact crosses raw, as it does below
+    `EXACT_BYTES`: backward waits for the size of an exact code."""
+    monkeypatch.setattr(offload_module, "EXACT_BYTES", EXACT_BYTES)
     model, tokens = build(cuda)
+    expected = None
     context = offload("packed", bits=4, min_bytes=MIN_BYTES, gpu_budget=100_000)
-    for _ in range(3):
-        step(model, tokens, context)  # compile, pin and learn
-    torch.cuda.synchronize()
-    torch.cuda._sleep(40 * SLEEP)
-    done = torch.cuda.Event()
-    done.record()
-    with context:
-        loss = loss_of(model, tokens)
-    loss.backward()
-    assert not done.query()
+    for seconds in (0, 0, 0, LIMIT):  # first, compile, pin and learn
+        model.zero_grad()
+        with Latch(seconds) as latch:
+            with context:
+                loss = loss_of(model, tokens)
+            loss.backward()
+            early = latch.holds
+        grads = [p.grad.clone() for p in model.parameters()]
+        assert_same(grads, expected or grads)
+        expected = grads
+    assert early
