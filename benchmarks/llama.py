@@ -36,6 +36,7 @@ class Shape:
 
 SHAPES = {
     "1b": Shape(2048, 22, 32, 4, 5632, 32000, batch=4, tokens=4096),
+    "1b8": Shape(2048, 22, 32, 4, 5632, 32000, batch=8, tokens=4096),
     "8b": Shape(4096, 8, 32, 8, 14336, 32000, batch=1, tokens=8192),
     "tiny": Shape(64, 2, 4, 2, 176, 128, batch=2, tokens=32),
 }

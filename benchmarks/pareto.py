@@ -1,6 +1,7 @@
 """Step time over peak memory of `offload(lane="auto")` at many budgets, beside fixed policies and peers.
 
     python benchmarks/pareto.py [--shape 1b|8b|tiny] [--shares 0.2,...] [--lossy 4] [--settings NAMES]
+    python benchmarks/pareto.py --draw
 
 A share is of the peak without offload: the budget is what is left of it beside all that is not saved for
 backward. Every row has passed the gate of `measure`: gradients of a planned step equal those
@@ -10,6 +11,7 @@ they are not sidelane's.
 
 from __future__ import annotations
 
+import csv
 import gc
 import os
 import sys
@@ -132,6 +134,21 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> None:
         legend.legend(*axes.get_legend_handles_labels(), loc="center left", frameon=False)
 
 
+def newest(folder: Path, shape: str) -> list[Row]:
+    """Rows of the last commit in pareto.csv, and the settings that only offload.csv has of it."""
+    rows = _read(folder / "pareto.csv", shape)
+    rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]
+    known = {row["setting"] for row in rows}
+    others = _read(folder / "offload.csv", shape)
+    return rows + [r for r in others if r["commit"] == rows[-1]["commit"] and r["setting"] not in known]
+
+
+def _read(path: Path, shape: str) -> list[Row]:
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["shape"] == shape]
+    return [row | {name: float(row[name]) for name in ("ms", "peak_gib")} for row in rows]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV file and the figure")
@@ -142,7 +159,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=measuring.TIMED, help="timed, of each row")
     parser.add_argument("--traces", type=Path, help="folder for a Chrome trace of a step of each setting")
     parser.add_argument("--deadline", type=float, default=1200, help="seconds after which no peer starts")
+    parser.add_argument("--draw", action="store_true", help="draw the rows that there are, measure nothing")
     options = parser.parse_args(arguments)
+    if options.draw:
+        title = f"Llama {options.shape}"
+        draw(options.out / f"pareto_{options.shape}.png", newest(options.out, options.shape), title)
+        return
     names = [name.strip() for name in options.settings.split(",") if name.strip()]
     for name in names:
         if name not in SETTINGS:

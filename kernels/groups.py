@@ -351,14 +351,17 @@ def group_quantize_pack_to(
     seed: int | None = None,
     max_programs: int | None = None,
 ) -> None:
-    """`group_quantize_pack` of a valid x into `buffer` uint8 [span(sizes)], its parts at `starts(sizes)` of
-    sizes = `group_sizes(n, bits, group, symmetric)`; `buffer` begins at a multiple of 16."""
+    """`group_quantize_pack` of a valid x, contiguous of any shape, into `buffer` uint8 [span(sizes)].
+
+    Its parts begin at `starts(sizes)` of sizes = `group_sizes(n, bits, group, symmetric)`; `buffer` begins at a
+    multiple of 16.
+    """
     sizes = group_sizes(x.numel(), bits, group, symmetric)
     if use_triton(x):
         at = [Part(buffer, start) for start in starts(sizes)]
         _launch_pack(x, at[0], at[1], at[-1], bits, group, symmetric, seed, max_programs)
         return
-    want = group_quantize_pack_ref(x.detach(), bits, group, symmetric=symmetric, seed=seed)
+    want = group_quantize_pack_ref(x.detach().reshape(-1), bits, group, symmetric=symmetric, seed=seed)
     for part, found in zip(cut(buffer, sizes), want.sections.values(), strict=True):
         part.copy_(found)
 

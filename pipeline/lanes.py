@@ -135,15 +135,15 @@ class PackedLane:
 
     def encode(self, tensor: Tensor) -> Packet:
         tensor = plain(tensor)
-        flat = flatten(tensor)
         if tensor.dtype not in LOSSY_DTYPES or not tensor.numel():
-            return _encode_exact(Packet.like("packed", tensor), flat)
+            return _encode_exact(Packet.like("packed", tensor), flatten(tensor))
+        flat = tensor if self.basis is None and tensor.is_contiguous() else flatten(tensor)
         if self.basis is not None and fits(self.basis, packet := Packet.like("packed", tensor)):
             return _or_raw(encode_basis(packet, flat, self.basis, self.width), flat)
         kind = tensor.dtype, tuple(tensor.shape), tensor.stride()
         plan = plan_groups(*kind, self.bits, self.group, self.symmetric)
         if not plan.smaller:
-            return _encode_raw(Packet.like("raw", tensor), flat)
+            return _encode_raw(Packet.like("raw", tensor), flatten(tensor))
         return encode_groups(plan, flat, self.seed)
 
     def decode(self, packet: Packet) -> Tensor:

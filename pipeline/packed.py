@@ -68,7 +68,7 @@ def plan_groups(
 
 
 def encode_groups(plan: GroupPlan, flat: Tensor, seed: int | None) -> Packet:
-    """The group code of flat floats [n].
+    """The group code of contiguous floats.
 
     Sections: codes, scale and, unless symmetric, offset of `GroupCodes`; params: group, symmetric.
     """

@@ -345,6 +345,18 @@ def test_the_next_taker_waits_for_the_last_user_and_only_then():
     assert event.reached
 
 
+def test_free_blocks_wait_whole_for_their_size():
+    space, owner = Space(), object()
+    blocks = [Block(owner, 4 * i, 4) for i in range(4)]
+    for block in blocks:
+        space.give(block)
+    assert space.take(4) is blocks[0] and space.take(4) is blocks[1]  # given first, taken first
+    space.give(blocks[1])
+    one = space.take(12)  # fits after a merge only
+    assert one is not None and (one.start, one.end, one.owner) == (4, 16, owner)
+    assert space.take(4) is None and list(space) == []
+
+
 def test_trim_waits_for_users_and_growing_does_not():
     arena = Arena(8 * KIB, pinned=False, step=4 * KIB)
     slots = [arena.take(4 * KIB) for _ in range(2)]

@@ -11,7 +11,7 @@ from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from sidelane.kernels import _launch
-from sidelane.kernels._launch import cut, launch, span
+from sidelane.kernels._launch import Part, cut, launch, span
 
 
 class Kernel:
@@ -56,6 +56,15 @@ def test_the_second_launch_of_a_kind_goes_straight_to_the_kernel(kernel):
     launch(kernel, 9, (tensor(4096), y), (160, 8), (4, True), num_warps=1)
     assert len(kernel.found) == 1
     assert kernel.launched == [((9, 1, 1), (4096, 2048, 160, 8, 4, True))]
+
+
+def test_parts_of_a_buffer_stand_for_tensors(kernel):
+    x, buffer = tensor(), torch.arange(64, dtype=torch.uint8)
+    launch(kernel, 1, (x, Part(buffer, 16)), (), ())
+    (_, (first, part), _) = kernel.found[0]
+    assert first is x and torch.equal(part, buffer[16:])
+    launch(kernel, 1, (tensor(4096), Part(buffer, 32)), (), ())
+    assert len(kernel.found) == 1 and kernel.launched == [((1, 1, 1), (4096, buffer.data_ptr() + 32))]
 
 
 @pytest.mark.parametrize(

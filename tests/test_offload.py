@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saving import activation, assert_identical, save
 from sidelane.errors import LaneError
+from sidelane.pipeline import policy
 from sidelane.pipeline.offload import offload
 
 KIB = 1 << 10
@@ -325,6 +326,20 @@ def test_subclasses_come_back_as_themselves():
     (back,) = save(context, x).saved_tensors
     assert type(back) is Doubled and back.inner is x.inner
     assert list(context.report().kept) == ["not a plain tensor"]
+
+
+class Named(Tensor):
+    """A subclass that dispatches as plain tensors do."""
+
+
+@pytest.mark.parametrize("first", [Tensor, Named])
+def test_subclasses_are_told_from_plain_tensors_that_dispatch_alike(monkeypatch, first):
+    monkeypatch.setattr(policy, "_REASONS", {})
+    for kind in (first, Tensor, Named):
+        context = offload(min_bytes=0)
+        (back,) = save(context, torch.randn(64).as_subclass(kind)).saved_tensors
+        assert type(back) is kind
+        assert list(context.report().kept) == ([] if kind is Tensor else ["not a plain tensor"])
 
 
 def test_dtensor_gradients():

@@ -16,6 +16,7 @@ from sidelane.codec.packet import (
     LANES,
     MAX_SECTIONS,
     Packet,
+    Sections,
     compact_strides,
     flatten,
 )
@@ -325,6 +326,18 @@ def test_section_at_an_odd_address():
     memory[1:] = torch.tensor([1.0, 2.0]).view(torch.uint8)
     packet = sample().with_(sections={"scale": memory[1:]})
     assert packet.section("scale", torch.float32, 2).tolist() == [1.0, 2.0]
+
+
+def test_sections_of_one_buffer_are_like_others():
+    packet, buffer = sample(), torch.full((300,), 99, dtype=torch.uint8)
+    parts = packet.sections
+    buffer[:5], buffer[256:264] = parts["codes"], parts["scale"]
+    one = packet.with_(sections=Sections(("codes", "scale"), (0, 256), (5, 8), buffer))
+    assert one.to_bytes() == packet.to_bytes() and one.nbytes == packet.nbytes
+    assert one.device == packet.device and list(one.sections) == list(parts) and len(one.sections) == 2
+    assert all(part.data_ptr() - buffer.data_ptr() in (0, 256) for part in one.sections.values())
+    with pytest.raises(PacketError, match="'offset': section is missing"):
+        one.section("offset")
 
 
 def test_ratio_counts_the_whole_packet():
