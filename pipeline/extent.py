@@ -75,7 +75,8 @@ def geometry(tensor: Tensor) -> Geometry:
 
 def distinct_bytes(tensor: Tensor) -> int:
     """Bytes of the elements of `tensor`, those of expanded dimensions counted once."""
-    return geometry(tensor).numel * tensor.dtype.itemsize
+    numel = geometry(tensor).numel if 0 in tensor.stride() else tensor.numel()
+    return numel * tensor.dtype.itemsize
 
 
 class View(NamedTuple):

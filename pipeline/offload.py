@@ -365,7 +365,7 @@ class offload(HookContext):
 
     def _key(self, tensor: Tensor, view: View) -> Key:
         """What a stash of `tensor` is made from."""
-        data, pairs = data_key(tensor), view.geometry.pairs
+        data, pairs = data_key(tensor, view.geometry), view.geometry.pairs
         if self._may_lose and may_lose_bits(tensor):
             # The error bound is of this tensor, so only views of the same elements may share its packet.
             return Key(data, "lossy", view.dtype, view.offset, pairs)

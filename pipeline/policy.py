@@ -46,7 +46,6 @@ _VIEWS = {
     "ViewBackward0",
 }
 _DEPTH = 8  # nodes from a cast weight to its parameter
-_LEAF = "torch::autograd::AccumulateGrad"
 _PLAIN = (Tensor, Parameter)
 _REASONS: dict[int, str | None] = {}  # by the dispatch keys of a tensor, which say what kind it is
 _dispatch_keys, _graph_task = torch._C._dispatch_keys, torch._C._current_graph_task_id
@@ -117,10 +116,11 @@ def is_weight(tensor: Tensor) -> bool:
         return True
     node: Node | None = tensor.grad_fn
     for _ in range(_DEPTH + 1):
-        if node is None or (name := node.name()) not in _VIEWS:
+        if type(node).__name__ not in _VIEWS:
             break
         node = node.next_functions[0][0]
-    return node is not None and name == _LEAF and isinstance(getattr(node, "variable", None), Parameter)
+    leaf = type(node).__name__ == "AccumulateGrad"
+    return leaf and isinstance(getattr(node, "variable", None), Parameter)
 
 
 def may_lose_bits(tensor: Tensor) -> bool:
@@ -136,7 +136,7 @@ def may_lose_bits(tensor: Tensor) -> bool:
         and tensor.requires_grad
         and tensor.ndim >= 2
         and tensor.shape[-1] > 1
-        and not (tensor.grad_fn is not None and "Softmax" in tensor.grad_fn.name())
+        and "Softmax" not in type(tensor.grad_fn).__name__
         and geometry(tensor).pairs is not None
     )
 

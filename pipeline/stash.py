@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
 from sidelane.pipeline.budget import Claim, Holders
-from sidelane.pipeline.extent import Pairs, View, geometry
+from sidelane.pipeline.extent import Geometry, Pairs, View, geometry
 from sidelane.pipeline.streams import current_stream
 
 
@@ -230,8 +230,8 @@ class Index:
             self._entries.pop(data, None)
 
 
-def data_key(tensor: Tensor) -> Hashable:
-    """Identity and version of the memory behind `tensor`.
+def data_key(tensor: Tensor, shape: Geometry | None = None) -> Hashable:
+    """Identity and version of the memory behind `tensor`; `shape`: its geometry, where that is known.
 
     The address of a storage object names it for as long as a stash of it lives, since the stash holds a weak
     reference that keeps the address from being reused. Views count versions with the tensor they are views
@@ -240,9 +240,13 @@ def data_key(tensor: Tensor) -> Hashable:
     (through `.data`, or by raw kernels) are not told apart; checker mode finds them.
     """
     storage = tensor.untyped_storage()
-    owner = tensor if tensor._base is None else tensor._base
+    owner = tensor._base
+    if owner is None:
+        owner, span = tensor, (shape or geometry(tensor)).span
+    else:
+        span = geometry(owner).span
     first, itemsize = owner.storage_offset(), owner.dtype.itemsize
-    counted = first * itemsize, (first + geometry(owner).span) * itemsize
+    counted = first * itemsize, (first + span) * itemsize
     return storage._cdata, storage.data_ptr(), storage.nbytes(), tensor._version, counted
 
 
