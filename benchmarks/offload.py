@@ -97,17 +97,14 @@ def hidden_fraction(row: Row, alone: float) -> float:
     return round((alone + copies - row["ms"]) / min(alone, copies), 3) if min(alone, copies) > 0 else 0.0
 
 
-def compared(rows: Sequence[Row]) -> list[Row]:
-    """Rows with what needs the anchors: time over that of "none", and the hidden fraction."""
-    alone = {row["setting"]: row["ms"] for row in reversed(rows)}
-    out = []
-    for row in rows:
-        anchor = alone.get(ANCHORS[SETTINGS[row["setting"]].recompute])
-        moved = row["out_gib"] + row["in_gib"] > 0.05
-        hidden = hidden_fraction(row, anchor) if anchor and moved else ""
-        versus = round(row["ms"] / alone["none"], 3) if "none" in alone else ""
-        out.append({**row, "times_none": versus, "hidden_fraction": hidden})
-    return out
+def compared(rows: Sequence[Row], row: Row) -> Row:
+    """`row` with what needs the anchors before it: time over that of "none", and the hidden fraction."""
+    alone = {each["setting"]: each["ms"] for each in (row, *reversed(rows))}
+    anchor = alone.get(ANCHORS[SETTINGS[row["setting"]].recompute])
+    moved = row["out_gib"] + row["in_gib"] > 0.05
+    hidden = hidden_fraction(row, anchor) if anchor and moved else ""
+    versus = round(row["ms"] / alone["none"], 3) if "none" in alone else ""
+    return {**row, "times_none": versus, "hidden_fraction": hidden}
 
 
 def draw(path: Path, rows: Sequence[Row], title: str) -> None:
@@ -190,22 +187,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for name in names
     ]
+    stem = "longest" if options.longest else "offload"
     for order, (job, answer) in enumerate(results(jobs, start + options.deadline, options.limit)):
         took = f"{monotonic() - start:.0f} s"
         if isinstance(answer, str):
             console.print(f"[{took}] {job.setting}: {answer}", markup=False)
             continue
-        console.print(f"[{took}] {answer}", markup=False)
         sizes = {"shape": job.shape, **asdict(shape), "head": job.head, "order": order}
-        rows.append({**sizes, "setting": job.setting, **answer, **speed})
+        row = {**sizes, "setting": job.setting, **answer, **speed}
+        rows.append(row if options.longest else compared(rows, row))
+        console.print(f"[{took}] {rows[-1]}", markup=False)
+        append_rows(options.out / f"{stem}.csv", [rows[-1] | machine])  # now: what comes next may be stopped
     if not rows:
         sys.exit("no setting gave a row")
-    stem = "longest" if options.longest else "offload"
     if not options.longest:
-        rows = compared(rows)
         name = f"{stem}_{options.shape}{'_no_head' if options.no_head else ''}.png"
         draw(options.out / name, rows, f"Llama {options.shape}, {shape.batch} x {shape.tokens} tokens")
-    append_rows(options.out / f"{stem}.csv", [row | machine for row in rows])
     console.print(table(rows, LONGEST_COLUMNS if options.longest else COLUMNS, stem))
 
 

@@ -158,7 +158,9 @@ def test_anchors_of_the_comparison(script: Script, tmp_path: Path) -> None:
         {"setting": "trl", "ms": 150.0, **moved, **speed},
         {"setting": "deepspeed", "ms": 200.0, **moved, **speed},
     ]
-    found = offload.compared(rows)
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        found.append(offload.compared(found, row))
     assert [row["times_none"] for row in found] == [1.0, 2.0, 1.5, 2.0]
     assert [row["hidden_fraction"] for row in found] == ["", "", 0.5, 1.0]
     offload.draw(tmp_path / "f.png", found, "title")
