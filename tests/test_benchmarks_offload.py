@@ -158,7 +158,7 @@ def test_anchors_of_the_comparison(script: Script, tmp_path: Path) -> None:
         {"setting": "trl", "ms": 150.0, **moved, **speed},
         {"setting": "deepspeed", "ms": 200.0, **moved, **speed},
     ]
-    found: list[dict[str, Any]] = []
+    found = []
     for row in rows:
         found.append(offload.compared(found, row))
     assert [row["times_none"] for row in found] == [1.0, 2.0, 1.5, 2.0]
