@@ -1,474 +1,310 @@
-"""How good the planner's predictions and choices are: predicted beside measured time of every lane.
+"""How good predictions and choices of a lane are: predicted beside measured time of every lane.
 
-A tensor is encoded, crosses a path and is decoded, one stage after the other. Paths: out to pinned memory
-and back; the same over a simulated wire (`TokenBucket`) of a lower rate on the way out; over the disk tier,
+    python benchmarks/planner.py [--seconds N] [--only PATHS] [--gpus N] [--out DIR]
+
+A tensor is encoded, crosses a path and is decoded, one stage after the other. Paths: out to pinned memory and
+back; the same with one of both ways throttled to a lower rate (`TokenBucket`; simulated); over the disk tier,
 several tensors at once; and a `Chain`, many tensors in a row. Tensors are activations of a small GPT that is
 trained for seconds on Python's standard library, and int8 codes of them. Loads: idle, and beside bf16 matrix
 products.
 
-Rows: each lane in each cell, with what the planner would take among all lanes ("any") and among exact ones;
-lane "auto" is `AutoLane` itself, its decision included. The summary has the median error of the predictions,
-the regret T_chosen / T_best - 1, what auto loses to raw, the wire rate at which raw and a lane are equal, and
-what a decision costs. Without a GPU the same runs on made-up wires, to see that it runs; nothing is written.
+Rows: each lane in each cell, with what is taken among all lanes ("any") and among exact ones; lane "auto" is
+`AutoLane` itself, its decision included. Lanes take turns in random order, each once untimed before it is
+timed; `over_raw` is the median ratio of times of the same round. Flips: the rate of a simulated wire at
+which raw and a lane take the same time, predicted, and measured by two sweeps. Files: planner.csv,
+planner_flips.csv, planner_summary.csv (see `planner_summary.figures`).
+
+With several GPUs each has a process and a part of the work; the disk belongs to the first, which begins
+alone, so that its profile of the disk is not disturbed. Without a GPU the same runs on made-up wires, to see
+that it runs; nothing is written.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
+import os
+import sys
 import tempfile
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite, log, nan
-from pathlib import Path
-from statistics import mean, median, quantiles
+from pathlib import Path as FilePath
+from random import Random
+from statistics import median, quantiles
+from subprocess import Popen
 from time import perf_counter, sleep
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from common import RESULTS, append_rows, environment
-from torch import Tensor, nn
+from planner_paths import MIB, Host, OnDisk, Path, Setting, Simulated, round_trip
+from planner_summary import crossing, flip_of, ratio_of, summary, verdicts
+from planner_tensors import FULL, TINY, activations, head
+from torch import Tensor
 
 from sidelane.codec.packet import Packet
-from sidelane.demo_model import GPT, Corpus, Shape
 from sidelane.pipeline.chain import AUTO_WIRES, Chain
-from sidelane.pipeline.choice import Decision, Wire, choose, speed_of
-from sidelane.pipeline.disk import Disk
+from sidelane.pipeline.choice import Decision, choose, speed_of
 from sidelane.pipeline.lanes import decode_packet
-from sidelane.pipeline.machine import MAX_SIZE, Curve, Machine
-from sidelane.pipeline.planner import crossover
-from sidelane.pipeline.probe import LOAD_SIDE, measure
+from sidelane.pipeline.machine import LOAD_SIDE, MAX_SIZE, Curve, Machine
+from sidelane.pipeline.planner import Residuals, crossover
+from sidelane.pipeline.probe import measure
 from sidelane.pipeline.samples import Probes, lane_named
 from sidelane.pipeline.sampling import Load
 from sidelane.pipeline.tensor_auto import AutoLane
-from sidelane.pipeline.throttle import TokenBucket
-from sidelane.pipeline.tiers import HostCopy
 
-MIB = 1 << 20
+Row = dict[str, Any]
+
+KINDS = ("hidden", "mlp", "norm", "kv", "codes")
+CHAIN_KINDS = ("hidden", "norm", "codes")
 LANES = ("raw", "exact", "packed:8", "packed:4", "packed:2")
-EXACT = ("raw", "exact")
-RATES = {25.0: 32, 12.5: 32, 7.0: 16, 3.0: 8, 1.25: 4, 0.125: 1}  # GB/s: MiB of a tensor
-FLIP_RATES = (25.0, 12.5, 7.0, 4.0, 2.0, 1.0, 0.5)
-FLIP_BYTES = 512 << 10
-DEPTH = 8  # of chains
-SHAPE = Shape(layers=4, width=512, heads=8, kv_heads=2, hidden=1536, context=512, batch=16)
-TINY = Shape(layers=2, width=64, heads=4, kv_heads=2, hidden=128, context=64, batch=2)
-T = TypeVar("T")
-LINE = "{path:12} {tensor:7} {load:5} {lane:9} predicted {predicted_ms:>8} measured {measured_ms:>8} {marks}"
+RATES = {25.0: 32, 12.5: 16, 7.0: 16, 3.0: 8, 1.25: 2, 0.125: 0.5}  # GB/s: MiB of a tensor
+LEAST, MOST = 5, 61  # rounds of a cell
+DEPTH, IN_CHAIN, WARM = 8, 32, 2  # of chains; tensors of a round; rounds that do not count
+FLIP_KINDS, FLIP_LANES = ("hidden", "mlp", "norm", "kv"), ("exact", "packed:8", "packed:4")
+FLIP_MIB = 1
+FLIP_RATES = tuple(0.15e9 * 1.5**i for i in range(13))  # bytes/s, to 19.5e9
+FINE = tuple(1.12**i for i in range(-4, 5))  # of a rate around which a flip is sought
+COARSE_ROUNDS, FINE_ROUNDS = 5, 11
+LINE = (
+    "{path:14} {tensor:7} {load:5} {lane:9} predicted {predicted_ms:>8} measured {measured_ms:>8} ms, "
+    "{over_raw:.3f} of raw {marks}"
+)
+WEIGHTS = {"host": 2.5, "chain": 8.0, "disk": 4.0, "flips": 2.5}  # of the time; others 1
 
 
 @dataclass
-class Setting:
-    """What everything here runs on."""
+class Unit:
+    """A piece of the work: rows or flips, within about so many seconds."""
 
-    device: torch.device
-    machine: Machine
-    scale: int  # sizes are divided by it
-    rounds: int
-    stream: Any = None
-    loads: dict[str, Load | None] = field(default_factory=dict)
-
-    def apart(self, work: Callable[[], T]) -> T:
-        """What `work` returns, on the stream of the tensors."""
-        if self.stream is None:
-            return work()
-        with torch.cuda.stream(self.stream):
-            value = work()
-        self.stream.synchronize()
-        return value
-
-    def timed(self, work: Callable[[], object], load: str, guess: float) -> float:
-        """Seconds of work until the stream that it runs on is done."""
-
-        def once() -> float:
-            if self.stream is None:
-                begin = perf_counter()
-                work()
-                return perf_counter() - begin
-            self.stream.synchronize()
-            with torch.cuda.stream(self.stream):
-                begin = perf_counter()
-                work()
-                self.stream.synchronize()
-            return perf_counter() - begin
-
-        beside = self.loads[load]
-        return once() if beside is None else beside.beside(once, guess)
-
-    def join(self) -> None:
-        if self.stream is not None:
-            self.stream.synchronize()
+    name: str
+    weight: float
+    work: Callable[[float], list[Row]]
+    flips: bool = False
 
 
-class Route:
-    """Encoded tensors out and back. `wires`, `together`: for `choose`; `carry` takes so many tensors."""
+@dataclass
+class Rounds:
+    """Rounds that fit in a time: from `LEAST` to `MOST`."""
 
-    together = 1
+    seconds: float
+    most: int = MOST
 
-    def __init__(self, name: str, wires: Sequence[Wire], simulated: bool, mib: float) -> None:
-        self.name, self.wires, self.simulated, self.mib = name, tuple(wires), simulated, mib
-
-    def carry(self, packets: list[Packet]) -> list[Packet]:
-        raise NotImplementedError
-
-
-class Host(Route):
-    """Pinned memory."""
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__("host", ("d2h", "h2d"), False, 32)
-        self._memory = pinned(setting, 40 * MIB)
-        self._device = setting.device
-
-    def carry(self, packets: list[Packet]) -> list[Packet]:
-        back = []
-        for packet in packets:
-            layout = HostCopy(packet)
-            layout.write(packet, self._memory[: layout.nbytes])
-            back.append(layout.read(self._memory[: layout.nbytes], self._device))
-        return back
+    def __iter__(self) -> Iterator[int]:
+        end = perf_counter() + self.seconds
+        i = 0
+        while i < LEAST or (i < self.most and perf_counter() < end):
+            yield i
+            i += 1
 
 
-class Throttled(Route):
-    """A simulated wire out to pinned memory, and the real one back."""
-
-    def __init__(self, setting: Setting, rate: float, mib: float) -> None:
-        super().__init__(f"{rate:g} GB/s", (rate * 1e9, "h2d"), True, mib)
-        self._bucket = TokenBucket(rate * 1e9, burst=0)
-        self._memory = pinned(setting, 40 * MIB)
-        self._setting = setting
-
-    def carry(self, packets: list[Packet]) -> list[Packet]:
-        back = []
-        for packet in packets:
-            layout = HostCopy(packet)
-            memory = self._memory[: layout.nbytes]
-            self._setting.join()  # the bytes are there only from here on
-            parts = list(packet.sections.values())
-            for first, start, size in layout.runs:
-                if size:
-                    run = parts[first].as_strided((size,), (1,))
-                    arrived = self._bucket.copy(run, memory[start : start + size])
-                    if self._setting.stream is not None:
-                        self._setting.stream.wait_event(arrived)
-            back.append(layout.read(memory, self._setting.device))
-        return back
-
-
-class OnDisk(Route):
-    """Pinned memory, the file of a disk tier, and back. Tensors cross together, as the tier works."""
-
-    together = 4
-
-    def __init__(self, setting: Setting, folder: str) -> None:
-        super().__init__("disk", ("d2h", "disk write", "disk read", "h2d"), False, 16)
-        self._tier = Disk(folder, limit=1 << 30, in_flight=256 * MIB)
-        self._setting = setting
-
-    def carry(self, packets: list[Packet]) -> list[Packet]:
-        layouts = [HostCopy(packet) for packet in packets]
-        spills = []
-        for layout, packet in zip(layouts, packets, strict=True):
-            spill = self._tier.place(layout.nbytes)
-            if spill is None or spill.slot is None:
-                raise RuntimeError(f"the disk took no tensor: {self._tier.error}")
-            layout.write(packet, spill.slot.tensor[: layout.nbytes])
-            spills.append(spill)
-        self._setting.join()
-        for spill in spills:
-            spill.write()
-        while any(spill.slot is not None and spill.error is None for spill in spills):
-            sleep(20e-6)
-        for spill in spills:
-            spill.fetch()
-        slots = [spill.load() for spill in spills]
-        back = [
-            layout.read(slot.tensor[: layout.nbytes], self._setting.device)
-            for layout, slot in zip(layouts, slots, strict=True)
-        ]
-        self._setting.join()
-        return back
-
-
-def pinned(setting: Setting, nbytes: int) -> Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=setting.stream is not None)
-
-
-def trained(shape: Shape, device: torch.device, seconds: float) -> tuple[GPT, Corpus]:
-    """A GPT after so many seconds of training under bf16 autocast."""
-    model, corpus = GPT(shape, seed=0).to(device), Corpus()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    end, step, loss = perf_counter() + seconds, 0, torch.zeros(())
-    while perf_counter() < end:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(corpus.batch(shape, 0, step).to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        step += 1
-        if step % 8 == 0:
-            loss.item()  # the host does not run ahead
-    print(f"trained {step} steps, loss {loss.item():.3f}", flush=True)
-    return model, corpus
-
-
-def activations(shape: Shape, device: torch.device, seconds: float, nbytes: int) -> dict[str, Tensor]:
-    """Of each kind [T, width] with about `nbytes`, from batches that were not trained on."""
-    model, corpus = trained(shape, device, seconds)
-    found: dict[str, list[Tensor]] = {kind: [] for kind in ("hidden", "mlp", "norm", "kv")}
-
-    def keep(kind: str, dtype: torch.dtype) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0] if kind == "mlp" else output
-            found[kind].append(x.detach().flatten(0, 1).to(dtype))
-
-        return hook
-
-    for layer in model.layers:
-        layer.register_forward_hook(keep("hidden", torch.bfloat16))
-        layer.down.register_forward_hook(keep("mlp", torch.bfloat16))
-        layer.norm_feed.register_forward_hook(keep("norm", torch.float32))
-        layer.attention.key_value.register_forward_hook(keep("kv", torch.bfloat16))
-    step = 0
-    while min(sum(x.nbytes for x in parts) for parts in found.values()) < nbytes:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            model(corpus.batch(shape, 1, step).to(device))
-        step += 1
-    kinds = {kind: torch.cat(parts) for kind, parts in found.items()}
-    hidden = kinds["hidden"].float()
-    scale = 127 / hidden.abs().amax(1, keepdim=True)
-    kinds["codes"] = (hidden * scale).round().to(torch.int8).repeat(2, 1)
-    return kinds
-
-
-def head(x: Tensor, nbytes: int) -> Tensor:
-    """The first rows of `x`, about `nbytes` of them, on their own."""
-    return x[: max(nbytes // (x.shape[1] * x.itemsize), 1)].clone()
-
-
-def round_trip(path: Route, lane: str | AutoLane, x: Tensor) -> list[Tensor]:
-    packets = []
-    for _ in range(path.together):
-        chosen = lane_named(lane) if isinstance(lane, str) else lane
-        packets.append(chosen.encode(x))
-    return [decode_packet(packet) for packet in path.carry(packets)]
-
-
-def gate(path: Route, x: Tensor) -> None:
-    """Raise RuntimeError unless every lane brings back over `path` what it encodes."""
+def gate(path: Path, x: Tensor) -> dict[str, str]:
+    """The lane in which each one stores `x`. Raises RuntimeError unless every lane brings back over `path`
+    what it encodes."""
+    stored = {}
     for name in LANES:
         lane = lane_named(name)
-        expected = lane.decode(lane.encode(x))
+        packet = lane.encode(x)
+        stored[name] = packet.lane
+        expected = lane.decode(packet)
         for back in round_trip(path, name, x):
             if not torch.equal(back, expected) or (lane.exact and not torch.equal(back, x)):
                 raise RuntimeError(f"lane '{name}' over {path.name} gives wrong results: no times")
+    return stored
 
 
-def measured(setting: Setting, path: Route, x: Tensor, load: str, auto: AutoLane) -> dict[str, list[float]]:
-    """Seconds of each lane for one tensor, the lanes in turn."""
-    lanes: list[str | AutoLane] = [*LANES, auto]
-    times: dict[str, list[float]] = {name: [] for name in (*LANES, "auto")}
-    last = dict.fromkeys(times, 0.0)
-    for i in range(setting.rounds + 1):
-        for lane in lanes[i % len(lanes) :] + lanes[: i % len(lanes)]:
-            name = lane if isinstance(lane, str) else lane.name
-            guess = last[name] or 2e-3
-            last[name] = setting.timed(lambda lane=lane: round_trip(path, lane, x), load, guess)
+def cell(
+    setting: Setting, path: Path, kind: str, x: Tensor, load: str, probes: Probes, seconds: float
+) -> list[Row]:
+    """Rows of all lanes for `x` over `path`."""
+    stored = setting.apart(lambda: gate(path, x))
+    pick = {"machine": setting.machine, "load": load, "name": kind, "probes": probes}
+    pick["together"] = path.together
+    any_lane, exact = (choose(x, path.wires, exact=exact, **pick) for exact in (False, True))
+    auto = AutoLane(path.wires, setting.machine, load, together=path.together, probes=probes)
+    lanes: dict[str, str | AutoLane] = {name: name for name in LANES} | {"auto": auto}
+    times: dict[str, list[float]] = {name: [] for name in lanes}
+    guess = dict.fromkeys(lanes, 2e-3)
+    order = Random(0)
+    for i in Rounds(seconds):
+        for name in order.sample(list(lanes), len(lanes)):
+            setting.apart(
+                lambda n=name: round_trip(path, lanes[n], x)
+            )  # memory and code as this lane leaves them
+            taken = setting.timed(lambda n=name: round_trip(path, lanes[n], x), load, guess[name])
+            guess[name] = taken / 2  # it is of the time beside the load
             if i:
-                times[name].append(last[name] / path.together)
-    return times
+                times[name].append(taken / path.together)
+    took = setting.apart(lambda: auto.decide(x)).lane
+    about = {"path": path.name, "group": path.group, "simulated": int(path.simulated), "tensor": kind}
+    return rows_of(about, x, load, any_lane, exact, stored | {"auto": ""}, took, times)
 
 
-def chain_times(setting: Setting, x: Tensor, load: str, lane: str, count: int = 32) -> list[float]:
-    """Seconds for each of `count` tensors out and then back through a chain."""
-    kind, _, bits = lane.partition(":")
-    options: dict[str, Any] = {"bits": int(bits)} if bits else {}
-    if lane == "auto":
-        options = {"machine": setting.machine, "load": load}
-    out = []
-    with Chain(kind, depth=DEPTH, **options) as chain:
+def chain_cell(setting: Setting, kind: str, x: Tensor, load: str, seconds: float) -> list[Row]:
+    """Rows of all lanes for many of `x` out and then back through a chain, all chains in turns."""
+    pick = {"machine": setting.machine, "load": load, "name": kind, "together": DEPTH}
+    any_lane, exact = (choose(x, AUTO_WIRES, exact=exact, **pick) for exact in (False, True))
+    stored = {name: setting.apart(lambda n=name: lane_named(n).encode(x)).lane for name in LANES}
+    times: dict[str, list[float]] = {name: [] for name in (*LANES, "auto")}
+    out: dict[str, list[float]] = {name: [] for name in times}
+    with ExitStack() as open_chains:
+        chains = {}
+        for name in times:
+            lane, _, bits = name.partition(":")
+            options: Row = {"bits": int(bits)} if bits else {}
+            if lane == "auto":
+                options = {"machine": setting.machine, "load": load}
+            chains[name] = open_chains.enter_context(Chain(lane, depth=DEPTH, **options))
 
-        def work() -> None:
+        def work(name: str) -> None:
             begin = perf_counter()
-            tickets = [chain.send(x) for _ in range(count)]
-            chain.flush()
-            out.append((perf_counter() - begin) / count)
-            for _ in chain.receive_all(tickets):
+            tickets = [chains[name].send(x) for _ in range(IN_CHAIN)]
+            chains[name].flush()
+            out[name].append((perf_counter() - begin) / IN_CHAIN)
+            for _ in chains[name].receive_all(tickets):
                 pass
 
-        guess = min(setting.timed(work, "idle", 0.0) for _ in range(2))
-        times = [setting.timed(work, load, guess) / count for _ in range(setting.rounds + 2)]
-        print(
-            f"{lane}: {median(out[4:]) * 1e3:.3f} ms of {median(times[2:]) * 1e3:.3f} are the way out",
-            flush=True,
-        )
-        if lane == "auto":
-            print(chain.explain(), flush=True)
-    return times[2:]
+        guess = {name: setting.timed(lambda n=name: work(n)) for name in times}
+        order = Random(0)
+        for i in Rounds(seconds):
+            for name in order.sample(list(times), len(times)):
+                taken = setting.timed(lambda n=name: work(n), load, guess[name])
+                guess[name] = taken / 2
+                if i >= WARM:
+                    times[name].append(taken / IN_CHAIN)
+        text = chains["auto"].explain()
+    took = text.splitlines()[0].rpartition(": ")[2]
+    ways = ", ".join(f"{name} {median(found[1 + WARM :]) * 1e3:.3f}" for name, found in out.items())
+    print(f"of these on the way out: {ways}\n{text}", flush=True)
+    about = {"path": "chain", "group": "chain", "simulated": 0, "tensor": kind}
+    return rows_of(about, x, load, any_lane, exact, stored | {"auto": ""}, took, times)
 
 
 def rows_of(
-    path: str,
-    simulated: bool,
-    tensor: str,
+    about: Row,
     x: Tensor,
     load: str,
-    decision: Decision,
+    any_lane: Decision,
     exact: Decision,
+    stored: dict[str, str],
+    took: str,
     times: dict[str, list[float]],
-) -> Iterator[dict[str, Any]]:
+) -> list[Row]:
+    rows = []
     for lane, found in times.items():
-        each = decision.candidates.get(lane)
-        low, middle, high = quantiles(found, n=4) if len(found) > 1 else found * 3
-        predicted = each.seconds if each else exact.seconds
+        each = any_lane.candidates.get(lane)
+        low, middle, high = quantiles(found, n=4)
+        over, error = ratio_of(found, times["raw"])
+        predicted = each.seconds if each else exact.candidates[took].seconds
         sample = each.sample if each else None
-        yield {
-            "path": path,
-            "simulated": int(simulated),
-            "tensor": tensor,
-            "dtype": str(x.dtype).removeprefix("torch."),
-            "bytes": x.nbytes,
-            "load": load,
-            "lane": lane,
-            "ratio": round(1 / sample.share, 3) if sample else "",
-            "rel_error": f"{sample.rel_error:.3g}" if sample else "",
-            "predicted_ms": round(predicted * 1e3, 4) if isfinite(predicted) else "",
-            "measured_ms": round(middle * 1e3, 4),
-            "measured_p25": round(low * 1e3, 4),
-            "measured_p75": round(high * 1e3, 4),
-            "rounds": len(found),
-            "any": int(lane == decision.lane),
-            "exact": int(lane == exact.lane),
-        }
-
-
-def cells(
-    setting: Setting, paths: Sequence[Route], kinds: dict[str, Tensor]
-) -> Iterator[list[dict[str, Any]]]:
-    probes = Probes()
-    for path in paths:
-        for kind, all_of in kinds.items():
-            x = head(all_of, int(path.mib * MIB) // setting.scale)
-            setting.apart(lambda path=path, x=x: gate(path, x))
-            for load in setting.loads:
-                pick = {"machine": setting.machine, "load": load, "name": kind, "probes": probes}
-                pick["together"] = path.together
-                decision = choose(x, path.wires, exact=False, **pick)
-                exact = choose(x, path.wires, exact=True, **pick)
-                auto = AutoLane(path.wires, setting.machine, load, together=path.together, probes=probes)
-                times = measured(setting, path, x, load, auto)
-                yield list(rows_of(path.name, path.simulated, kind, x, load, decision, exact, times))
-
-
-def chain_cells(setting: Setting, kinds: dict[str, Tensor]) -> Iterator[list[dict[str, Any]]]:
-    for kind in ("hidden", "norm"):
-        x = head(kinds[kind], 32 * MIB // setting.scale)
-        for load in setting.loads:
-            pick = {"machine": setting.machine, "load": load, "name": kind, "together": DEPTH}
-            decision = choose(x, AUTO_WIRES, exact=False, **pick)
-            exact = choose(x, AUTO_WIRES, exact=True, **pick)
-            times = {lane: chain_times(setting, x, load, lane) for lane in (*LANES, "auto")}
-            yield list(rows_of("chain", False, kind, x, load, decision, exact, times))
-
-
-def path_overhead(setting: Setting, lane: str) -> Curve:
-    """Host time of a packet of `lane` over a simulated wire and back, more for those of several parts: what a
-    small one takes besides both wires."""
-    path = Throttled(setting, 25.0, 1)
-    x = torch.randn(64, 512, device=setting.device).bfloat16()
-    packet = setting.apart(lambda: lane_named(lane).encode(x))
-    setting.timed(lambda: path.carry([packet]), "idle", 0)
-    seconds = median(setting.timed(lambda: path.carry([packet]), "idle", 0) for _ in range(25))
-    wires = packet.nbytes / 25e9 + setting.machine.wires["h2d"](packet.nbytes)
-    print(f"host time of a simulated wire, {lane}: {(seconds - wires) * 1e6:.0f} us", flush=True)
-    return Curve((1, MAX_SIZE), (max(seconds - wires, 1e-9),) * 2)
-
-
-def calibrated(setting: Setting, path: Throttled) -> Curve:
-    """A simulated wire with its way back as it is measured, since a profile measures its wires too."""
-    sizes = sorted({64 << 10, 512 << 10, int(path.mib * MIB) // setting.scale})
-    times = []
-    for size in sizes:
-        x = torch.zeros(size, dtype=torch.uint8, device=setting.device)
-        packet = setting.apart(lambda x=x: lane_named("raw").encode(x))
-        found = [setting.timed(lambda p=packet: path.carry([p]), "idle", 0) for _ in range(6)]
-        times.append(median(found[1:]))
-    return Curve.fit(sizes, times)
-
-
-def kernel_walls(setting: Setting, x: Tensor) -> None:
-    """Print what encode and decode take until the stream is done, beside the tables."""
-    for name in LANES:
-        lane, speed = lane_named(name), speed_of(setting.machine, name, x.dtype, "idle")
-        if speed is None:
-            continue
-        packet = setting.apart(lambda lane=lane: lane.encode(x))
-        setting.apart(lambda lane=lane, packet=packet: lane.decode(packet))
-        walls = [
-            median(setting.timed(work, "idle", 0) for _ in range(25)) * 1e6
-            for work in (lambda lane=lane: lane.encode(x), lambda lane=lane, p=packet: lane.decode(p))
-        ]
-        tables = [curve(x.nbytes) * 1e6 for curve in (speed.encode, speed.decode)]
-        print(
-            f"{name} of {x.nbytes >> 10} KiB, us: encode {walls[0]:.0f}, table {tables[0]:.0f}; "
-            f"decode {walls[1]:.0f}, table {tables[1]:.0f}",
-            flush=True,
-        )
-
-
-def flips(setting: Setting, kinds: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
-    """Wire rates at which a lane and raw take the same time: predicted, and measured on simulated wires."""
-    overheads = {lane: path_overhead(setting, lane) for lane in ("raw", "exact", "packed:4")}
-    for kind in ("hidden", "mlp", "norm", "kv"):
-        x = head(kinds[kind], FLIP_BYTES)
-        times: dict[str, list[float]] = {lane: [] for lane in ("raw", "exact", "packed:4")}
-        for rate in FLIP_RATES:
-            path = Throttled(setting, rate, 1)
-            for lane, found in times.items():
-                setting.apart(lambda p=path, lane=lane, x=x: round_trip(p, lane, x))
-                work = [
-                    setting.timed(lambda p=path, lane=lane, x=x: round_trip(p, lane, x), "idle", 0)
-                    for _ in range(9)
-                ]
-                found.append(median(work))
-        for lane in ("exact", "packed:4"):
-
-            def seconds(rate: float, lane: str = lane, x: Tensor = x, kind: str = kind) -> float:
-                wires = rate, "h2d", overheads[lane]
-                decision = choose(x, wires, setting.machine, exact=False, name=kind)
-                candidate = decision.candidates[lane]
-                if isfinite(candidate.seconds):
-                    return candidate.seconds
-                return 2 * decision.candidates["raw"].seconds  # its kernels alone take as long
-
-            raw = [seconds(rate * 1e9, "raw") for rate in FLIP_RATES]
-            predicted = crossover(seconds, lambda rate: seconds(rate, "raw"), 1e7, 1e12, 30)
-            actual = flip_between(FLIP_RATES, times[lane], times["raw"])
-            yield {
-                "tensor": kind,
+        rows.append(
+            about
+            | {
+                "dtype": str(x.dtype).removeprefix("torch."),
+                "bytes": x.nbytes,
+                "load": load,
                 "lane": lane,
-                "predicted": nan if predicted is None else predicted / 1e9,
-                "measured": actual,
-                "raw_error": median(abs(p / m - 1) for p, m in zip(raw, times["raw"], strict=True)),
+                "stored": stored[lane],
+                "took": took if lane == "auto" else lane,
+                "ratio": round(1 / sample.share, 3) if sample else "",
+                "rel_error": f"{sample.rel_error:.3g}" if sample else "",
+                "predicted_ms": round(predicted * 1e3, 4) if isfinite(predicted) else "",
+                "measured_ms": round(middle * 1e3, 4),
+                "measured_p25": round(low * 1e3, 4),
+                "measured_p75": round(high * 1e3, 4),
+                "over_raw": round(over, 4),
+                "over_raw_se": round(error, 4),
+                "rounds": len(found),
+                "any": int(lane == any_lane.lane),
+                "exact": int(lane == exact.lane),
             }
+        )
+    for row in rows:
+        marks = [policy for policy in ("any", "exact") if row[policy]]
+        marks += [f"took {took}"] if row["lane"] == "auto" else []
+        print(LINE.format(marks=" ".join(marks), **row), flush=True)
+    return rows
 
 
-def flip_between(rates: Sequence[float], lane: Sequence[float], raw: Sequence[float]) -> float:
-    """Where log(lane / raw) crosses zero, straight in log rate between the measured rates; NaN if nowhere."""
-    gaps = [log(a / b) for a, b in zip(lane, raw, strict=True)]
-    for i in range(len(rates) - 1):
-        a, b = gaps[i], gaps[i + 1]
-        if a * b <= 0 and a != b:
-            part = a / (a - b)
-            return rates[i] ** (1 - part) * rates[i + 1] ** part
-    return nan
+def flips(setting: Setting, path: Simulated, kind: str, x: Tensor) -> list[Row]:
+    """The rate of a wire out at which each lane and raw take the same time, by the tables and with what the
+    first sweep taught about encode and decode ("learned")."""
+    path.pace(25e9)
+    overheads = {}
+    for lane in ("raw", *FLIP_LANES):
+        packet = setting.apart(lambda lane=lane: lane_named(lane).encode(x))
+        overheads[lane] = Curve((1, MAX_SIZE), (path.overhead(packet),) * 2)
+    rows, residuals = [], Residuals()
+    coarse = sweep(setting, path, x, FLIP_RATES, ("raw", *FLIP_LANES), COARSE_ROUNDS, residuals)
+    for lane in FLIP_LANES:
+
+        def predicted(learned: Residuals, lane: str = lane) -> float:
+            def seconds(rate: float, lane: str) -> float:
+                wires = rate, path.other, overheads[lane]
+                pick = {"exact": False, "name": kind, "residuals": learned}
+                return choose(x, wires, setting.machine, **pick).candidates[lane].seconds
+
+            rate = crossover(partial(seconds, lane=lane), partial(seconds, lane="raw"), 1e7, 1e12, 30)
+            return (rate or nan) / 1e9
+
+        near = crossing(FLIP_RATES, coarse[lane])
+        measured = nan
+        if near is not None:
+            rates = [near * part for part in FINE]
+            fine = sweep(setting, path, x, rates, ("raw", lane), FINE_ROUNDS)[lane]
+            measured = flip_of([*FLIP_RATES, *rates], [*coarse[lane], *fine], near) / 1e9
+        found = {"predicted": predicted(Residuals()), "learned": predicted(residuals), "measured": measured}
+        print(f"flip of {lane}, {kind}, GB/s: {found}", flush=True)
+        rows.append({"tensor": kind, "bytes": x.nbytes, "lane": lane} | found)
+    return rows
 
 
-def decision_cost(setting: Setting, x: Tensor) -> dict[str, float]:
+def sweep(
+    setting: Setting,
+    path: Simulated,
+    x: Tensor,
+    rates: Sequence[float],
+    lanes: Sequence[str],
+    rounds: int,
+    residuals: Residuals | None = None,
+) -> dict[str, list[float]]:
+    """For each rate log(lane / raw), the median over rounds. `residuals` learns from encode and decode."""
+    gaps: dict[str, list[float]] = {lane: [] for lane in lanes}
+    order = Random(0)
+    for rate in rates:
+        path.pace(rate)
+        times: dict[str, list[float]] = {lane: [] for lane in lanes}
+        for _ in range(rounds):
+            for lane in order.sample(list(lanes), len(lanes)):
+                setting.apart(lambda lane=lane: round_trip(path, lane, x))
+                encode, carry, decode = stages(setting, path, lane, x)
+                times[lane].append(encode + carry + decode)
+                speed = speed_of(setting.machine, lane, x.dtype, "idle")
+                if residuals is not None and speed is not None:
+                    residuals.observe(f"encode {lane}", x.nbytes, speed.encode(x.nbytes), encode)
+                    residuals.observe(f"decode {lane}", x.nbytes, speed.decode(x.nbytes), decode)
+        for lane, found in times.items():
+            gaps[lane].append(log(ratio_of(found, times["raw"])[0]))
+    return gaps
+
+
+def stages(setting: Setting, path: Path, lane: str, x: Tensor) -> tuple[float, float, float]:
+    """Seconds of encode, of the way out and back and of decode, one after the other."""
+    packets: list[Packet] = []
+    encode = setting.timed(lambda: packets.append(lane_named(lane).encode(x)))
+    carry = setting.timed(lambda: packets.extend(path.carry(packets)))
+    return encode, carry, setting.timed(lambda: decode_packet(packets[-1]))
+
+
+def decision_costs(setting: Setting, x: Tensor) -> Row:
     """Microseconds of a decision that is remembered, of one that is made, and of the probes before it."""
     probes = Probes()
     begin = perf_counter()
-    first = choose(x, "d2h", setting.machine, exact=False, probes=probes)
-    total = perf_counter() - begin
+    choose(x, "d2h", setting.machine, exact=False, probes=probes)
+    first = perf_counter() - begin
     auto = AutoLane("d2h", setting.machine, probes=probes)
     auto.decide(x)
 
@@ -481,139 +317,186 @@ def decision_cost(setting: Setting, x: Tensor) -> dict[str, float]:
         return median(times) * 1e6
 
     return {
-        "decision cached, us": cost(lambda: auto.decide(x), 1000),
-        "decision cold, us": cost(lambda: choose(x, "d2h", setting.machine, exact=False, probes=probes), 200),
-        "probe of all lanes once, us": first.probe_seconds * 1e6,
-        "first decision with its probe, us": total * 1e6,
+        "cached_us": cost(lambda: auto.decide(x), 1000),
+        "cold_us": cost(lambda: choose(x, "d2h", setting.machine, exact=False, probes=probes), 200),
+        "first_with_probes_us": first * 1e6,
     }
 
 
-def summary(rows: list[dict[str, Any]], flip: list[dict[str, Any]]) -> dict[str, float]:
-    out: dict[str, float] = {}
-    for part, chosen in (("all", rows), ("serial", [r for r in rows if r["path"] != "chain"])):
-        errors = [
-            abs(r["predicted_ms"] / r["measured_ms"] - 1)
-            for r in chosen
-            if r["predicted_ms"] != "" and r["lane"] != "auto"
-        ]
-        if errors:
-            out[f"median error of prediction, {part}"] = median(errors)
-            out[f"p90 error of prediction, {part}"] = sorted(errors)[int(0.9 * len(errors))]
-    for path in dict.fromkeys(r["path"] for r in rows):
-        errors = [
-            r["predicted_ms"] / r["measured_ms"] - 1
-            for r in rows
-            if r["path"] == path and r["predicted_ms"] != "" and r["lane"] != "auto"
-        ]
-        out[f"median signed error, {path}"] = median(errors)
-    grouped: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
-    for r in rows:
-        grouped.setdefault((r["path"], r["tensor"], r["load"]), {})[r["lane"]] = r
-    for policy, lanes in (("any", LANES), ("exact", EXACT)):
-        regrets, losses = {}, {}
-        for key, cell in grouped.items():
-            taken = next(cell[lane] for lane in LANES if cell[lane][policy])["measured_ms"]
-            regrets[key] = taken / min(cell[lane]["measured_ms"] for lane in lanes) - 1
-            losses[key] = taken / cell["raw"]["measured_ms"] - 1
-        worst = max(regrets, key=regrets.__getitem__)
-        print(f"worst regret, {policy}: {worst} {regrets[worst]:.3f}")
-        out[f"mean regret, {policy}"] = mean(regrets.values())
-        out[f"worst regret, {policy}"] = regrets[worst]
-        out[f"most that the choice loses to raw, {policy}"] = max(losses.values())
-    auto = {
-        key: cell["auto"]["measured_ms"] / cell["raw"]["measured_ms"] - 1 for key, cell in grouped.items()
-    }
-    worst = max(auto, key=auto.__getitem__)
-    print(f"auto against raw, worst: {worst} {auto[worst]:.3f}")
-    out["most that auto loses to raw, as measured"] = auto[worst]
-    both = [f for f in flip if f["predicted"] == f["predicted"] and f["measured"] == f["measured"]]
-    if both:
-        off = [max(f["predicted"] / f["measured"], f["measured"] / f["predicted"]) - 1 for f in both]
-        out["flip rates found"] = len(both)
-        out["median error of flip rates"] = median(off)
-        out["worst error of flip rates"] = max(off)
-    return out
+def units(setting: Setting, kinds: dict[str, Tensor], folder: str) -> list[Unit]:
+    """All the work: real wires before simulated ones, the disk last."""
+    probes = Probes()
+
+    def of(path: Path, kind: str) -> Unit:
+        x = head(kinds[kind], int(path.mib * MIB) // setting.scale)
+
+        def work(seconds: float) -> list[Row]:
+            if isinstance(path, Simulated) and not isinstance(path.wires[0], Curve):
+                path.calibrate()
+            each = seconds / len(setting.loads)
+            return [row for load in setting.loads for row in cell(setting, path, kind, x, load, probes, each)]
+
+        return Unit(f"{path.name} {kind}", WEIGHTS.get(path.name, 1.0), work)
+
+    def chain(kind: str) -> Unit:
+        x = head(kinds[kind], 32 * MIB // setting.scale)
+
+        def work(seconds: float) -> list[Row]:
+            each = seconds / len(setting.loads)
+            return [row for load in setting.loads for row in chain_cell(setting, kind, x, load, each)]
+
+        return Unit(f"chain {kind}", WEIGHTS["chain"], work)
+
+    wire = Simulated(setting, "d2h", 25e9, FLIP_MIB)
+
+    def flip(kind: str) -> Unit:
+        x = head(kinds[kind], FLIP_MIB * MIB // setting.scale)
+        return Unit(f"flips {kind}", WEIGHTS["flips"], lambda _: flips(setting, wire, kind, x), flips=True)
+
+    host, disk = Host(setting), OnDisk(setting, folder)
+    found = [of(host, kind) for kind in KINDS] + [chain(kind) for kind in CHAIN_KINDS]
+    found += [flip(kind) for kind in FLIP_KINDS]
+    for rate, mib in RATES.items():
+        for way in ("d2h", "h2d"):
+            path = Simulated(setting, way, rate * 1e9, mib)
+            found += [of(path, kind) for kind in KINDS]
+    return found + [of(disk, kind) for kind in KINDS]
 
 
-def with_made_up_wires(machine: Machine) -> Machine:
-    """For a run without a GPU."""
-    return replace(machine, wires=machine.wires | {name: Curve.line(1e-5, 5e9) for name in ("d2h", "h2d")})
-
-
-def setting_of(arguments: argparse.Namespace) -> Setting:
+def setting_of(arguments: Namespace) -> Setting:
     if not torch.cuda.is_available():
-        machine = with_made_up_wires(measure(budget=6.0))
-        return Setting(torch.device("cpu"), machine, 64, 2, loads={"idle": None})
+        machine = measure(budget=6.0)
+        made_up = {name: Curve.line(1e-5, 5e9) for name in ("d2h", "h2d")}
+        return Setting(torch.device("cpu"), replace(machine, wires=machine.wires | made_up), 64)
     device = torch.device("cuda", torch.cuda.current_device())
     begin = perf_counter()
-    machine = Machine.cached() if arguments.cached else None
-    machine = machine or measure(budget=arguments.profile)
+    machine = (Machine.cached() if arguments.cached else None) or measure(budget=arguments.profile)
     print(f"profile: {perf_counter() - begin:.1f} s, left out {machine.left_out}", flush=True)
     a, b, out = (torch.randn(LOAD_SIDE, LOAD_SIDE, device=device).bfloat16() for _ in range(3))
     torch.cuda.synchronize()
-    load = Load(device, lambda: torch.mm(a, b, out=out), 2 * LOAD_SIDE**3 / machine.gemm)
+    load = Load(device, lambda: torch.mm(a, b, out=out), machine.product)
     stream = torch.cuda.Stream(device, priority=-1)
-    loads: dict[str, Load | None] = {"idle": None, "busy": load}
-    return Setting(device, machine, 1, arguments.rounds, stream, loads)
+    return Setting(device, machine, 1, stream, {"idle": None, "busy": load})
+
+
+def part_of(arguments: Namespace, deadline: float) -> Row:
+    """This process's part of the work; what is done is in --out after each unit."""
+    number, count = arguments.part
+    setting = setting_of(arguments)
+    gpu = setting.stream is not None
+    keep = gpu or count > 1
+    if keep:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        setting.machine.save(machine_file(arguments.out, number))
+    shape, seconds = (FULL, arguments.train) if gpu else (TINY, 2.0)
+    kinds = activations(shape, setting.device, seconds, 32 * MIB // setting.scale)
+    done: Row = {"rows": [], "flips": [], "costs": {}, "missing": []}
+    done["costs"] = decision_costs(setting, head(kinds["hidden"], 32 * MIB // setting.scale))
+    wanted = arguments.only.split(",")
+    work = [unit for unit in units(setting, kinds, arguments.folder) if _is_in(unit.name, wanted)]
+    mine = [unit for i, unit in enumerate(work) if number == (0 if "disk" in unit.name else i % count)]
+    left = sum(unit.weight for unit in mine)
+    for unit in mine:
+        now = perf_counter()
+        if now > deadline:
+            done["missing"].append(unit.name)
+            continue
+        done["flips" if unit.flips else "rows"] += unit.work((deadline - now) * unit.weight / left)
+        left -= unit.weight
+        if keep:
+            part_file(arguments.out, number).write_text(json.dumps(done))
+    return done
+
+
+def parts_of(arguments: Namespace, gpus: Sequence[str], deadline: float) -> Row:
+    """All parts, each in a process with a GPU of its own. Raises RuntimeError when one of them fails."""
+    command = [sys.executable, __file__, *sys.argv[1:]]
+    with tempfile.TemporaryDirectory() as folder:
+        out = FilePath(folder)
+        processes = []
+        for i, gpu in enumerate(gpus):
+            more = [
+                "--part",
+                f"{i}/{len(gpus)}",
+                "--out",
+                folder,
+                "--seconds",
+                f"{deadline - perf_counter()}",
+            ]
+            processes.append(Popen([*command, *more], env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu}))
+            while not i and not machine_file(out, 0).exists() and processes[0].poll() is None:
+                sleep(0.1)  # it measures the disk
+        codes = [process.wait() for process in processes]
+        if any(codes):
+            raise RuntimeError("a part of the benchmark failed: see what it printed")
+        found = [json.loads(part_file(out, i).read_text()) for i in range(len(gpus))]
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        Machine.load(machine_file(out, 0), foreign=True).save(arguments.out / "planner_machine.json")
+    merged = {name: [each for part in found for each in part[name]] for name in ("rows", "flips", "missing")}
+    return merged | {"costs": found[0]["costs"]}
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name, one by one."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def machine_file(folder: FilePath, part: int) -> FilePath:
+    return folder / ("planner_machine.json" if not part else f"planner_machine_{part}.json")
+
+
+def part_file(folder: FilePath, part: int) -> FilePath:
+    return folder / f"planner_part_{part}.json"
+
+
+def _is_in(name: str, wanted: Sequence[str]) -> bool:
+    return wanted == [""] or any(name.startswith(each) for each in wanted)
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    return int(number), int(count)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--seconds", type=float, default=80.0, help="start no cell after so long")
-    parser.add_argument("--rounds", type=int, default=5, help="of every lane in a cell")
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=FilePath, default=RESULTS)
+    parser.add_argument("--seconds", type=float, default=190.0, help="for everything")
     parser.add_argument("--profile", type=float, default=20.0, help="seconds for the profile")
-    parser.add_argument("--train", type=float, default=6.0, help="seconds of training")
+    parser.add_argument("--train", type=float, default=5.0, help="seconds of training")
+    parser.add_argument("--only", default="", help="beginnings of 'PATH TENSOR', by commas")
     parser.add_argument(
-        "--cached", action="store_true", help="take the profile of this machine if there is one"
+        "--cached", action="store_true", help="take the profile of this machine if it has one"
     )
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="of the disk tier")
+    parser.add_argument("--gpus", type=int, default=0, help="at most; default: all that are visible")
+    parser.add_argument("--part", type=_part, help="I/N: only this part, into a file")
     arguments = parser.parse_args()
-    deadline = perf_counter() + arguments.seconds
-    setting = setting_of(arguments)
-    gpu = setting.stream is not None
+    begin = perf_counter()
+    deadline = begin + arguments.seconds
+    if arguments.part:
+        part_of(arguments, deadline)
+        return
+    gpus = visible_gpus()[: arguments.gpus or None]
+    arguments.part = 0, 1
+    done = parts_of(arguments, gpus, deadline) if len(gpus) > 1 else part_of(arguments, deadline)
+    lines = summary(done["rows"], done["flips"], done["costs"])
+    for line in lines:
+        print(", ".join(f"{name} {value}" for name, value in line.items() if value != ""))
+    print("\n".join(verdicts(lines[-1]) if lines else []))
+    print(f"{perf_counter() - begin:.0f} s; not reached: {', '.join(done['missing']) or 'nothing'}")
+    if not gpus:
+        return
     env = environment()
-    shape, train = (SHAPE, arguments.train) if gpu else (TINY, 2.0)
-    kinds = activations(shape, setting.device, train, 32 * MIB // setting.scale)
-    if gpu:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        setting.machine.save(arguments.out / "planner_machine.json")
-    cost = decision_cost(setting, head(kinds["hidden"], 32 * MIB // setting.scale))
-    print(cost, flush=True)
-    for nbytes in (FLIP_BYTES, 32 * MIB // setting.scale):
-        kernel_walls(setting, head(kinds["hidden"], nbytes))
-    flip = list(flips(setting, kinds))
-    for each in flip:
-        print(each, flush=True)
-    paths: list[Route] = [Host(setting), OnDisk(setting, arguments.folder)]
-    for rate, mib in RATES.items():
-        path = Throttled(setting, rate, mib)
-        path.wires = (calibrated(setting, path),)
-        paths.append(path)
-    rows: list[dict[str, Any]] = []
-    sources = (
-        cells(setting, paths[:1], kinds),
-        chain_cells(setting, kinds),
-        cells(setting, paths[1:], kinds),
-    )
-    for source in sources:
-        for found in source:
-            rows += found
-            for each in found:
-                marks = " ".join(policy for policy in ("any", "exact") if each[policy])
-                print(LINE.format(marks=marks, **each), flush=True)
-            if gpu:
-                append_rows(arguments.out / "planner.csv", [each | env for each in found])
-            if perf_counter() > deadline:
-                print("out of time", flush=True)
-                break
-    facts = summary(rows, flip) | cost
-    for name, value in facts.items():
-        print(f"{name}: {value:.4g}")
-    if gpu:
-        lines = [{"fact": name, "value": f"{value:.4g}"} | env for name, value in facts.items()]
-        append_rows(arguments.out / "planner_summary.csv", lines)
-        append_rows(arguments.out / "planner_flips.csv", [each | env for each in flip])
+    for name, rows in (
+        ("planner", done["rows"]),
+        ("planner_flips", done["flips"]),
+        ("planner_summary", lines),
+    ):
+        if rows:
+            append_rows(arguments.out / f"{name}.csv", [row | env for row in rows])
+    part_file(arguments.out, 0).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,19 @@
 
 What a machine does per byte comes from its profile (`Machine`); how small and how far off a lane makes a
 tensor comes from a probe: a sample of the tensor is encoded once, and remembered for tensors of its kind.
+
+Note: [Doubt]
+A lane that is slower than raw costs more than one that is not taken, so a lane has to beat raw even if what
+speaks for it is off by as much as predictions are known to be: its kernels and what it costs the host slower,
+and the wires faster, which favours raw. How far that is was measured for the tables (`KERNEL_ERRORS`,
+`WIRE_ERROR`; benchmarks/planner.py), and is less for stages whose times were observed (`Residuals.error`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import ceil, inf, isfinite, nan
 
 import torch
@@ -18,7 +24,16 @@ from sidelane.errors import LaneError, LaneUnavailable, ProfileError
 from sidelane.pipeline.compress import CHUNK, check_bound
 from sidelane.pipeline.extent import distinct_bytes
 from sidelane.pipeline.machine import HOST_TIMES, WIRES, Curve, LaneSpeed, Machine
-from sidelane.pipeline.planner import MIN_GAIN, RAW, Residuals, Stage, best_lane, busiest, serial_time
+from sidelane.pipeline.planner import (
+    MIN_GAIN,
+    RAW,
+    Residuals,
+    Stage,
+    best_lane,
+    busiest,
+    least_gain,
+    serial_time,
+)
 from sidelane.pipeline.samples import (
     EXACT,
     LANES,
@@ -30,6 +45,8 @@ from sidelane.pipeline.samples import (
 )
 
 WAITING = ("exact", "video")  # the host waits in their encoders, so that the next one starts later
+ENQUEUED = ("d2h", "h2d", "d2h both", "h2d both", "peer")  # while these copy, decode is started already
+KERNEL = 1e-5  # seconds that a kernel takes at least, without the time to start it
 LOADS = ("idle", "busy")
 TABLES = {  # the table of a dtype; every lane stores the other dtypes raw, lossy ones complex dtypes too
     torch.bfloat16: "bfloat16",
@@ -39,6 +56,8 @@ TABLES = {  # the table of a dtype; every lane stores the other dtypes raw, loss
     torch.complex64: "float32",
 }
 MARGIN = 0.9  # of the bound that the error of a sample may reach
+KERNEL_ERRORS = {"idle": 0.1, "busy": 0.3}  # of predictions from tables, see Note: [Doubt]
+WIRE_ERROR = 0.05
 MAX_RATE = 1e100  # bytes per second of a wire
 NO_PROFILE = "no profile of this machine: run sidelane profile"
 
@@ -56,6 +75,7 @@ class Candidate:
         learned: `seconds` once each of the stages was timed; else None.
         stages: seconds of each. A kernel beside the program's own begins when one of those ends.
         why: it is out; "" for a lane that is not.
+        doubt: by how much of the time of raw the time that it saves may be off. See Note: [Doubt].
     """
 
     lane: str
@@ -64,6 +84,7 @@ class Candidate:
     learned: float | None = None
     stages: dict[str, float] = field(default_factory=dict)
     why: str = ""
+    doubt: float = 0.0
 
     @property
     def binds(self) -> str:
@@ -129,7 +150,10 @@ class Decision:
         times = each.seconds / self.seconds
         if times >= 1:
             return f"{times:.2f} x the time of {self.lane}"
-        need = f"{MIN_GAIN:.0%} beside raw" if self.lane == RAW else "what a change needs"
+        doubts = {each.lane: each.doubt}
+        need = (
+            f"{least_gain(each.lane, doubts):.0%} beside raw" if self.lane == RAW else "what a change needs"
+        )
         return f"saves {1 - times:.1%} of {self.lane}, less than {need}"
 
 
@@ -146,7 +170,8 @@ def choose(
     residuals: Residuals | None = None,
     probes: Probes = SHARED,
 ) -> Decision:
-    """The lane for a tensor: raw unless another one is predicted to save at least 5 % of the time.
+    """The lane for a tensor: raw unless another one is predicted to save at least 5 % of the time, and more
+    where predictions are known to be less exact (Note: [Doubt]).
 
     Args:
         what: the tensor; or its dtype, its bytes and a tensor like it, or for each lane (ratio, error).
@@ -188,7 +213,7 @@ def choose(
             candidates[lane] = prediction.candidate(lane, candidates[RAW].seconds)
     beside = f"{RAW}|{TABLES.get(task.dtype, TABLES[torch.bfloat16])}|{load}"
     return Decision(
-        best_lane({lane: each.seconds for lane, each in candidates.items()}),
+        best_lane(*compared(candidates)),
         task.dtype,
         task.nbytes,
         tuple(label for label, _ in wires),
@@ -198,6 +223,12 @@ def choose(
         probes.seconds - begun,
         "" if load == "idle" or beside in machine.lanes else f"no tables for load '{load}': those of idle",
     )
+
+
+def compared(candidates: Mapping[str, Candidate]) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds and doubts by lane, for `best_lane`."""
+    seconds = {lane: each.seconds for lane, each in candidates.items() if each.seconds < inf}
+    return seconds, {lane: each.doubt for lane, each in candidates.items()}
 
 
 def raw_decision(
@@ -345,7 +376,20 @@ class _Prediction:
         seconds = self._seconds(phases)
         sizes = {f"encode {lane}": n, f"decode {lane}": n} | {label: n * share for label, _ in self.wires}
         known = all(self.residuals.known(name, size) for name, size in sizes.items() if name in times)
-        return Candidate(lane, seconds, sample, seconds if known else None, times)
+        doubt = 0.0
+        if lane != RAW and seconds < self._raw:
+            doubted = self._seconds(self._phases(lane, share, doubted=True)) / self._doubted_raw
+            doubt = max(doubted - seconds / self._raw, 0.0)
+        return Candidate(lane, seconds, sample, seconds if known else None, times, doubt=doubt)
+
+    @cached_property
+    def _raw(self) -> float:
+        return self._seconds(self._phases(RAW, 1.0))
+
+    @cached_property
+    def _doubted_raw(self) -> float:
+        """Seconds of raw if its wires are as fast as they may be."""
+        return self._seconds(self._phases(RAW, 1.0, doubted=True))
 
     def _why_no_table(self, lane: str) -> str:
         table = _table(lane, self.task.dtype)
@@ -358,13 +402,17 @@ class _Prediction:
             return self.task.known.get(lane)
         return self.probes.sample(self.task.kind, lane, self.task.tensor)
 
-    def _phases(self, lane: str, share: float) -> list[list[Stage]]:
+    def _phases(self, lane: str, share: float, doubted: bool = False) -> list[list[Stage]]:
         """Stages on the way over each wire, kernels at both ends; without wires where `share` is 0.
 
-        Under a bound a lossy packet is decoded and measured before it leaves.
+        Under a bound a lossy packet is decoded and measured before it leaves. `doubted`: as slow beside raw
+        as they may be, see Note: [Doubt].
         """
         n = self.task.nbytes
-        wires = [(label, self._learned(label, curve, n * share)) for label, curve in self.wires]
+        wires = []
+        for label, curve in self.wires:
+            error = -self.residuals.error(label, n * share, WIRE_ERROR) if doubted else 0.0
+            wires.append((label, self._learned(label, curve, n * share) * (1 + error)))
         phases = [[_stage(label, seconds)] if share else [] for label, seconds in wires]
         speed = self._speed(lane, self.load)
         if speed is None:
@@ -373,16 +421,34 @@ class _Prediction:
         decode = self._learned(f"decode {lane}", speed.decode, n)
         idle = self._speed(lane, "idle") or speed
         waits = max(speed.encode(n) - idle.encode(n), 0.0), max(speed.decode(n) - idle.decode(n), 0.0)
-        if self.together == 1:
-            decode += _until_boundary(sum(seconds for _, seconds in wires) if share else 0.0, waits[1])
-        else:
+        kernel = idle.encode(n) - idle.encode(1)  # without the time to start it
+        if self.together > 1:
             encode -= 0.0 if lane in WAITING else waits[0] * (1 - 1 / self.together)
             decode -= waits[1] * (1 - 1 / self.together)
-            phases[0].append(self._host("chain out", idle.encode, lambda raw: raw.encode))
-            phases[-1].append(self._host("chain back", idle.decode, lambda raw: raw.decode))
+        else:
+            product, crossing = self.machine.product, sum(seconds for _, seconds in wires)
+            if lane not in WAITING:
+                encode -= max(waits[0] - product / 2, 0.0)
+            decode -= waits[1]
+            if share and waits[1]:
+                decode += _until_boundary(kernel + crossing, product)
+            if share and wires[-1][0] in ENQUEUED:
+                decode -= min(max(idle.decode(1) - KERNEL, 0.0), wires[-1][1])
         if self.max_rel_error is not None and lane not in EXACT and self.task.tensor is not None:
             chunks = ceil(n / self.task.dtype.itemsize / CHUNK)
             encode += speed.decode(n) + chunks * self.probes.check_seconds(self.task.tensor)
+        host = 1.0
+        if doubted and lane != RAW:
+            unknown = host_error = KERNEL_ERRORS[self.load]
+            encode *= 1 + self.residuals.error(f"encode {lane}", n, unknown)
+            decode *= 1 + self.residuals.error(f"decode {lane}", n, unknown)
+            host += host_error
+        if self.together > 1:
+            waited = kernel + waits[0] if lane in WAITING else 0.0
+            out = self._host("chain out", lane, idle.encode, lambda speed: speed.encode) + waited
+            phases[0].append(_stage("chain out", host * out))
+            back = self._host("chain back", lane, idle.decode, lambda speed: speed.decode)
+            phases[-1].append(_stage("chain back", host * back))
         phases[0].insert(0, _stage(f"encode {lane}", encode))
         phases[-1].append(_stage(f"decode {lane}", decode))
         return [phase for phase in phases if phase]
@@ -393,13 +459,14 @@ class _Prediction:
     def _learned(self, name: str, curve: Curve, nbytes: float) -> float:
         return curve(nbytes) * self.residuals.factor(name, nbytes)
 
-    def _host(self, name: str, kernel: Curve, of: Callable[[LaneSpeed], Curve]) -> Stage:
-        """What the host does for a tensor: that of a chain with raw, and what starting `kernel` takes more. A
-        table at one byte is the time that it takes to start."""
-        raw = self._speed(RAW, "idle")
-        chain = self.machine.wires.get(name)
-        more = kernel(1) - of(raw)(1) if raw is not None else 0.0
-        return _stage(name, (chain(self.task.nbytes) if chain else 0.0) + max(more, 0.0))
+    def _host(self, name: str, lane: str, kernel: Curve, of: Callable[[LaneSpeed], Curve]) -> float:
+        """Seconds of the host for a tensor: those of a chain with the lane for bf16, else with raw, and what
+        starting `kernel` takes more. A table at one byte is the time that it takes to start."""
+        known = self.machine.wires.get(f"{name} {lane}")
+        chain = known or self.machine.wires.get(name)
+        beside = speed_of(self.machine, lane if known else RAW, torch.bfloat16, "idle")
+        more = kernel(1) - of(beside)(1) if beside is not None else 0.0
+        return (chain(self.task.nbytes) if chain else 0.0) + max(more, 0.0)
 
     def _seconds(self, phases: list[list[Stage]]) -> float:
         n = self.task.nbytes
@@ -421,10 +488,11 @@ def _stage(name: str, seconds: float) -> Stage:
     return Stage(name, lambda nbytes: seconds)
 
 
-def _until_boundary(seconds: float, wait: float) -> float:
-    """How much longer than `wait` a kernel waits that is ready `seconds` after the one before, where kernels
-    of the program take `wait` seconds each and let others in only between them."""
-    return ceil(seconds / wait) * wait - seconds - wait if wait else 0.0
+def _until_boundary(seconds: float, product: float) -> float:
+    """How long a kernel waits that is ready `seconds` after the one before began, where products of the
+    program let others in only between them. The mean over half a product: they do not keep time exactly."""
+    moments = [max(seconds + product * i / 8, 0.0) for i in range(-2, 3)]
+    return sum(ceil(moment / product) * product - moment for moment in moments) / len(moments)
 
 
 def _label(wire: Wire) -> str:

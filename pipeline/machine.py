@@ -34,7 +34,13 @@ MAX_NAMES = 256  # of a table
 MAX_SIZE = 1 << 50  # bytes that a curve speaks of
 
 WIRES = ("d2h", "h2d", "d2h both", "h2d both", "disk write", "disk read", "tcp", "peer")
-HOST_TIMES = ("chain out", "chain back")  # tables among those of wires that nothing can be sent over
+CHAIN_LANES = ("exact", "packed:8", "packed:4", "packed:2")  # beside raw
+CHAIN_TIMES = ("chain out", "chain back")  # of raw; with the name of another lane behind: of that lane
+HOST_TIMES = (  # tables among those of wires that nothing can be sent over
+    *CHAIN_TIMES,
+    *(f"{name} {lane}" for name in CHAIN_TIMES for lane in CHAIN_LANES),
+)
+LOAD_SIDE = 4096  # of the matrices beside whose products lanes are timed, see Note: [Busy]
 MACHINE_KEYS = ("gpu", "cpu", "cores")  # the other keys are versions
 
 T = TypeVar("T")
@@ -85,6 +91,15 @@ class Curve:
         """Bytes/s at that size."""
         return nbytes / self(nbytes)
 
+    def lesser(self, other: Curve) -> Curve:
+        """The lesser time at each size that either was measured at."""
+        seconds: dict[int, float] = {}
+        for curve in (self, other):
+            for size, found in zip(curve.sizes, curve.seconds, strict=True):
+                seconds[size] = min(seconds.get(size, found), found)
+        sizes = sorted(seconds)
+        return Curve.fit(sizes, [seconds[size] for size in sizes])
+
     @classmethod
     def line(cls, latency: float, rate: float) -> Curve:
         """`latency` seconds and n / `rate` (bytes/s)."""
@@ -123,8 +138,8 @@ class Machine:
         key: what they hold for, see `current_key`.
         wires: "d2h", "h2d": GPU to pinned memory and back; "d2h both", "h2d both": the same while the other
             direction is full; "disk write", "disk read": the disk tier; "tcp": loopback; "peer": to the next
-            GPU. Those of `WIRES` that the machine has. "chain out", "chain back": host time of a `Chain` for
-            each tensor.
+            GPU. Those of `WIRES` that the machine has. "chain out", "chain back": host time of a `Chain` of
+            raw for each tensor; "chain out exact" and so on: of the other `CHAIN_LANES`, for bf16.
         lanes: by f"{lane}|{dtype}|{load}": lane "raw", "exact", "packed:8", "packed:4", "packed:2" or
             "video"; dtype "bfloat16" or "float32"; load "idle", or "busy" beside bf16 matrix products.
         gemm: FLOP/s of bf16 matrix products.
@@ -140,6 +155,11 @@ class Machine:
     engines: dict[str, int]
     created: float = field(default_factory=time.time)
     left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def product(self) -> float:
+        """Seconds of one of the products beside which "busy" tables hold."""
+        return 2 * LOAD_SIDE**3 / self.gemm
 
     def save(self, path: str | Path) -> None:
         """Write JSON, all or nothing; folders are made. Raises ProfileError when that is impossible."""

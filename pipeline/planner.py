@@ -25,6 +25,8 @@ SWITCH_GAIN = 0.08  # by which another lane must be better, so many times in a r
 SWITCH_AFTER = 3
 EWMA = 0.2
 FADE = 0.01
+FAR = log(2.0)
+NO_DOUBTS: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -344,37 +346,75 @@ def split_lanes(
 
 
 @dataclass
-class Residuals:
-    """What measured times were beside predicted ones: by name (of a lane or wire) and size class, a moving
-    mean of log(actual / predicted)."""
+class _Seen:
+    """Of log(actual / predicted): the moving mean, the variance around it, how many times count, and how far
+    from the mean the last one was."""
 
-    _means: dict[tuple[str, int], float] = field(default_factory=dict)
+    mean: float = 0.0
+    variance: float = 0.0
+    count: float = 0.0
+    last: float = 0.0
+
+    def add(self, value: float) -> None:
+        off = value - self.mean
+        most = max(FAR, min(abs(self.last), abs(off)) if self.last * off > 0 else 0.0)
+        self.last = off
+        off = min(max(off, -most), most)
+        self.count += 1
+        weight = max(EWMA, 1 / (self.count + 1))
+        self.mean += weight * off
+        self.variance = (1 - weight) * (self.variance + weight * off**2)
+
+
+@dataclass
+class Residuals:
+    """What measured times were beside predicted ones, by name (of a lane or wire) and size class.
+
+    The mean of log(actual / predicted), beginning at 0 as if one time had been as predicted, becomes a moving
+    one. A time far from it counts as one that is off by `FAR` unless the one before was as far off, so that
+    a hiccup does not decide.
+    """
+
+    _seen: dict[tuple[str, int], _Seen] = field(default_factory=dict)
 
     def factor(self, name: str, nbytes: float) -> float:
         """What a prediction for so many bytes is to be multiplied by: by what was observed at that size, else
         at sizes up to 16 times smaller or larger; 1 where nothing was."""
-        middle = _size_class(nbytes)
-        for size in (middle, middle - 1, middle + 1, middle - 2, middle + 2):
-            if (name, size) in self._means:
-                return exp(self._means[name, size])
-        return 1.0
+        seen = self._near(name, nbytes)
+        return exp(seen.mean) if seen else 1.0
+
+    def error(self, name: str, nbytes: float, unknown: float) -> float:
+        """By how much of itself a prediction with `factor` may be off: `unknown` where nothing was observed,
+        else the standard error of the mean, `unknown` being one of the times."""
+        seen = self._near(name, nbytes)
+        if seen is None:
+            return unknown
+        variance = (unknown**2 + seen.count * seen.variance) / (seen.count + 1)
+        return sqrt(variance / min(seen.count + 1, 2 / EWMA - 1))
 
     def known(self, name: str, nbytes: float) -> bool:
         """Whether a time of this name and size was observed."""
-        return (name, _size_class(nbytes)) in self._means
+        return (name, _size_class(nbytes)) in self._seen
 
     def fade(self) -> None:
         """Forget a little of everything, so that a lane that was given up is tried again some time."""
-        for key in self._means:
-            self._means[key] *= 1 - FADE
+        for seen in self._seen.values():
+            seen.mean *= 1 - FADE
+            seen.count *= 1 - FADE
 
     def observe(self, name: str, nbytes: float, predicted: float, actual: float) -> None:
         """Learn from a measured time. `predicted` is without `factor`; times that are not above 0 say
         nothing."""
         if predicted > 0 and actual > 0:
-            key = name, _size_class(nbytes)
-            mean = self._means.get(key, 0.0)
-            self._means[key] = mean + EWMA * (log(actual / predicted) - mean)
+            seen = self._seen.setdefault((name, _size_class(nbytes)), _Seen())
+            seen.add(log(actual / predicted))
+
+    def _near(self, name: str, nbytes: float) -> _Seen | None:
+        middle = _size_class(nbytes)
+        for size in (middle, middle - 1, middle + 1, middle - 2, middle + 2):
+            if (name, size) in self._seen:
+                return self._seen[name, size]
+        return None
 
 
 def _size_class(nbytes: float) -> int:
@@ -382,15 +422,26 @@ def _size_class(nbytes: float) -> int:
     return int(log2(max(nbytes, 1.0)) / 2)
 
 
-def best_lane(seconds: Mapping[str, float], gain: float = MIN_GAIN) -> str:
-    """The fastest lane, but raw unless it saves at least `gain` of the time of raw.
+def best_lane(seconds: Mapping[str, float], doubts: Mapping[str, float] = NO_DOUBTS) -> str:
+    """The fastest of the lanes that save enough of the time of raw, which is `MIN_GAIN` of it and more where
+    predictions are known to be less exact; raw if none does.
+
+    Args:
+        seconds: predicted, by lane.
+        doubts: by how much of the time of raw the time that a lane saves may be off.
 
     Raises LaneError without "raw" among the lanes.
     """
     if RAW not in seconds:
         raise LaneError("raw is not among the lanes: every choice is made beside it")
-    best = min(seconds, key=seconds.__getitem__)
-    return best if seconds[best] <= (1 - gain) * seconds[RAW] else RAW
+    raw = seconds[RAW]
+    enough = [lane for lane, time in seconds.items() if time <= (1 - least_gain(lane, doubts)) * raw]
+    return min(enough, key=seconds.__getitem__, default=RAW)
+
+
+def least_gain(lane: str, doubts: Mapping[str, float] = NO_DOUBTS) -> float:
+    """The part of the time of raw that `lane` has to save."""
+    return max(MIN_GAIN, doubts.get(lane, 0.0))
 
 
 @dataclass
@@ -404,9 +455,15 @@ class Hysteresis:
     _rival: str | None = None
     _times: int = 0
 
-    def update(self, seconds: Mapping[str, float]) -> str:
-        """The lane to take after these predictions. A lane that is no longer among them is left at once."""
-        best = best_lane(seconds)
+    @property
+    def settled(self) -> bool:
+        """Nothing better was seen the last time."""
+        return self._rival is None
+
+    def update(self, seconds: Mapping[str, float], doubts: Mapping[str, float] = NO_DOUBTS) -> str:
+        """The lane to take after these predictions, see `best_lane`. A lane that is no longer among them is
+        left at once."""
+        best = best_lane(seconds, doubts)
         current = self.lane
         if current is None or (current != RAW and seconds.get(current, inf) >= seconds[RAW]):
             current = best

@@ -116,7 +116,7 @@ def is_weight(tensor: Tensor) -> bool:
         return True
     node: Node | None = tensor.grad_fn
     for _ in range(_DEPTH + 1):
-        if type(node).__name__ not in _VIEWS:
+        if node is None or type(node).__name__ not in _VIEWS:
             break
         node = node.next_functions[0][0]
     leaf = type(node).__name__ == "AccumulateGrad"

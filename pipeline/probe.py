@@ -5,9 +5,9 @@ lanes is smooth sums and noise, so that kernels meet what they meet in use; rati
 
 Note: [Busy]
 Beside matrix products a kernel begins when the product under way ends, even on a stream that goes first. An
-encode or decode that is alone takes one product longer, and another one for each wait of the host or of its
-next kernel. That is what "busy" curves hold, for products of 4096 x 4096 x 4096 (0.2 ms on an H200). Several
-tensors on streams of their own, as in a chain, wait together.
+encode or decode that is alone and begins at some moment of a product takes half a product longer, and more
+for each wait of the host or of its next kernel. That is what "busy" curves hold, for products of 4096 x 4096
+x 4096 (0.2 ms on an H200). Several tensors on streams of their own, as in a chain, wait together.
 """
 
 from __future__ import annotations
@@ -24,19 +24,28 @@ from torch import Tensor
 from sidelane.codec.engines import encoding_engine
 from sidelane.codec.lane import Lane
 from sidelane.codec.nvenc import encoder_caps
-from sidelane.codec.packet import Packet
 from sidelane.codec.probe import probe_nvdec
 from sidelane.errors import DriverError, LaneUnavailable, ProfileError
 from sidelane.layout import FORMATS
 from sidelane.pipeline import probe_chain, probe_wires
-from sidelane.pipeline.lanes import open_lane
-from sidelane.pipeline.machine import Curve, LaneSpeed, Machine, current_key
-from sidelane.pipeline.sampling import FAILURES, Load, host_seconds, sample, stream_seconds, watched
+from sidelane.pipeline.lanes import decode_packet, open_lane
+from sidelane.pipeline.machine import LOAD_SIDE, Curve, LaneSpeed, Machine, current_key
+from sidelane.pipeline.sampling import (
+    FAILURES,
+    Load,
+    host_seconds,
+    sample,
+    sample_both,
+    stream_seconds,
+    watched,
+)
 from sidelane.pipeline.streams import side_stream
+from sidelane.pipeline.tiers import HostCopy
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = (8 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 SMALL = 4 * MIB  # the largest for lanes on the CPU
+DISK = 64 * KIB, MIB, 16 * MIB  # sizes for the disk
 VIDEO = 64 * KIB, 16 * MIB  # the smallest and the largest for the video lane
 LANES = {
     "packed:4": ("packed", {"bits": 4}),
@@ -49,8 +58,7 @@ LANES = {
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CHANNELS = 1024  # of the data
 SIDE, SIDE_CPU = 8192, 512  # of the matrices whose products are timed
-LOAD_SIDE = 4096  # of those beside which lanes are timed; see Note: [Busy]
-BUDGET = 24.0  # seconds for everything
+BUDGET = 26.0  # seconds for everything
 GRACE = 3.0  # seconds beyond its limit after which a step counts as stalled
 COMPILE = 6.0  # the same where kernels are compiled or libraries loaded
 
@@ -70,12 +78,14 @@ class Tables:
 
 @dataclass(frozen=True)
 class Step:
-    """A part of the measurement: `work` takes the seconds that it may use. `slack`: beyond them, at most."""
+    """A part of the measurement: `work` takes the seconds that it may use. `slack`: beyond them, at most.
+    `again`: what an earlier step has measured; it may fail."""
 
     name: str
     seconds: float
     work: Callable[[float], None]
     slack: float = GRACE
+    again: bool = False
 
 
 def measure(
@@ -103,13 +113,15 @@ def measure(
     for i, step in enumerate(steps):
         progress(step.name, i, len(steps))
         limit = min(step.seconds, end - perf_counter())
-        if limit <= 0:
-            left_out[step.name] = f"no time left in {budget:.0f} s: run again, kernels stay compiled"
-            continue
         try:
+            if limit <= 0:
+                raise ProfileError(f"no time left in {budget:.0f} s: run again, kernels stay compiled")
             watched(partial(step.work, limit), min(limit + step.slack, end - perf_counter() + GRACE))
         except FAILURES as error:
-            left_out[step.name] = " ".join(str(error).split())[:300] or type(error).__name__
+            if not step.again:
+                left_out[step.name] = " ".join(str(error).split())[:300] or type(error).__name__
+        else:
+            left_out.pop(step.name, None)
     if device is None:
         left_out["busy"] = "no GPU whose matrix products could be a load"
     if not tables.gemm:
@@ -139,27 +151,28 @@ def _steps(
     tables: Tables, device: torch.device | None, sizes: tuple[int, ...], spill_dir: str | None
 ) -> Iterator[Step]:
     """Those without which planning makes no sense come first."""
-    yield Step("products", 1.0, partial(_gemm, tables, device), slack=COMPILE)
+    yield Step("products", 0.8, partial(_gemm, tables, device), slack=COMPILE)
     if device is not None:
-        yield Step("d2h, h2d", 3.0, lambda limit: tables.wires.update(probe_wires.pcie(device, sizes, limit)))
-    if device is not None:
-        yield Step("chain", 0.3, lambda limit: tables.wires.update(probe_chain.chain(device, limit)))
+        yield Step("d2h, h2d", 2.4, lambda limit: tables.wires.update(probe_wires.pcie(device, sizes, limit)))
     folder = tempfile.gettempdir() if spill_dir is None else spill_dir
-    yield Step("disk", 3.0, lambda limit: tables.wires.update(probe_wires.disk(folder, sizes, limit)))
+    few = tuple(size for size in sizes if size in DISK) or sizes[-1:]
+    yield Step("disk", 2.0, lambda limit: tables.wires.update(probe_wires.disk(folder, few, limit)))
     yield Step("tcp", 1.0, lambda limit: tables.wires.update(probe_wires.tcp(sizes, limit)))
     if device is not None:
         yield Step("engines", 1.0, lambda limit: tables.engines.update(_engines(device)))
     if device is not None and torch.cuda.device_count() > 1:
         yield Step("peer", 1.0, lambda limit: tables.wires.update(probe_wires.peer(device, sizes, limit)))
-    for dtype in DTYPES:
-        for name in LANES:
-            if name != "video":
-                yield Step(
-                    f"{name} {dtype}", 1.0, partial(_lane, tables, device, sizes, name, dtype), COMPILE
-                )
+    pairs = [(name, dtype) for dtype in DTYPES for name in LANES if name != "video"]
+    lanes = [(name, dtype, partial(_lane, tables, device, sizes, name, dtype)) for name, dtype in pairs]
+    for name, dtype, work in lanes:
+        yield Step(f"{name} {dtype}", 0.7, work, COMPILE)
+    if device is not None:  # kernels are compiled now
+        yield Step("chain", 1.5, lambda limit: tables.wires.update(probe_chain.chains(device, limit)))
     some = tuple(size for size in sizes if VIDEO[0] <= size <= VIDEO[1])
     for dtype in DTYPES:
         yield Step(f"video {dtype}", 4.0, partial(_lane, tables, device, some, "video", dtype), COMPILE)
+    for name, dtype, work in lanes:
+        yield Step(f"{name} {dtype}", 0.3, work, COMPILE, again=True)
 
 
 def _gemm(tables: Tables, device: torch.device | None, limit: float) -> None:
@@ -202,25 +215,34 @@ def _lane(
     subject = _Subject(open_lane(kind, **options), activations(sizes[-1], DTYPES[dtype], device))
     if device is None:
         idle = subject.speed(sizes, limit, lambda size, work: host_seconds(work))
-        tables.lanes[f"{name}|{dtype}|idle"] = idle
+        _keep(tables, f"{name}|{dtype}|idle", idle)
         return
     stream = side_stream(device, "lane of a profile", -1)  # as a chain has
     with torch.cuda.stream(stream):
         subject.decode(sizes[0])()  # compiles
     _synchronize(device)
-    idle = subject.speed(sizes, limit / 3, lambda size, work: stream_seconds(stream, work))
-    tables.lanes[f"{name}|{dtype}|idle"] = idle
+    idle = subject.speed(sizes, limit * 0.4, lambda size, work: stream_seconds(stream, work))
+    _keep(tables, f"{name}|{dtype}|idle", idle)
 
     load = Load(device, _product(device, LOAD_SIDE), 2 * LOAD_SIDE**3 / tables.gemm)
 
-    def beside(alone: Curve, size: int, work: Callable[[], object]) -> float:
-        return load.beside(partial(stream_seconds, stream, work), alone(size))
+    def beside(size: int, work: Callable[[], object]) -> float:
+        return load.beside(partial(stream_seconds, stream, work), max(idle.encode(size), idle.decode(size)))
 
-    encode = idle.encode
-    if name != "video" or encoding_engine(device.index, FORMATS["nv12"], None).name == "nvenc":
-        encode = subject.encode_curve(sizes, limit / 3, partial(beside, idle.encode))
-    decode = subject.decode_curve(idle.decode.sizes, limit / 3, partial(beside, idle.decode))
-    tables.lanes[f"{name}|{dtype}|busy"] = LaneSpeed(encode, decode)
+    sizes = idle.encode.sizes
+    if name == "video" and encoding_engine(device.index, FORMATS["nv12"], None).name != "nvenc":
+        decode = sample(sizes, lambda size: beside(size, subject.decode(size)), limit * 0.6)
+        busy = LaneSpeed(idle.encode, decode)
+    else:
+        busy = subject.speed(sizes, limit * 0.6, beside)
+    _keep(tables, f"{name}|{dtype}|busy", busy)
+
+
+def _keep(tables: Tables, key: str, found: LaneSpeed) -> None:
+    """The lesser times of `found` and of an earlier step, as what disturbs the host only adds to them."""
+    if (known := tables.lanes.get(key)) is not None:
+        found = LaneSpeed(known.encode.lesser(found.encode), known.decode.lesser(found.decode))
+    tables.lanes[key] = found
 
 
 class _Subject:
@@ -228,28 +250,31 @@ class _Subject:
 
     def __init__(self, lane: Lane, data: Tensor) -> None:
         self._lane, self._data = lane, data
-        self._packets: dict[int, Packet] = {}
+        self._arrived: dict[int, tuple[HostCopy, Tensor]] = {}
 
     def encode(self, size: int) -> Callable[[], object]:
         """The first rows, `size` bytes of them."""
         return partial(self._lane.encode, self._data[: size // (CHANNELS * self._data.itemsize)])
 
     def decode(self, size: int) -> Callable[[], object]:
-        if size not in self._packets:
-            self._packets[size] = self._lane.encode(self._data[: size // (CHANNELS * self._data.itemsize)])
+        """Of a packet that has just arrived."""
+        if size not in self._arrived:
+            packet = self._lane.encode(self._data[: size // (CHANNELS * self._data.itemsize)])
+            layout = HostCopy(packet)
+            memory = torch.empty(layout.nbytes, dtype=torch.uint8, device=packet.device)
+            layout.write(packet, memory)
             _synchronize(self._data.device)
-        return partial(self._lane.decode, self._packets[size])
-
-    def encode_curve(self, sizes: Sequence[int], limit: float, timed: Timed) -> Curve:
-        return sample(sizes, lambda size: timed(size, self.encode(size)), limit)
-
-    def decode_curve(self, sizes: Sequence[int], limit: float, timed: Timed) -> Curve:
-        return sample(sizes, lambda size: timed(size, self.decode(size)), limit)
+            self._arrived[size] = layout, memory
+        layout, memory = self._arrived[size]
+        return lambda: decode_packet(layout.over(memory))
 
     def speed(self, sizes: Sequence[int], limit: float, timed: Timed) -> LaneSpeed:
-        """Sizes that take too long to encode are not decoded either: their packets would have to be made."""
-        encode = self.encode_curve(sizes, limit / 2, timed)
-        return LaneSpeed(encode, self.decode_curve(encode.sizes, limit / 2, timed))
+        """Encode and decode in turns, as they come in use."""
+
+        def once(size: int) -> tuple[float, float]:
+            return timed(size, self.encode(size)), timed(size, self.decode(size))
+
+        return LaneSpeed(*sample_both(sizes, once, limit))
 
 
 def _fitting(device: torch.device | None, sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from sidelane.errors import ProfileError
 from sidelane.pipeline.arena import Arena, Slot, available_memory
 from sidelane.pipeline.disk import RESERVE, Disk
 from sidelane.pipeline.machine import Curve
-from sidelane.pipeline.sampling import Load, host_seconds, sample, stream_seconds
+from sidelane.pipeline.sampling import Load, host_seconds, sample, sample_both, stream_seconds
 from sidelane.pipeline.streams import side_stream
 
 STREAM = "copies of a profile"
@@ -58,7 +58,7 @@ def pcie(device: torch.device, sizes: Sequence[int], limit: float) -> dict[str, 
     stream = side_stream(device, STREAM)
     curves = {}
     for name, copy in copies.items():
-        curves[name] = sample(sizes, partial(_copies, stream, copy), limit / 4)
+        curves[name] = sample(sizes, partial(_copies, stream, copy), limit / 4, _in_a_row)
     for name, other in (("d2h", "h2d"), ("h2d", "d2h")):
         chunk = min(CHUNK, top)
         load = Load(device, partial(copies[other], chunk), curves[other](chunk))
@@ -67,7 +67,7 @@ def pcie(device: torch.device, sizes: Sequence[int], limit: float) -> dict[str, 
             guess = curves[name](size) * _row(size)
             return load.beside(partial(_copies, stream, copies[name], size), guess)
 
-        curves[f"{name} both"] = sample(sizes, once, limit / 4)
+        curves[f"{name} both"] = sample(sizes, once, limit / 4, _in_a_row)
     return curves
 
 
@@ -93,14 +93,12 @@ def disk(folder: str, sizes: Sequence[int], limit: float) -> dict[str, Curve]:
     free = system.f_bavail * system.f_frsize - 2 * RESERVE
     memory = available_memory() - (1 << 30)
     sizes = _fitting(sizes, min(free // 2, memory // 4), "room on the disk or in memory")
-    staging = max(min(max(DISK_ROW // n, DISK_LEAST), DISK_MOST) * n for n in sizes)
+    staging = max(n * _at_once(n) for n in sizes)
     tier = Disk(folder, limit=2 * staging, in_flight=staging)
-    curves = {
-        "disk write": sample(sizes, lambda n: _on_disk(tier, n)[0], limit / 2),
-        "disk read": sample(sizes, lambda n: _on_disk(tier, n)[1], limit / 2),
-    }
+    _on_disk(tier, min(sizes))  # memory is pinned, and the file begun
+    write, read = sample_both(sizes, partial(_on_disk, tier), limit, lambda size: size * _at_once(size))
     tier.close()  # not in a finally: it would wait for a disk that has stalled
-    return curves
+    return {"disk write": write, "disk read": read}
 
 
 def tcp(sizes: Sequence[int], limit: float) -> dict[str, Curve]:
@@ -137,6 +135,16 @@ def _row(size: int) -> int:
     return min(max(ROW // size, 1), MOST)
 
 
+def _in_a_row(size: int) -> int:
+    """Bytes of them."""
+    return size * _row(size)
+
+
+def _at_once(size: int) -> int:
+    """How many transfers of `size` a disk works on at once."""
+    return min(max(DISK_ROW // size, DISK_LEAST), DISK_MOST)
+
+
 def _copy(target: Tensor, source: Tensor, size: int) -> None:
     target[:size].copy_(source[:size], non_blocking=True)
 
@@ -153,7 +161,7 @@ def _copies(stream: torch.cuda.Stream, copy: Callable[[int], object], size: int)
 
 def _on_disk(tier: Disk, size: int) -> tuple[float, float]:
     """Seconds of writing, and of reading, one of several transfers of `size` at once."""
-    count = min(max(DISK_ROW // size, DISK_LEAST), DISK_MOST)
+    count = _at_once(size)
     noise = torch.randint(256, (NOISE,), dtype=torch.uint8)
     spills = []
     for _ in range(count):

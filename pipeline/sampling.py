@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import ceil
+from random import Random
 from statistics import median
 from threading import Thread
 from time import perf_counter
@@ -16,36 +18,61 @@ from sidelane.pipeline.machine import Curve
 from sidelane.pipeline.streams import side_stream
 
 REPEATS = 21  # of each size, after one that is not counted
-LEAST = 3  # of them, also where these take more than the share of the size
+LEAST = 3  # of them, for all sizes before any is repeated more often
 ATTEMPTS = 5  # to have a load last longer than what is timed beside it
 FAILURES = (SidelaneError, OSError, RuntimeError, MemoryError)  # of a step, which is then left out
 
 T = TypeVar("T")
 
 
-def sample(sizes: Sequence[int], once: Callable[[int], float], limit: float) -> Curve:
+def sample(
+    sizes: Sequence[int],
+    once: Callable[[int], float],
+    limit: float,
+    moved: Callable[[int], int] = lambda size: size,
+) -> Curve:
     """Medians of `once`, which takes bytes and gives seconds, for the sizes that fit in `limit` seconds.
 
-    A size gets an equal share of the limit for its repetitions. Sizes are left out from the first on whose
-    least repetitions would not end in time, judged by bytes from the size before.
+    First every size is repeated `LEAST` times. Sizes are left out from the first on whose least repetitions
+    would not end in time, judged by the bytes that a call has `moved` for the size before. What is left of
+    the limit is shared by all sizes for up to `REPEATS` repetitions.
     """
     end = perf_counter() + limit
-    times: list[float] = []
-    cost = 0.0  # median seconds of a call, its preparation included
+    times: list[list[float]] = []
+    costs: list[float] = []  # median seconds of a call, its preparation included
     for i, size in enumerate(sizes):
-        if times and (LEAST + 1) * cost * size / sizes[i - 1] > end - perf_counter():
+        if times and (LEAST + 1) * costs[-1] * moved(size) / moved(sizes[i - 1]) > end - perf_counter():
             break
         once(size)
-        found: list[float] = []
-        costs: list[float] = []
-        share = perf_counter() + limit / len(sizes)
-        while len(found) < LEAST or (len(found) < REPEATS and perf_counter() + cost < share):
-            before = perf_counter()
-            found.append(once(size))
-            costs.append(perf_counter() - before)
-            cost = median(costs)
-        times.append(median(found))
-    return Curve.fit(sizes[: len(times)], times)
+        times.append([])
+        marks = [perf_counter()]
+        for _ in range(LEAST):
+            times[-1].append(once(size))
+            marks.append(perf_counter())
+        costs.append(median(b - a for a, b in pairwise(marks)))
+    for i, (found, cost) in enumerate(zip(times, costs, strict=True)):
+        share = perf_counter() + (end - perf_counter()) / (len(times) - i)
+        while len(found) < REPEATS and perf_counter() + cost < share:
+            found.append(once(sizes[i]))
+    return Curve.fit(sizes[: len(times)], [median(found) for found in times])
+
+
+def sample_both(
+    sizes: Sequence[int],
+    once: Callable[[int], tuple[float, float]],
+    limit: float,
+    moved: Callable[[int], int] = lambda size: size,
+) -> tuple[Curve, Curve]:
+    """`sample` of two times that a call gives, as out and back, for the same sizes."""
+    seconds: dict[int, list[float]] = {}
+
+    def first(size: int) -> float:
+        one, other = once(size)
+        seconds.setdefault(size, []).append(other)
+        return one
+
+    curve = sample(sizes, first, limit, moved)
+    return curve, Curve.fit(curve.sizes, [median(seconds[size][1:]) for size in curve.sizes])
 
 
 def host_seconds(work: Callable[[], object]) -> float:
@@ -77,13 +104,15 @@ class Load:
     def __init__(self, device: torch.device, enqueue: Callable[[], object], seconds: float) -> None:
         self._stream: torch.cuda.Stream = side_stream(device, "load of a profile")
         self._enqueue, self._seconds = enqueue, seconds
+        self._random = Random(0)
 
     def beside(self, timed: Callable[[], float], guess: float) -> float:
-        """What `timed` returns while the load runs from before its begin until after its end.
+        """What `timed` returns while the load runs from before its begin until after its end. It begins at a
+        random moment of the third piece, as work beside a program does, whose clocks are up.
 
         `guess`: seconds that it takes alone. Raises ProfileError when the load keeps ending earlier.
         """
-        pieces = ceil((4 * guess + 1e-3) / self._seconds) + 1
+        pieces = ceil((4 * guess + 1e-3) / self._seconds) + 4
         for _ in range(ATTEMPTS):
             begun = self._stream.record_event()
             with torch.cuda.stream(self._stream):
@@ -91,6 +120,7 @@ class Load:
                     self._enqueue()
             last = self._stream.record_event()
             begun.synchronize()
+            _spin((2 + self._random.random()) * self._seconds)
             seconds = timed()
             covered = not last.query()
             last.synchronize()
@@ -120,6 +150,13 @@ def watched(work: Callable[[], T], limit: float) -> T:
     if not results:
         raise ProfileError(f"stalled: not done after {limit:.1f} s")
     return results[0]
+
+
+def _spin(seconds: float) -> None:
+    """Too short a time to sleep."""
+    end = perf_counter() + seconds
+    while perf_counter() < end:
+        pass
 
 
 def _timed_event() -> torch.cuda.Event:

@@ -24,6 +24,7 @@ from sidelane.pipeline.choice import (
     check_load,
     check_together,
     choose,
+    compared,
     given_or_present,
     listed,
     missing_wire,
@@ -32,7 +33,6 @@ from sidelane.pipeline.choice import (
     speed_of,
 )
 from sidelane.pipeline.compress import check_bound, compress
-from sidelane.pipeline.extent import distinct_bytes
 from sidelane.pipeline.lanes import decode_packet
 from sidelane.pipeline.machine import Curve, LaneSpeed, Machine
 from sidelane.pipeline.planner import RAW, Hysteresis, Residuals
@@ -40,8 +40,11 @@ from sidelane.pipeline.samples import EXACT, SHARED, Kind, Probes, kind_of, lane
 from sidelane.pipeline.streams import Stream
 from sidelane.pipeline.trace import Recorder
 
-REPLAN = 8  # tensors of a kind after which what was learned meanwhile counts
+REPLAN = 8  # like tensors after which what was learned meanwhile counts, ever more of them up to
+SELDOM_REPLAN = 256  # while the same lane stays best
 LEARN = 5  # spans of a thread of which one is timed; no multiple of the stages that a thread runs in turn
+SELDOM = 35  # the same once `CURIOUS` times were learned since a lane was taken: events cost time
+CURIOUS = 64
 WARM = 2  # times of a stage that are not learned from
 MAX_PLANS = 1024
 MAX_SHARED = 64
@@ -53,9 +56,9 @@ MAX_WAITING = 256  # spans whose end is awaited; older ones teach nothing
 class AutoLane:
     """Encodes each tensor in the lane that `choose` says. Thread-safe.
 
-    A lane is kept for tensors of a kind and size until another is better by 8 % three times, so that noise
-    does not change it. Without a profile of this machine, and over a wire that its profile lacks, every
-    tensor goes raw, and `explain` says so.
+    A lane is kept for tensors of a dtype, shape and device until another is better by 8 % three times, so
+    that noise does not change it. Without a profile of this machine, and over a wire that its profile lacks,
+    every tensor goes raw, and `explain` says so.
 
     Args:
         wire, machine, load, together: as for `choose`.
@@ -95,14 +98,16 @@ class AutoLane:
         self._probes = probes
         self._residuals = Residuals()
         self._observed = 0
+        self._curious = CURIOUS
         self._seen: dict[str, int] = {}
-        self._plans: dict[tuple[Kind, int], _Plan] = {}
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
         self._breaks: dict[tuple[Kind, str], float] = {}
         self._work = _Work()
+        self._watched = False
         self._lock = RLock()
 
     def decide(self, tensor: Tensor) -> Decision:
-        """What `tensor` takes, remembered for tensors of its kind and size."""
+        """What `tensor` takes, remembered for tensors like it."""
         return self._plan(tensor).decision
 
     def for_tensor(self, tensor: Tensor) -> Lane:
@@ -118,14 +123,16 @@ class AutoLane:
         else:
             packet = compress(tensor, lane=plan.lane, max_rel_error=self.max_rel_error)
             self._count(kind_of(tensor), plan, broken=name_of(packet) not in (plan.decision.lane, RAW))
-        self._work.set(*plan.encode)
+        if self._watched:
+            self._work.set(*plan.encode)
         return packet
 
     def decode(self, packet: Packet) -> Tensor:
         tensor = decode_packet(packet)
-        lane = name_of(packet)
-        speed = self._speed(lane, packet.dtype)
-        self._work.set(f"decode {lane}", speed.decode(packet.raw_nbytes) if speed else None)
+        if self._watched:
+            lane = name_of(packet)
+            speed = self._speed(lane, packet.dtype)
+            self._work.set(f"decode {lane}", speed.decode(packet.raw_nbytes) if speed else None)
         return tensor
 
     def finer(self) -> Lane | None:
@@ -145,9 +152,16 @@ class AutoLane:
             if seen > WARM:
                 self._residuals.observe(stage, nbytes, predicted, seconds)
                 self._observed += 1
+                self._curious -= 1
+
+    @property
+    def every(self) -> int:
+        """Of how many spans one is to be timed."""
+        return LEARN if self._curious > 0 else SELDOM
 
     def watch(self, trace: Recorder | None) -> Recorder:
         """A recorder of the stages of a chain that teaches this lane, and passes spans on to `trace`."""
+        self._watched = True
         return _Watch(self, trace)
 
     def explain(self) -> str:
@@ -180,11 +194,15 @@ class AutoLane:
                 self._breaks[key] -= FORGIVE
 
     def _plan(self, tensor: Tensor) -> _Plan:
-        key = kind_of(tensor), distinct_bytes(tensor)
+        key = tensor.dtype, tensor.shape, tensor.stride(), tensor.device
         plan = self._plans.get(key)
-        if plan is None or plan.stale or (plan.uses >= REPLAN and plan.observed != self._observed):
+        if plan is None or plan.stale or (plan.uses >= plan.patience and plan.observed != self._observed):
             with self._lock:
-                plan = self._decide(tensor, Hysteresis() if plan is None else plan.choice)
+                before, plan = plan, self._decide(tensor, Hysteresis() if plan is None else plan.choice)
+                if before is None or before.decision.lane != plan.decision.lane:
+                    self._curious = CURIOUS
+                elif self._curious <= 0 and plan.choice.settled:
+                    plan.patience = min(2 * before.patience, SELDOM_REPLAN)
                 if len(self._plans) >= MAX_PLANS:
                     self._plans.clear()
                 self._plans[key] = plan
@@ -211,8 +229,7 @@ class AutoLane:
                 if self._breaks.get((kind, lane), 0.0) >= BREAKS:
                     candidates[lane] = Candidate(lane, inf, each.sample, why="kept breaking the bound")
             decision = replace(decision, candidates=candidates)
-            times = {lane: each.seconds for lane, each in decision.candidates.items() if each.seconds < inf}
-            decision = replace(decision, lane=choice.update(times))
+            decision = replace(decision, lane=choice.update(*compared(decision.candidates)))
         return _Plan(decision, lane_named(decision.lane), choice, self._encode_work(decision), self._observed)
 
     def _encode_work(self, decision: Decision) -> tuple[str, float | None]:
@@ -228,12 +245,12 @@ class AutoLane:
 
 @dataclass
 class _Plan:
-    """What tensors of a kind and size take.
+    """What tensors of a dtype, shape and device take.
 
     Attributes:
         encode: name of the stage, and its seconds by the tables where they say.
         observed: times that were known when it was made.
-        uses: since then.
+        uses: since then; `patience`: so many until what was learned counts.
         stale: it has to be made anew.
     """
 
@@ -243,6 +260,7 @@ class _Plan:
     encode: tuple[str, float | None]
     observed: int
     uses: int = 0
+    patience: int = REPLAN
     stale: bool = False
 
 
@@ -275,7 +293,7 @@ class _Watch(Recorder):
             return None if turn.skipped else super().mark(stream)
         turn.inside = True
         turn.count += 1
-        turn.skipped = turn.count % LEARN != 1
+        turn.skipped = turn.count % self._lane.every != 1
         return None if turn.skipped else super().mark(stream)
 
     def add(self, stage: str, device: torch.device, item: int, begin: Any, end: Any, nbytes: int) -> None:

@@ -57,9 +57,7 @@ class TokenBucket:
 
         Raises LaneError for a negative number of bytes.
         """
-        if type(nbytes) is not int or nbytes < 0:
-            raise LaneError(f"nbytes={nbytes!r} is not a whole number of bytes from 0 up")
-        end = self._grant(nbytes, ready)
+        end = self.grant(nbytes, ready)
         _sleep_until(end)
         return end
 
@@ -103,13 +101,18 @@ class TokenBucket:
         for part, place in zip(_pieces(source, size), _pieces(target, size), strict=True):
             with on(stream):
                 place.copy_(part, non_blocking=True)
-            ready = self._grant(part.numel(), ready)
+            ready = self.grant(part.numel(), ready)
             if (left := ready - perf_counter()) > 0:
                 sleep(left)
         return stream.record_event()
 
-    def _grant(self, nbytes: int, ready: float | None) -> float:
-        """When `nbytes` that are there since `ready` will have crossed, after all that was granted before."""
+    def grant(self, nbytes: int, ready: float | None = None) -> float:
+        """When `nbytes` will have crossed, after all that was granted before, in seconds of `perf_counter`.
+
+        Waits for nothing; `ready` as for `take`. Raises LaneError for a negative number of bytes.
+        """
+        if type(nbytes) is not int or nbytes < 0:
+            raise LaneError(f"nbytes={nbytes!r} is not a whole number of bytes from 0 up")
         with self._lock:
             earliest = perf_counter() - self.burst / self.rate if ready is None else ready
             self._free = max(self._free, earliest) + nbytes / self.rate

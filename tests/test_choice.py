@@ -21,10 +21,19 @@ from sidelane.pipeline import machine as machine_module
 from sidelane.pipeline.chain import Chain
 from sidelane.pipeline.choice import MARGIN, NO_PROFILE, choose
 from sidelane.pipeline.compress import relative_error
-from sidelane.pipeline.machine import Curve, LaneSpeed, Machine
+from sidelane.pipeline.machine import LOAD_SIDE, Curve, LaneSpeed, Machine
 from sidelane.pipeline.planner import EWMA, FADE, MIN_GAIN, SWITCH_AFTER, Residuals
 from sidelane.pipeline.samples import LANES, SAMPLE, Probes, Sample, kind_of, lane_named, probe, sample_of
-from sidelane.pipeline.tensor_auto import BREAKS, FORGIVE, REPLAN, WARM, AutoLane
+from sidelane.pipeline.tensor_auto import (
+    BREAKS,
+    FORGIVE,
+    LEARN,
+    REPLAN,
+    SELDOM,
+    SELDOM_REPLAN,
+    WARM,
+    AutoLane,
+)
 
 GB = 1e9
 MIB = 1 << 20
@@ -107,14 +116,33 @@ def test_a_chain_costs_the_host() -> None:
     found = choose(described(1024), ("d2h", "h2d"), machine, together=4).candidates
     assert found["raw"].seconds == pytest.approx(3e-4, rel=1e-3)
     assert choose(described(1024), ("d2h", "h2d"), machine).candidates["raw"].seconds < 1e-4
-    found = choose(described(64 * MIB), ("d2h", "h2d"), machine, together=4).candidates
-    assert found["exact"].stages["chain out"] == pytest.approx(2e-4 + 7e-5, rel=1e-3)
+    found = choose(described(64 * MIB), ("d2h", "h2d"), machine, exact=False, together=4).candidates
+    waited = 64 * MIB / 1e15  # for the encoder, to know the size
+    assert found["exact"].stages["chain out"] == pytest.approx(2e-4 + 7e-5 + waited, rel=1e-3)
+    assert found["packed:4"].stages["chain out"] == pytest.approx(2e-4, rel=1e-3)
 
 
-@pytest.mark.parametrize("rate, milliseconds", [(1e9, 4), (5e8, 6), (1e12, 2)])
+def test_a_chain_costs_the_host_what_was_measured_for_the_lane() -> None:
+    cost = {f"chain out{lane}": Curve.line(seconds, 1e18) for lane, seconds in (("", 2e-4), (" exact", 9e-4))}
+    machine = made(wires=cost, kernels=dict.fromkeys(KERNELS, (1e15, 1e15)), latency=1e-5)
+    machine.lanes["exact|float32|idle"] = LaneSpeed(Curve.line(5e-5, 1e15), Curve.line(1e-5, 1e15))
+
+    def out(dtype: torch.dtype, lane: str) -> float:
+        found = choose(described(dtype=dtype), ("d2h", "h2d"), machine, exact=False, together=4)
+        return found.candidates[lane].stages["chain out"]
+
+    assert out(torch.bfloat16, "exact") == pytest.approx(9e-4, rel=1e-3)
+    assert out(torch.float32, "exact") == pytest.approx(9e-4 + 4e-5, rel=1e-3)
+    assert out(torch.bfloat16, "raw") == out(torch.bfloat16, "packed:4") == pytest.approx(2e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("rate, milliseconds", [(1e9, 3.1), (5e8, 5.3)])
 def test_kernels_beside_products_start_when_one_ends(rate: float, milliseconds: float) -> None:
-    """Products of 1 ms; 2.1 MB: encode starts after one, decode at the first boundary after the wire."""
-    machine = made(kernels=dict.fromkeys(KERNELS, (1e15, 1e15)), busy=1e-3)
+    """Products of 1 ms, 2.1 MB: encode waits for half of one, decode for the first boundary after the wire,
+    which takes 2.1 or 4.2 ms and a quarter of a millisecond more or less."""
+    machine = replace(
+        made(kernels=dict.fromkeys(KERNELS, (1e15, 1e15)), busy=5e-4), gemm=2 * LOAD_SIDE**3 / 1e-3
+    )
     found = choose((torch.bfloat16, 2_100_000, {}), rate, machine, "busy").candidates["raw"]
     assert found.seconds == pytest.approx(milliseconds * 1e-3, rel=1e-3)
 
@@ -520,10 +548,34 @@ def test_a_wire_that_stalls_changes_the_lane() -> None:
 
 def test_a_lane_that_is_slower_than_thought_is_left() -> None:
     x = activations(2048, 1024)
-    lane = AutoLane(machine=slow(5 * GB), probes=Probes())
+    lane = AutoLane(machine=made(5 * GB), probes=Probes())
     assert lane.decide(x).lane == "exact"
-    learn(lane, "encode exact", x.nbytes, 1e9, WARM + 40)
+    learn(lane, "encode exact", x.nbytes, 100.0, WARM + 40)
     assert [lane.decide(x).lane for _ in range(REPLAN + 1)][-1] == "raw"
+
+
+def test_what_stays_the_same_is_planned_and_timed_ever_less() -> None:
+    """Decisions and events cost time."""
+    x = activations(2048, 1024)
+    lane = AutoLane(machine=made(700 * GB), probes=Probes())
+    plans, every = [], []
+    for _ in range(3000):
+        lane.observe("d2h", x.nbytes, 1.0, 1.01)
+        plans.append(id(lane.decide(x)))
+        every.append(lane.every)
+    changes = [i for i in range(1, len(plans)) if plans[i] != plans[i - 1]]
+    assert changes[0] <= REPLAN
+    assert changes[-1] - changes[-2] == SELDOM_REPLAN
+    assert (every[0], every[-1]) == (LEARN, SELDOM)
+    learn(lane, "d2h", x.nbytes, 100.0, 40)
+    learn(lane, "d2h", x.nbytes / 1.33, 100.0, 40)
+    lanes = []
+    for _ in range(SELDOM_REPLAN + SWITCH_AFTER * REPLAN):
+        learn(lane, "d2h", x.nbytes, 100.0, 1)
+        lanes.append((lane.decide(x).lane, lane.every))
+    assert lanes[0] == ("raw", SELDOM)
+    assert ("exact", LEARN) in lanes
+    assert lanes[-1][0] == "exact"
 
 
 def test_first_times_teach_nothing() -> None:

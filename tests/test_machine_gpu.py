@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sidelane.pipeline import probe, probe_wires
-from sidelane.pipeline.machine import Curve, Machine, cache_path
+from sidelane.pipeline.machine import HOST_TIMES, Curve, Machine, cache_path
 
 pytestmark = pytest.mark.gpu
 
@@ -33,7 +33,7 @@ def machine() -> Machine:
 def test_everything_is_measured(machine):
     without = [] if find_spec("av") else ["video"]  # its encoder in software
     assert set(machine.left_out) == {f"{lane} {dtype}" for lane in without for dtype in probe.DTYPES}
-    assert {*WIRES, "disk write", "disk read", "tcp"} <= set(machine.wires)
+    assert {*WIRES, *HOST_TIMES, "disk write", "disk read", "tcp"} <= set(machine.wires)
     assert ("peer" in machine.wires) == (torch.cuda.device_count() > 1)
     lanes = set(probe.LANES).difference(without)
     names = {f"{lane}|{dtype}|{load}" for lane in lanes for dtype in probe.DTYPES for load in LOADS}

@@ -80,6 +80,13 @@ def test_a_pause_saves_up_the_burst_and_no_more(clock: Clock) -> None:
     assert TokenBucket(1e9).burst == pytest.approx(1e9 * SLACK)
 
 
+def test_a_grant_waits_for_nothing(clock: Clock) -> None:
+    wire, begin = TokenBucket(1e9, burst=0), clock.now
+    ends = [wire.grant(MB) for _ in range(3)]
+    assert clock.now - begin < 1e-5
+    assert ends == pytest.approx([begin + (i + 1) * 1e-3 for i in range(3)], abs=1e-5)
+
+
 def test_nothing_takes_no_time(clock: Clock) -> None:
     begin = clock.now
     TokenBucket(1e3, burst=0).take(0)
@@ -125,8 +132,9 @@ def test_bad_bursts(burst) -> None:
 
 @pytest.mark.parametrize("nbytes", [-1, 1.5, None])
 def test_bad_sizes(nbytes) -> None:
-    with pytest.raises(LaneError, match="nbytes="):
-        TokenBucket(1e9).take(nbytes)
+    for call in (TokenBucket(1e9).take, TokenBucket(1e9).grant):
+        with pytest.raises(LaneError, match="nbytes="):
+            call(nbytes)
 
 
 @pytest.mark.parametrize("chunk", [None, 1000, 1 << 30])
