@@ -7,6 +7,7 @@ activations of a trained encoder, repeated to the size of a large tensor. These 
 
     python benchmarks/kernels_codes.py --save activations.npz
     python benchmarks/kernels_codes.py --activations activations.npz
+    python benchmarks/kernels_codes.py --groups
 """
 
 from __future__ import annotations
@@ -79,20 +80,24 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    for dtype in (BF16, FP32):
+    """What matters most first."""
+    for numel in (TOKENS * DEPTHS[1], TOKENS * DEPTHS[0], LARGE):
         for bits in (2, 4, 8):
-            for group in (64, 128):
-                for seed in (None, 7):
-                    yield Case(bits, group, dtype, seed=seed)
-    for numel in (TOKENS * DEPTHS[0], LARGE):
-        for bits in (2, 4, 8):
-            yield Case(bits, numel=numel)
-    yield Case(4, dtype=FP16)
+            for seed in (None, 7):
+                yield Case(bits, numel=numel, seed=seed)
     yield Case(4, symmetric=True)
-    for group in (32, 256):
-        yield Case(4, group)
     for programs in PROGRAMS:
         yield Case(4, max_programs=programs)
+    for bits in (2, 4, 8):
+        for seed in (None, 7):
+            yield Case(bits, 128, seed=seed)
+    for group in (32, 256):
+        yield Case(4, group)
+    yield Case(4, dtype=FP16)
+    for bits in (2, 4, 8):
+        for group in (64, 128):
+            for seed in (None, 7):
+                yield Case(bits, group, FP32, seed=seed)
 
 
 class Rows:
@@ -363,6 +368,21 @@ def measure_calls(rows: Rows) -> None:
         rows.add(columns, direction, "sidelane, CPU time", (q1, middle, q3), 0, 0)
 
 
+def measure_exact_code(path: Path | None, rows: Rows) -> None:
+    """Everything but the groups, and what calls cost the CPU."""
+    numel = TOKENS * DEPTHS[1]
+    measure_calls(rows)
+    found = activations(path)
+    for kind in KINDS:
+        measure_exact(kind, repeated(found[kind], numel), rows)
+    everything = torch.cat([found[kind] for kind in KINDS])
+    measure_exact("all kinds", repeated(everything, numel), rows)
+    measure_exact("residual", repeated(found["residual, float32"], numel), rows)
+    measure_exact("upcast residual", repeated(found["residual"], numel).float(), rows)
+    for programs in PROGRAMS:
+        measure_exact("all kinds", repeated(everything, numel), rows, programs)
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Bytes moved by each group code beside a copy, and throughput of the exact code."""
     with figure(path, 2) as (left, right):
@@ -400,6 +420,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="write activations to this .npz and stop")
     parser.add_argument("--each", type=int, default=1 << 19, help="elements of each kind to save")
     parser.add_argument("--activations", type=Path, help="read them from this .npz")
+    parser.add_argument("--groups", action="store_true", help="measure nothing but the groups")
     parser.add_argument("--compiled", choices=("none", "few"), default="few")
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels_codes.csv")
     options = parser.parse_args()
@@ -407,17 +428,8 @@ def main() -> None:
         save_activations(options.save, options.each)
         return
     rows = Rows(options.out)
-    numel = TOKENS * DEPTHS[1]
-    measure_calls(rows)
-    found = activations(options.activations)
-    for kind in KINDS:
-        measure_exact(kind, repeated(found[kind], numel), rows)
-    everything = torch.cat([found[kind] for kind in KINDS])
-    measure_exact("all kinds", repeated(everything, numel), rows)
-    measure_exact("residual", repeated(found["residual, float32"], numel), rows)
-    measure_exact("upcast residual", repeated(found["residual"], numel).float(), rows)
-    for programs in PROGRAMS:
-        measure_exact("all kinds", repeated(everything, numel), rows, programs)
+    if not options.groups:
+        measure_exact_code(options.activations, rows)
     for case in cases():
         measure_groups(case, rows)
     draw(rows.kept, options.out.with_suffix(".png"))

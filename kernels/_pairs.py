@@ -27,18 +27,24 @@ def _larger_pair(a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def load_pairs(x_ptr, first, exists, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Pairs [groups, 4, GROUP / 8] of groups from `first` on, 0 where they do not exist."""
+def load_pairs(  # type: ignore[no-untyped-def]
+    x_ptr, first, exists, GROUP: tl.constexpr, FULL: tl.constexpr
+):
+    """Pairs [groups, 4, GROUP / 8] of groups from `first` on, 0 where they do not exist; FULL: all do."""
     g = tl.arange(0, exists.shape[0])[:, None, None]
     i = tl.arange(0, 4)[None, :, None] * (GROUP // 8) + tl.arange(0, GROUP // 8)[None, None, :]
     at = x_ptr.to(tl.pointer_type(tl.int32)) + first * (GROUP // 2) + g * (GROUP // 2) + i
-    return tl.load(at, mask=exists[:, None, None], other=0)
+    return tl.load(at) if FULL else tl.load(at, mask=exists[:, None, None], other=0)
 
 
 @triton.jit
-def first_and_second(pairs):  # type: ignore[no-untyped-def]
-    """Both numbers of each pair as float32, along a new last dimension."""
-    return tl.join(pairs << 16, pairs & -65536).to(tl.float32, bitcast=True)
+def first_of(pairs):  # type: ignore[no-untyped-def]
+    return (pairs << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def second_of(pairs):  # type: ignore[no-untyped-def]
+    return (pairs & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -47,9 +53,9 @@ def extremes_of_pairs(pairs, SYMMETRIC: tl.constexpr):  # type: ignore[no-untype
     if SYMMETRIC:
         pairs = pairs & 0x7FFF7FFF
     high = tl.reduce(tl.reduce(pairs, 1, _larger_pair), 1, _larger_pair)
-    high = larger((high << 16).to(tl.float32, bitcast=True), (high & -65536).to(tl.float32, bitcast=True))
+    high = larger(first_of(high), second_of(high))
     low = high
     if not SYMMETRIC:
         low = tl.reduce(tl.reduce(pairs, 1, _smaller_pair), 1, _smaller_pair)
-        low = smaller((low << 16).to(tl.float32, bitcast=True), (low & -65536).to(tl.float32, bitcast=True))
+        low = smaller(first_of(low), second_of(low))
     return low + 0.0, high  # -0 becomes +0

@@ -27,13 +27,22 @@ def hash32(seed, base, local):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def at_and_noise(at, seed, first, C: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 2^15 + at + noise / 2^8 for groups first.. with the whole numbers `at` [G]; [G, 4, C]."""
-    HALF: tl.constexpr = C // 2
-    g = tl.arange(0, at.shape[0])[:, None, None]
-    h = hash32(seed, first * HALF, g * HALF + tl.arange(0, HALF)[None, None, :])
+def hashes(seed, first, GROUPS: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A random word for the first four of every eight elements of groups first..: [GROUPS, 1, C / 2]."""
+    g = tl.arange(0, GROUPS)[:, None, None]
+    return hash32(seed, first * (C // 2), g * (C // 2) + tl.arange(0, C // 2)[None, None, :])
+
+
+@triton.jit
+def second_hashes(h):  # type: ignore[no-untyped-def]
+    """The words of the second four of the eight."""
     other = h * 0x9E3779B1
-    words = tl.reshape(tl.join(h, other ^ (other >> 16)), (at.shape[0], 1, C))
+    return other ^ (other >> 16)
+
+
+@triton.jit
+def at_and_noise(at, words):  # type: ignore[no-untyped-def]
+    """float32 2^15 + at + noise / 2^8 of the whole numbers `at` [G] and words [G, 1, C]; [G, 4, C]."""
     bits = (0x47000000 + (at.to(tl.uint32) << NOISE_BITS))[:, None, None]
     j = tl.arange(0, 4)[None, :, None]
     if INTERPRETED:

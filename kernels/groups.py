@@ -22,8 +22,15 @@ from sidelane.kernels._launch import (
     starts,
     use_triton,
 )
-from sidelane.kernels._pairs import extremes_of_pairs, first_and_second, larger, load_pairs, smaller
-from sidelane.kernels._stochastic import INTERPRETED, at_and_noise, merge, second_bytes
+from sidelane.kernels._pairs import extremes_of_pairs, first_of, larger, load_pairs, second_of, smaller
+from sidelane.kernels._stochastic import (
+    INTERPRETED,
+    at_and_noise,
+    hashes,
+    merge,
+    second_bytes,
+    second_hashes,
+)
 from sidelane.kernels.reference import (
     GROUP_BITS,
     GROUP_SIZES,
@@ -38,7 +45,9 @@ _LIMITS = {  # largest number, words of Inf and NaN
     torch.float16: (torch.finfo(torch.float16).max, 0x7C00, 0x7E00),
     torch.float32: (torch.finfo(torch.float32).max, 0x7F800000, 0x7FC00000),
 }
-PACK_REGISTERS = {False: 80, True: 96}  # of a thread, by stochastic rounding
+PACK_REGISTERS = {2: 96, 4: 72, 8: 72}  # of a thread that rounds stochastically, by bits
+NEAREST_REGISTERS = 80
+SHARED_TILES = 8192  # from so many on a program packs two
 UNPACK_TILE, UNPACK_WARPS = 2048, 2  # elements per program, a power of two
 WIDE = tl.constexpr(reference.WIDE)
 WIDE_NONFINITE = tl.constexpr(reference.WIDE_NONFINITE)
@@ -84,27 +93,35 @@ def _extremes(v, SYMMETRIC: tl.constexpr):  # type: ignore[no-untyped-def]
 def _group_quantize_pack_kernel(  # type: ignore[no-untyped-def]
     x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed,
     BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, STOCHASTIC: tl.constexpr,
-    RAGGED: tl.constexpr, PAIRS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    RAGGED: tl.constexpr, PAIRS: tl.constexpr, FULL: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Codes, scales and offsets, BLOCK_GROUPS groups at a time; wide ones among them in a second go.
 
-    PAIRS: bfloat16 that can be read two at a time.
+    PAIRS: bfloat16 that can be read two at a time. FULL: BLOCK_GROUPS groups every time.
     """
     FEW: tl.constexpr = BLOCK_GROUPS // 4 if BLOCK_GROUPS >= 4 else 1
     tiles = (numel - 1) // (BLOCK_GROUPS * GROUP) + 1
+    again = False
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first = tl.cast(tile, tl.int64) * BLOCK_GROUPS
-        wide = _quantize_groups(
+        again |= _quantize_groups(
             x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed, first,
-            BITS, GROUP, SYMMETRIC, STOCHASTIC, RAGGED, PAIRS, False, BLOCK_GROUPS,
+            BITS, GROUP, SYMMETRIC, STOCHASTIC, RAGGED, PAIRS, FULL, False, BLOCK_GROUPS,
         )  # fmt: skip
-        if wide:
-            tl.debug_barrier()
-            for part in range(0, BLOCK_GROUPS, FEW):
-                _quantize_groups(
-                    x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed, first + part,
-                    BITS, GROUP, SYMMETRIC, STOCHASTIC, RAGGED, PAIRS, True, FEW,
-                )  # fmt: skip
+    if again:  # a loop of its own, whose constants do not take registers from the first
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            first = tl.cast(tile, tl.int64) * BLOCK_GROUPS
+            wide = _quantize_groups(
+                x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed, first,
+                BITS, GROUP, SYMMETRIC, STOCHASTIC, RAGGED, PAIRS, FULL, False, BLOCK_GROUPS,
+            )  # fmt: skip
+            if wide:
+                tl.debug_barrier()
+                for part in range(0, BLOCK_GROUPS, FEW):
+                    _quantize_groups(
+                        x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed, first + part,
+                        BITS, GROUP, SYMMETRIC, STOCHASTIC, RAGGED, PAIRS, FULL, True, FEW,
+                    )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -127,10 +144,31 @@ def _load_groups(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _encode(  # type: ignore[no-untyped-def]
+    v, zero, inv, at, words, BITS: tl.constexpr, STOCHASTIC: tl.constexpr
+):
+    """Codes of v [G, 4, C], those of a byte put together: in the lowest byte, with STOCHASTIC in the second.
+    The other bits are of no account."""
+    N: tl.constexpr = 8 // BITS  # codes per byte
+    t = (v - zero[:, None, None]) * inv[:, None, None]
+    if STOCHASTIC:
+        # The code is in the second byte, below it the fraction that noise was added to.
+        codes = (t + at_and_noise(at, words)).to(tl.uint32, bitcast=True)
+        codes = merge(tl.reshape(codes, (v.shape[0], N, 4 // N, v.shape[2])), BITS)
+    else:
+        codes = (t + (at + 2.0**23)[:, None, None]).to(tl.uint32, bitcast=True)
+        if N > 1:
+            codes = tl.reshape(codes, (v.shape[0], N, 4 // N, v.shape[2]))
+            codes = tl.sum(codes << (BITS * tl.arange(0, N)[None, :, None, None]).to(tl.uint32), axis=1)
+    return codes
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _quantize_groups(  # type: ignore[no-untyped-def]
     x_ptr, codes_ptr, scale_ptr, offset_ptr, numel, seed, first,
     BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, STOCHASTIC: tl.constexpr,
-    RAGGED: tl.constexpr, PAIRS: tl.constexpr, WIDE_TOO: tl.constexpr, GROUPS: tl.constexpr,
+    RAGGED: tl.constexpr, PAIRS: tl.constexpr, FULL: tl.constexpr, WIDE_TOO: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Write GROUPS groups; say whether there are wide ones, which come out right if WIDE_TOO."""
     TOP: tl.constexpr = 2**BITS - 1
@@ -138,11 +176,11 @@ def _quantize_groups(  # type: ignore[no-untyped-def]
     C: tl.constexpr = GROUP // 4
     VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     g = tl.arange(0, GROUPS)
-    exists = g < (numel - 1) // GROUP + 1 - first
+    exists = g < GROUPS if FULL else g < (numel - 1) // GROUP + 1 - first
 
-    if PAIRS and not WIDE_TOO:
-        pairs = load_pairs(x_ptr, first, exists, GROUP)
-        v = tl.reshape(first_and_second(pairs), (GROUPS, 4, C))
+    HALVES: tl.constexpr = PAIRS and not WIDE_TOO
+    if HALVES:
+        pairs = load_pairs(x_ptr, first, exists, GROUP, FULL)
         low, high = extremes_of_pairs(pairs, SYMMETRIC)
     else:
         v = _load_groups(x_ptr, first, numel, GROUP, RAGGED, GROUPS)
@@ -186,19 +224,19 @@ def _quantize_groups(  # type: ignore[no-untyped-def]
         offset = tl.where(plain, offset, tl.zeros_like(offset))
         scale_word = tl.where(plain, scale_word, (e | nonfinite * WIDE_NONFINITE | WIDE).to(tl.int16))
 
-    # The code is in the lowest bits; those above the byte are of no account.
-    t = (v - zero[:, None, None]) * inv[:, None, None]
     N: tl.constexpr = 8 // BITS  # codes per byte
-    if STOCHASTIC:
-        # The code is in the second byte, below it the fraction that noise was added to.
-        codes = (t + at_and_noise(at, seed, first, C)).to(tl.uint32, bitcast=True)
-        codes = second_bytes(merge(tl.reshape(codes, (GROUPS, N, 4 // N, C)), BITS))
+    words = hashes(seed, first, GROUPS, C) if STOCHASTIC else 0
+    if HALVES:  # one after the other, in half the registers
+        even = _encode(first_of(pairs), zero, inv, at, words, BITS, STOCHASTIC)
+        words = second_hashes(words) if STOCHASTIC else 0
+        odd = _encode(second_of(pairs), zero, inv, at, words, BITS, STOCHASTIC)
+        codes = tl.reshape(tl.join(even, odd), (GROUPS, 4 // N, C))
     else:
-        q = t + (at + 2.0**23)[:, None, None]
-        codes = q.to(tl.uint32, bitcast=True)
-        if N > 1:
-            codes = tl.reshape(codes, (GROUPS, N, 4 // N, C))
-            codes = tl.sum(codes << (BITS * tl.arange(0, N)[None, :, None, None]).to(tl.uint32), axis=1)
+        if STOCHASTIC:
+            words = tl.reshape(tl.join(words, second_hashes(words)), (GROUPS, 1, C))
+        codes = _encode(v, zero, inv, at, words, BITS, STOCHASTIC)
+    if STOCHASTIC:
+        codes = second_bytes(codes)
     byte = tl.arange(0, 4 // N)[None, :, None] * C + tl.arange(0, C)[None, None, :]
     byte = tl.max_contiguous(g[:, None, None] * (GROUP // N) + byte, (1, 1, VECTOR))  # as a thread has them
     tl.store(codes_ptr + first * (GROUP // N) + byte, codes.to(tl.uint8), mask=exists[:, None, None])
@@ -353,8 +391,8 @@ def group_quantize_pack_to(
 ) -> None:
     """`group_quantize_pack` of a valid x, contiguous of any shape, into `buffer` uint8 [span(sizes)].
 
-    Its parts begin at `starts(sizes)` of sizes = `group_sizes(n, bits, group, symmetric)`; `buffer` begins at a
-    multiple of 16.
+    Its parts begin at `starts(sizes)` of sizes = `group_sizes(n, bits, group, symmetric)`; `buffer` begins at
+    a multiple of 16.
     """
     sizes = group_sizes(x.numel(), bits, group, symmetric)
     if use_triton(x):
@@ -388,15 +426,24 @@ def _launch_pack(
     """`offset`: not used where `symmetric`."""
     numel = x.numel()
     block = 32 * 4 * (16 // x.element_size()) // group  # a warp loads four times 16 bytes per thread
-    stochastic = seed is not None
+    tiles, stochastic = cdiv(numel, block * group), seed is not None
     launch(
         _group_quantize_pack_kernel,
-        programs(cdiv(numel, block * group), max_programs),
+        programs(cdiv(tiles, 2) if tiles >= SHARED_TILES else tiles, max_programs),
         (x, codes, scale, offset),
         (numel, 0 if seed is None else _as_int32(seed)),
-        (bits, group, symmetric, stochastic, numel % group > 0, _in_pairs(x, group), block),
+        (
+            bits,
+            group,
+            symmetric,
+            stochastic,
+            numel % group > 0,
+            _in_pairs(x, group),
+            numel % (block * group) == 0,
+            block,
+        ),
         num_warps=1,
-        maxnreg=PACK_REGISTERS[stochastic],
+        maxnreg=PACK_REGISTERS[bits] if stochastic else NEAREST_REGISTERS,
         enable_fp_fusion=False,
     )
 

@@ -441,13 +441,27 @@ def test_whole_groups_that_begin_anywhere(
 
 
 @pytest.mark.kernel
-def test_few_programs_do_the_work_of_many(device: torch.device) -> None:
-    x = hard_values(5003, torch.bfloat16)
-    codes = group_quantize_pack(x.to(device), 4, 64, max_programs=2)
-    want = group_quantize_pack_ref(x, 4, 64)
+@pytest.mark.parametrize(("numel", "seed"), [(5003, None), (5120, None), (5120, 7)])
+def test_few_programs_do_the_work_of_many(device: torch.device, numel: int, seed: int | None) -> None:
+    x = hard_values(numel, torch.bfloat16)
+    codes = group_quantize_pack(x.to(device), 4, 64, seed=seed, max_programs=2)
+    want = group_quantize_pack_ref(x, 4, 64, seed=seed)
     assert_same_codes(codes, want)
     y = group_unpack_dequantize(codes, x.dtype, max_programs=2)
     assert same_bits(y, group_unpack_dequantize_ref(want, x.dtype))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("wide", [0, 900, 4095, None])
+def test_programs_that_share_tiles(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, wide: int | None
+) -> None:
+    """Of four tiles, two to a program, one has a wide group or none has."""
+    monkeypatch.setattr(groups, "SHARED_TILES", 1)
+    x = torch.randn(4096).to(torch.bfloat16)
+    if wide is not None:
+        x[wide] = nan
+    assert_same_codes(group_quantize_pack(x.to(device), 2, 64), group_quantize_pack_ref(x, 2, 64))
 
 
 @pytest.mark.kernel
