@@ -37,7 +37,7 @@ import sidelane
 from sidelane.pipeline.arena import shared
 
 TINY = 400 << 10  # bytes that the tiny shape saves
-SETTLE = 4  # steps: one learns, the next two are timed, and the plan of the fourth stays
+SETTLE = 8  # steps: one learns, two are timed for each of three plans at most, and the last one stays
 SHARES = "0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0"
 FIXED = "sidelane 4-bit,sidelane 8-bit,sidelane exact,sidelane exact 10.8 GiB,sidelane checkpoint raw"
 PLAN = ("gpu_budget_gib", "predicted_ms", "recomputed", "kept_gib", "coded_gib", "away_gib", "bound_by")

@@ -18,7 +18,7 @@ class Plan:
 
     Attributes:
         script: the step and the choices.
-        measured: seconds from the first save to the end of backward, smoothed; None before one was measured.
+        measured: seconds from the first save to the end of backward, median of the last steps; None before.
         residual: by what forecasts are multiplied, since steps of this kind took so much more than those say.
     """
 

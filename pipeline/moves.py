@@ -75,15 +75,22 @@ class Parcel:
 
     Args:
         number: position in the order of fetching; greater ones come back first.
+        stream: the current one, which has written the packet.
         source: the tensor whose memory the packet shares, None if the packet has memory of its own.
     """
 
     def __init__(
-        self, moves: Moves, number: int, packet: Packet, host: HostCopy, memory: Memory, source: Tensor | None
+        self,
+        moves: Moves,
+        number: int,
+        packet: Packet,
+        host: HostCopy,
+        memory: Memory,
+        stream: torch.cuda.Stream,
+        source: Tensor | None,
     ) -> None:
-        stream = current_stream(packet.device)
         self.number = number
-        self.device = packet.device
+        self.device = stream.device
         self.nbytes = host.nbytes
         self.claim: Claim | None = None
         self._moves = moves
@@ -200,26 +207,35 @@ class Moves:
         self.prefetched = 0
         self._budget = budget
         self._take = take
-        self._parcels: WeakValueDictionary[int, Parcel] = WeakValueDictionary()
         self._leaving: deque[ref[Parcel]] = deque()  # copied out and on the device, oldest first
-        self._away: list[int] = []  # numbers of those that are not on the device, ascending
+        self._away: list[tuple[int, ref[Parcel]]] = []  # those that are not on the device, by number
         self._kept: WeakValueDictionary[Hashable, Claim] = WeakValueDictionary()
 
     @property
     def holding(self) -> bool:
-        """Tensors are kept."""
-        return bool(self._kept)
+        """Something of the context is on the device."""
+        return self._budget.held > 0
+
+    @property
+    def waiting(self) -> bool:
+        """Something can be fetched ahead."""
+        return bool(self._away)
 
     def keep(self, tensor: Tensor, data: Hashable, nbytes: int) -> Held | None:
         """`tensor` as it is, its memory `data` counted once; None when the budget has no room."""
+        claim = self.claim(data, nbytes)
+        return None if claim is None else Held(tensor, claim)
+
+    def claim(self, data: Hashable | None, nbytes: int) -> Claim | None:
+        """A claim on device memory for a tensor that stays, counted once for all that lie in the memory
+        `data`, None if it is not shared; None when the budget has no room."""
+        if data is None:
+            return self._budget.claim(nbytes) or self.room(nbytes)
         with self.lock:
             claim = self._kept.get(data)
-            if claim is None:
-                claim = self.room(nbytes)
-                if claim is None:
-                    return None
+            if claim is None and (claim := self.room(nbytes)) is not None:
                 self._kept[data] = claim
-        return Held(tensor, claim)
+        return claim
 
     def room(self, nbytes: int) -> Claim | None:
         """A claim on device memory, at the cost of parcels that leave; None if not enough do."""
@@ -228,7 +244,7 @@ class Moves:
                 parcel = self._leaving.popleft()() if self._leaving else None
                 if parcel is not None and parcel.here:
                     parcel.drop()
-                    insort(self._away, parcel.number)
+                    insort(self._away, (parcel.number, ref(parcel)))
                 elif not self._leaving:
                     return None
         return claim
@@ -240,14 +256,14 @@ class Moves:
         memory = self._take(host.nbytes)
         if memory is None:
             return None
+        stream = current_stream(packet.device)
         with self.lock:
             claim = self.room(host.nbytes)
-            parcel = Parcel(self, self.count, packet, host, memory, source)
+            parcel = Parcel(self, self.count, packet, host, memory, stream, source)
             self.count += 1
-            self._parcels[parcel.number] = parcel
             if claim is None:
                 parcel.drop()
-                insort(self._away, parcel.number)
+                insort(self._away, (parcel.number, ref(parcel)))
             else:
                 parcel.claim = claim
                 self._leaving.append(ref(parcel))
@@ -263,15 +279,15 @@ class Moves:
                 local = parcel.fetch(self._budget.claim(parcel.nbytes))
             return local
 
-    def fetch_ahead(self, end: int, growth: int, left: float) -> None:
+    def fetch_ahead(self, end: int, gradients: int, again: int, left: float) -> None:
         """Fetch the newest parcels below number `end`, while `allowed_ahead` has room."""
         if not self._away:
             return
         with self.lock:
             limit = self._budget.limit or 0
-            allowed = allowed_ahead(limit, growth, left)
-            while (at := bisect_left(self._away, end)) > 0:
-                parcel = self._parcels.get(self._away[at - 1])
+            allowed = allowed_ahead(limit, gradients, again, left)
+            while (at := bisect_left(self._away, (end,))) > 0:
+                parcel = self._away[at - 1][1]()
                 if parcel is None or parcel.here:
                     del self._away[at - 1]
                     continue
@@ -287,6 +303,6 @@ class Moves:
                 self.prefetched += 1
 
     def _forget(self, number: int) -> None:
-        at = bisect_left(self._away, number)
-        if at < len(self._away) and self._away[at] == number:
+        at = bisect_left(self._away, (number,))
+        if at < len(self._away) and self._away[at][0] == number:
             del self._away[at]

@@ -9,33 +9,50 @@ alone, leaves the counting of the others as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
-from statistics import median
+from time import perf_counter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 
-from sidelane.pipeline.lesson import WORTH, BlockCall, Call, Entry, Lesson, Phases, Script
+from sidelane.pipeline.lesson import WORTH, BlockCall, Call, Entry, Lesson, Pack, Script
 from sidelane.pipeline.machine import Curve, LaneSpeed
+from sidelane.pipeline.marks import END, IN, OUT, SAVE, USE, Mark, Seconds, Shown
 from sidelane.pipeline.stash import Stash
 from sidelane.pipeline.step_model import Choice
 from sidelane.pipeline.streams import current_stream, timed_event
 
-ALIKE = 3  # blocks, from which on odd gaps of one are told from those of the others
 
-_SAVE, _USE, _IN, _OUT, _END = range(5)
+class _Work(NamedTuple):
+    """What a stream did for us at a mark, between two events."""
+
+    mark: Mark
+    before: Stamp
+    after: Stamp
 
 
-class Mark(NamedTuple):
-    """Something of ours that a stream did, between two events."""
+class Stamp:
+    """A point of the current stream, and when the host came to it and left it."""
 
-    kind: int
-    number: int
-    before: Any
-    after: Any
+    __slots__ = ("_event", "came", "left")
+
+    def __init__(self, device: torch.device) -> None:
+        self.came = perf_counter()
+        timed = None if device.type == "cpu" else timed_event()
+        self._event = current_stream(device).record_event(timed)
+        self.left = perf_counter()
+
+    def query(self) -> bool:
+        return bool(self._event.query())
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+    def elapsed(self, end: Stamp) -> float:
+        """Seconds of the device until `end`."""
+        return float(self._event.elapsed_time(end._event)) / 1e3
 
 
 class Trip:
@@ -45,21 +62,25 @@ class Trip:
         script: None to learn.
         timed: mark every save and use with events.
         first: number that the next parcel has.
+        level: the device has nothing left to do.
     """
 
-    def __init__(self, device: torch.device, script: Script | None, timed: bool, first: int) -> None:
+    def __init__(
+        self, device: torch.device, script: Script | None, timed: bool, first: int, level: bool = False
+    ) -> None:
         self.device = device
+        self._level = level
         self.script = script
         self.lost = False  # it is not the step of the script, or failed
         self.failed = False  # with an exception
         self.last = first
         self.gradients = 0
-        self.begin = stamp(device)
-        self.end: Any = None
+        self.begin = Stamp(device)
+        self.end: Stamp | None = None
         self._task = -1  # the backward pass that used something last
-        self._marks: list[Mark] | None = [] if timed or script is None else None
+        self._work: list[_Work] | None = [] if timed or script is None else None
         self._rows: list[list[Call]] = [[]]
-        self._at = 0
+        self.at = 0  # saves that came in this segment
         self._blocks: list[BlockCall] = []
         self._entries: list[Entry] = []
         self._numbers: WeakKeyDictionary[Stash, int] = WeakKeyDictionary()
@@ -80,21 +101,51 @@ class Trip:
         script = self.script
         if script is None or self.lost:
             return False
-        return len(self._rows) == len(script.rows) and self._at == len(script.rows[-1])
+        return len(self._rows) == len(script.rows) and self.at == len(script.rows[-1])
 
     @property
-    def growth(self) -> int:
-        """Bytes that backward itself allocates, as far as they are known."""
-        return self.gradients if self.script is None else self.script.plan.forecast.growth
+    def growth(self) -> tuple[int, int]:
+        """Bytes of gradients, and most that a block holds which runs again, as far as they are known."""
+        script = self.script
+        if script is None:
+            return self.gradients, 0
+        return script.lesson.gradients, script.plan.forecast.again_bytes
 
     @property
     def size(self) -> int:
         """Tensors of the step; at least 1."""
         return max(1, len(self._entries) if self.script is None else len(self.script.lesson.entries))
 
+    @property
+    def passes(self) -> bool:
+        """The block that was entered keeps all that it saves, and nothing of it is timed."""
+        script, segment = self.script, len(self._rows) - 1
+        return script is not None and not self.lost and self._work is None and script.keeps[segment]
+
+    def expected(self) -> Call | None:
+        """The next save of the script in this segment; None where nobody knows."""
+        if self.script is None or self.lost:
+            return None
+        row = self.script.rows[len(self._rows) - 1]
+        return row[self.at][0] if self.at < len(row) else None
+
+    @property
+    def packs(self) -> list[Pack]:
+        """All that came to the hooks in this segment when it passed last."""
+        return [] if self.script is None else self.script.packs.get(len(self._rows) - 1, [])
+
+    @packs.setter
+    def packs(self, packs: list[Pack]) -> None:
+        if self.script is not None and not self.lost:
+            self.script.packs[len(self._rows) - 1] = packs
+
+    def entry(self, number: int) -> Entry:
+        """A tensor of the step."""
+        return self._entries[number] if self.script is None else self.script.lesson.entries[number]
+
     def save(self, nbytes: int, dtype: torch.dtype) -> tuple[int, Choice | None]:
         """Number of the tensor that is saved now and what to do with it; -1 and None where nobody knows."""
-        at, self._at = self._at, self._at + 1
+        at, self.at = self.at, self.at + 1
         if self.script is None or self.lost:
             return -1, None
         rows, segment = self.script.rows, len(self._rows) - 1
@@ -128,10 +179,10 @@ class Trip:
         """
         segment = len(self._rows) - 1
         if self.script is not None and not self.lost and segment < len(self.script.rows):
-            self.lost = self._at != len(self.script.rows[segment])
+            self.lost = self.at != len(self.script.rows[segment])
         b = len(self._rows) // 2
         self._next_segment()
-        self._mark(_IN, b)
+        self._mark(IN, b)
         if self.script is not None:
             recompute = self.script.plan.recompute
             self.lost = self.lost or b >= len(recompute) or modes != self.script.lesson.blocks[b].modes
@@ -149,30 +200,35 @@ class Trip:
 
     def leave(self, unchanged: bool) -> None:
         """The block has returned."""
-        self._mark(_OUT, len(self._rows) // 2 - 1)
+        self._mark(OUT, len(self._rows) // 2 - 1)
         if self.script is None:
             self._blocks[-1].repeatable &= unchanged
         elif not self.lost:
-            self.lost = self._at != len(self.script.rows[len(self._rows) - 1])
+            self.lost = self.at != len(self.script.rows[len(self._rows) - 1])
         self._next_segment()
 
-    def before(self) -> Any:
-        """An event, or None in a trip that is not timed."""
-        return None if self._marks is None else stamp(self.device)
+    def before(self) -> Stamp | None:
+        """A stamp, or None in a trip that is not timed."""
+        return None if self._work is None else Stamp(self.device)
 
-    def saved(self, number: int, before: Any) -> None:
+    def saved(self, number: int, before: Stamp | None) -> None:
         """A tensor was stored."""
-        if self._marks is not None and number >= 0:
-            self._marks.append(Mark(_SAVE, number, before, stamp(self.device)))
+        if self._work is not None and before is not None and number >= 0:
+            self._work.append(_Work(Mark(SAVE, number), before, Stamp(self.device)))
 
-    def used(self, number: int, before: Any, wire: int) -> None:
+    def used(self, number: int, before: Stamp | None, wire: int) -> None:
         """A tensor was unpacked; `wire`: bytes of its packet."""
         if self.script is None and 0 <= number < len(self._entries):
             self._entries[number].wire = wire
-        self.end = stamp(self.device)
-        if self._marks is not None and number >= 0:
-            self._marks.append(Mark(_USE, number, before, self.end))
         task = torch._C._current_graph_task_id()
+        if self._work is not None:
+            self.end = Stamp(self.device)
+            if number >= 0 and before is not None:
+                self._work.append(_Work(Mark(USE, number), before, self.end))
+        elif task in (-1, self._task) and self.end is not None:
+            return
+        else:
+            self.end = Stamp(self.device)  # until `finish` knows better
         if task not in (-1, self._task):
             self._task = task
             # For its time alone: a pass that fails never calls it.
@@ -180,73 +236,58 @@ class Trip:
 
     def finish(self) -> None:
         """A backward pass has ended."""
-        self._mark(_END, 0)
-        self.end = stamp(self.device)
+        self._mark(END, 0)
+        self.end = Stamp(self.device)
 
     def ended(self) -> bool:
         """The device has done all of it."""
-        return self.end is not None and bool(self.end.query())
+        return self.end is not None and self.end.query()
 
     def seconds(self) -> float:
         """From the first save to the end of backward; above 0."""
-        return max(_seconds(self.begin, self.end), 1e-9)
+        return 1e-9 if self.end is None else max(self.begin.elapsed(self.end), 1e-9)
 
     def lesson(self) -> Lesson | None:
-        """What a trip has learned that was told to, or has seen that recomputed nothing; None if that is
-        nothing. The device must have `ended`."""
-        entries = self._known()
-        if not self.complete or not entries or not self._marks:
+        """What a trip has learned that was told to; None if that is nothing. The device must have `ended`."""
+        shown = self.shown()
+        if not self._entries or shown is None:
             return None
-        gaps = self._evened(self._gaps())
-        clocks = list(accumulate(gaps))
-        count, end = len(entries), clocks[-1]
-        saved, used, freed = [-1.0] * count, [-1.0] * count, [-1.0] * count
-        spans = [[0.0, 0.0] for _ in range(len(self._rows) // 2)]
-        for mark, clock, following in zip(self._marks, clocks, [*clocks[1:], end], strict=True):
-            if mark.kind == _SAVE:
-                saved[mark.number] = clock if saved[mark.number] < 0 else saved[mark.number]
-            elif mark.kind == _USE:
-                used[mark.number] = clock if used[mark.number] < 0 else used[mark.number]
-                freed[mark.number] = following
-            elif mark.kind != _END:
-                spans[mark.number][mark.kind == _OUT] = clock
-        for i, entry in enumerate(entries):
-            if entry.boundary:
-                saved[i] = spans[entry.block][0]
-            if used[i] < 0:
-                used[i] = freed[i] = end
-        times = tuple((max(a, 0.0), b, c) for a, b, c in zip(saved, used, freed, strict=True))
-        seen = times, tuple((a, b) for a, b in spans), self._phases(gaps)
-        if self.script is not None:
-            before = self.script.lesson
-            return replace(before, times=seen[0], spans=seen[1], phases=seen[2], stretch=(1.0, 1.0, 1.0))
         rows, blocks = tuple(map(tuple, self._rows)), tuple(self._blocks)
-        known = tuple(map(replace, entries))  # later passes over this graph change them
-        return Lesson(self.device, known, rows, blocks, *seen, self.gradients, self._exact_speed())
+        known = tuple(map(replace, self._entries))  # later passes over this graph change them
+        gaps, host = shown.device.gaps, shown.host.gaps
+        return Lesson(
+            self.device, known, rows, blocks, shown.marks, gaps, host, self.gradients, self._exact_speed()
+        )
 
-    def _known(self) -> Sequence[Entry]:
-        """The tensors of the step."""
-        return self._entries if self.script is None else self.script.lesson.entries
+    def shown(self) -> Shown | None:
+        """What a timed trip has shown that has `ended`."""
+        if not self._work or not self.complete:
+            return None
+        work = self._work
+        between = list(zip([self.begin, *(w.after for w in work)], (w.before for w in work), strict=False))
+        within = [(w.before, w.after) for w in work]
+        return Shown(
+            tuple(w.mark for w in work),
+            Seconds(*(tuple(max(0.0, a.elapsed(b)) for a, b in pairs) for pairs in (between, within))),
+            Seconds(*(tuple(max(0.0, b.came - a.left) for a, b in pairs) for pairs in (between, within))),
+            self._level,
+        )
 
     def _exact_speed(self) -> LaneSpeed | None:
         """As seen in this trip: the median encode, and a fast decode, since others waited for copies."""
         seconds: tuple[list[float], list[float]] = [], []
         seen = set()
-        for mark in self._marks or []:
-            if mark.kind in (_SAVE, _USE) and (mark.kind, mark.number) not in seen:
-                seen.add((mark.kind, mark.number))
+        for mark, before, after in self._work or []:
+            if mark.kind in (SAVE, USE) and mark not in seen:
+                seen.add(mark)
                 entry = self._entries[mark.number]
                 if 0 < entry.wire < WORTH * entry.weight:
-                    seconds[mark.kind].append(_seconds(mark.before, mark.after) / entry.weight)
+                    seconds[mark.kind].append(before.elapsed(after) / entry.weight)
         if not all(seconds):
             return None
         encode, decode = (sorted(times) for times in seconds)
         rates = encode[len(encode) // 2], decode[len(decode) // 4]
         return LaneSpeed(*(Curve.line(0.0, 1 / max(rate, 1e-15)) for rate in rates))
-
-    def computing(self) -> Phases | None:
-        """Seconds of computing alone in each phase, of a timed trip that has `ended`."""
-        return self._phases(self._gaps()) if self._marks and self.complete else None
 
     @property
     def _inside(self) -> bool:
@@ -254,68 +295,9 @@ class Trip:
 
     def _next_segment(self) -> None:
         self._rows.append([])
-        self._at = 0
+        self.at = 0
 
     def _mark(self, kind: int, number: int) -> None:
-        if self._marks is not None:
-            now = stamp(self.device)
-            self._marks.append(Mark(kind, number, now, now))
-
-    def _gaps(self) -> list[float]:
-        """Seconds of computing alone before each mark."""
-        marks = self._marks or []
-        afters = [self.begin, *(mark.after for mark in marks)]
-        return [max(0.0, _seconds(after, mark.before)) for after, mark in zip(afters, marks, strict=False)]
-
-    def _phases(self, gaps: list[float]) -> Phases:
-        turn = next((i for i, mark in enumerate(self._marks or []) if mark.kind == _USE), len(gaps))
-        return sum(gaps[:turn]), sum(gaps[turn : turn + 1]), sum(gaps[turn + 1 :])
-
-    def _evened(self, gaps: list[float]) -> list[float]:
-        """`gaps` with the median of blocks that are alike inside of these: the first of all steps computes
-        with pauses in its first blocks, where kernels are loaded and memory is allocated."""
-        alike: dict[Any, list[list[int]]] = {}
-        for run in self._runs():
-            alike.setdefault(tuple(self._signature(i) for i in run), []).append(run)
-        out = list(gaps)
-        for runs in alike.values():
-            if len(runs) >= ALIKE:
-                for together in list(zip(*runs, strict=True))[1:]:  # what is before a run is not of its block
-                    middle = median(gaps[i] for i in together)
-                    for i in together:
-                        out[i] = middle
-        return out
-
-    def _runs(self) -> list[list[int]]:
-        """Neighbouring marks of one block, in forward and in backward."""
-        runs: list[list[int]] = []
-        entries = self._known()
-        owner: tuple[int, int] | None = None
-        for i, mark in enumerate(self._marks or []):
-            before, block = owner, mark.number
-            if mark.kind in (_SAVE, _USE):
-                block = entries[mark.number].block
-            if mark.kind == _IN or (mark.kind == _USE and block >= 0):
-                owner = mark.kind, block
-            if owner is not None and block == owner[1] and mark.kind != _END:
-                if owner != before:
-                    runs.append([])
-                runs[-1].append(i)
-            if mark.kind == _OUT:
-                owner = None
-        return runs
-
-    def _signature(self, i: int) -> tuple[int, int]:
-        mark = (self._marks or [])[i]
-        return mark.kind, self._known()[mark.number].weight if mark.kind in (_SAVE, _USE) else 0
-
-
-def stamp(device: torch.device) -> Any:
-    """An event with a time, after what the current stream was told to do."""
-    if device.type == "cpu":
-        return current_stream(device).record_event()
-    return current_stream(device).record_event(timed_event())
-
-
-def _seconds(a: Any, b: Any) -> float:
-    return float(a.elapsed_time(b)) / 1e3
+        if self._work is not None:
+            now = Stamp(self.device)
+            self._work.append(_Work(Mark(kind, number), now, now))

@@ -1,11 +1,13 @@
 """The automatic lane of an offload context: learns the step, plans it, and says what to do with each tensor.
 
 Note: [Cycle of a plan]
-The first trip of a kind takes the exact lane and learns. Its plan is made when the second begins, which is
-timed again, since a trip that learns computes with pauses; so is one whose time is not what was predicted.
-Another plan takes over only if it is predicted to be faster by `GAIN`. A trip that is not the step of its
-script goes on as one that learns would, and the next of its kind learns again. Kinds are told apart by the
-first tensor they save, so that batches of other shapes have plans of their own.
+The first trip of a kind takes the exact lane and learns. Its plan is made when the second begins. The first
+trips of a plan are timed, since a trip that learns computes with pauses, and show the step again: another
+plan takes over if it is predicted to be faster by `GAIN`, a few times at most. From then on nothing is timed
+or planned, until steps take another time than they did, and each time that happens it has to last longer.
+A trip that is not the step of its script goes on as one that learns would, and the next of its kind learns
+again. Kinds are told apart by the first tensor they save, so that batches of other shapes have plans of their
+own.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import partial
 from math import inf
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,8 +29,9 @@ from sidelane.pipeline.blocks import Blocks, fingerprint, is_plain, modes, run_a
 from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.entries import Visit
 from sidelane.pipeline.lanes import undisturbed
-from sidelane.pipeline.lesson import Entry, Script
+from sidelane.pipeline.lesson import Entry, Lesson, Script
 from sidelane.pipeline.moves import Moves
+from sidelane.pipeline.passage import Passage, Passed
 from sidelane.pipeline.policy import is_capturing, may_lose_bits, why_kept
 from sidelane.pipeline.recorder import Trip
 from sidelane.pipeline.stash import Kept, Stash, Ticket, data_key
@@ -36,12 +40,13 @@ from sidelane.pipeline.step_plan import StepPlan, plan_step
 from sidelane.pipeline.tiers import Memory
 
 GAIN = 0.03  # share of the step that another plan must save
-DRIFT = 0.15  # share of the step by which a prediction may be wrong
-PATIENCE = 3  # trips in a row that are wrong before the step is timed again
-TIMED = 2  # trips after the first plan
+TIMED = 2  # trips of each plan
+ROUNDS = 2  # plans that may take over from the first
+RECENT = 9  # trips whose median time is that of the step
+DRIFT = 0.15  # share of the step by which that may change
+PATIENCE = 3  # trips in a row that end early before the step is learned again
 SPARE = 1 / 128  # of budgets that plans leave alone, for what rounding and headers add
 KINDS = 16  # of trips that are remembered
-SMOOTH = 0.2  # weight of the last trip in the mean
 
 
 class Tracked:
@@ -59,13 +64,39 @@ class _Kind:
     """What is known of trips that begin alike."""
 
     def __init__(self) -> None:
-        self.script: Script | None = None
-        self.timed = 0  # trips to time
-        self.wrong = 0  # trips in a row whose time was not as predicted
-        self.short = 0  # trips in a row that ended early
-        self.measured: float | None = None  # seconds of a trip, smoothed
-        self.residual = 1.0  # by which they are more than the model of the step says
         self.pending: deque[Trip] = deque(maxlen=4)
+        self.script: Script | None = None
+        self.lesson: Lesson | None = None  # that of the script, and what its timed trips have shown
+        self.timed = 0  # trips to time
+        self.seen = 0  # timed trips of this plan
+        self.rounds = 0  # plans that may take over
+        self.fresh = False  # the next timed trip counts alone
+        self.short = 0  # trips in a row that ended early
+        self.recent: deque[float] = deque(maxlen=RECENT)  # seconds of trips
+        self.settled: float | None = None  # seconds of the step since it was timed last
+        self.pause = RECENT  # trips, longer each time, before the step may be timed again
+        self.patience = self.pause  # those that are left
+
+    @property
+    def measured(self) -> float | None:
+        return median(self.recent) if self.recent else None
+
+    def begin(self, script: Script, timed: int) -> None:
+        """Follow a plan; `timed`: trips to time, 0 for a plan with choices that were followed before."""
+        if timed:
+            self.recent.clear()
+        self.script, self.lesson = script, script.lesson
+        self.timed, self.seen, self.settled = timed, 0, None
+
+    def drifts(self) -> bool:
+        """Steps take another time than they did. Asked once in each trip."""
+        self.patience -= 1
+        if self.settled is None and len(self.recent) == RECENT:
+            self.settled = self.measured
+        settled, measured = self.settled, self.measured
+        if self.patience > 0 or settled is None or measured is None:
+            return False
+        return abs(measured - settled) > DRIFT * settled
 
 
 class Auto:
@@ -117,13 +148,14 @@ class Auto:
 
     @property
     def measured(self) -> float | None:
-        """Seconds from the first save to the end of backward, smoothed; None before one was measured."""
+        """Seconds from the first save to the end of backward, the median of the last trips; None before."""
         return None if self._latest is None else self._latest.measured
 
     @property
     def residual(self) -> float:
-        """By what forecasts have to be multiplied, smoothed."""
-        return 1.0 if self._latest is None else self._latest.residual
+        """By what forecasts have to be multiplied."""
+        script, measured = self.plan, self.measured
+        return 1.0 if script is None or measured is None else measured / _seconds_of(script)
 
     def use_blocks(self, modules: Iterable[nn.Module]) -> None:
         """Modules that may be recomputed from the next entering on."""
@@ -163,12 +195,13 @@ class Auto:
         if trip is not None and trip.learning:
             trip.gradients += nbytes
 
-    def used(self, tracked: Tracked, before: Any, wire: int) -> None:
+    def used(self, tracked: Tracked | Passed, before: Any = None, wire: int = 0) -> None:
         """A tensor was unpacked."""
         self._uses += 1
         trip = tracked.trip
         trip.used(tracked.number, before, wire)
-        self.moves.fetch_ahead(trip.last, trip.growth, (tracked.number + 1) / trip.size)
+        if self.moves.waiting:
+            self.moves.fetch_ahead(trip.last, *trip.growth, (tracked.number + 1) / trip.size)
 
     def _entry(self, tensor: Tensor, nbytes: int) -> Entry:
         lossy = None
@@ -196,7 +229,9 @@ class Auto:
                 self._learn_from(kind)
             timed = kind.timed > 0
             kind.timed -= timed
-            trip = Trip(device, kind.script, timed, self.moves.count)
+            before: Trip | None = getattr(self._local, "latest", None)
+            level = before is None or before.ended()
+            trip = self._local.latest = Trip(device, kind.script, timed, self.moves.count, level)
             kind.pending.append(trip)
             return trip
 
@@ -208,12 +243,12 @@ class Auto:
                 pass  # of an older plan, or without a backward pass
             elif trip.learning:
                 lesson = None
-                if trip.complete:
+                if trip.complete and trip.end is not None:
                     trip.end.synchronize()  # the one wait: there is no plan without
                     lesson = trip.lesson()
                 if lesson is not None:
-                    kind.script = Script.of(lesson, self._plan_for(lesson.step()))
-                    kind.timed, kind.measured, kind.residual = TIMED, None, 1.0
+                    kind.begin(Script.of(lesson, self._plan_for(lesson.step())), TIMED)
+                    kind.rounds = ROUNDS
             elif not trip.complete:
                 self._note_short(kind, trip)
             elif trip.ended():
@@ -229,28 +264,36 @@ class Auto:
             kind.script, kind.short = None, 0
 
     def _compare(self, kind: _Kind, trip: Trip, script: Script | None) -> None:
-        if script is None:
+        if script is None or kind.lesson is None:
             return
         kind.short = 0
-        seconds, forecast = trip.seconds(), max(script.plan.forecast.seconds, 1e-9)
-        wrong = abs(seconds - forecast * kind.residual) > DRIFT * forecast * kind.residual
-        if kind.measured is None:
-            kind.measured, kind.residual = seconds, seconds / forecast
-        kind.measured += SMOOTH * (seconds - kind.measured)
-        kind.residual *= (seconds / forecast / kind.residual) ** SMOOTH
-        kind.wrong = kind.wrong + 1 if wrong else 0
-        if kind.wrong >= PATIENCE:
-            kind.timed, kind.wrong = max(kind.timed, 1), 0
-        computing = trip.computing()
-        if computing is None:
-            return
-        lesson = None if any(script.plan.recompute) else trip.lesson()
-        lesson = lesson or script.lesson.stretched(computing, script.plan.forecast.again)
+        kind.recent.append(trip.seconds())
+        shown = trip.shown()
+        if shown is not None:
+            kind.lesson = kind.lesson.seen_again(shown, script.plan.choices, kind.fresh)
+            kind.fresh = False
+            kind.seen += 1
+            if kind.seen == TIMED:
+                self._plan_again(kind, script.plan, kind.lesson)
+        elif kind.drifts():
+            kind.timed, kind.seen, kind.settled, kind.fresh = TIMED, 0, None, True
+            kind.rounds = 1
+            kind.pause *= 4
+            kind.patience = kind.pause
+
+    def _plan_again(self, kind: _Kind, plan: StepPlan, lesson: Lesson) -> None:
+        """After what timed trips of a plan have shown."""
         step = lesson.step()
-        old, new = script.plan.for_step(step), self._plan_for(step)
-        better = new.forecast.seconds < (1 - GAIN) * old.forecast.seconds
-        kind.measured = None  # the next one is of the step as it is seen from here on
-        kind.script = Script.of(lesson, new if better or not old.fits else replace(old, others=new.others))
+        old = plan.for_step(step)
+        if not kind.rounds:
+            kind.begin(Script.of(lesson, old), 0)
+            return
+        kind.rounds -= 1
+        new = self._plan_for(step)
+        if new.forecast.seconds < (1 - GAIN) * old.forecast.seconds or (new.fits and not old.fits):
+            kind.begin(Script.of(lesson, new), TIMED)
+        else:
+            kind.begin(Script.of(lesson, replace(old, others=new.others)), 0)
 
     def _plan_for(self, step: Step) -> StepPlan:
         limits = (self._budget.limit, self._host.limit)
@@ -275,7 +318,12 @@ class Auto:
         before = fingerprint(module, (args, kwargs)) if trip.learning else []
         try:
             local.inside = True
-            result = run_again_later(forward, args, kwargs) if again else forward(*args, **kwargs)
+            if again:
+                result = run_again_later(forward, args, kwargs)
+            elif trip.passes:
+                result = Passage(trip, self.moves, self._min_bytes, self.used).run(forward, args, kwargs)
+            else:
+                result = forward(*args, **kwargs)
         except BaseException:
             trip.lost = trip.failed = True
             raise
@@ -303,6 +351,10 @@ class Auto:
             if why_kept(tensor, self._min_bytes) is None:
                 out.append((data_key(tensor), self._entry(tensor, self._weigh(tensor))))
         return out
+
+
+def _seconds_of(script: Script) -> float:
+    return max(script.plan.forecast.seconds, 1e-9)
 
 
 def _is_distributed() -> bool:

@@ -9,6 +9,8 @@ and copied in by another, newest first; it holds memory until room is needed, an
 waits for its copy. In backward it is fetched as soon as the budget has room, less and less of it the further
 backward comes down. A recomputed block saves its inputs alone and adds its forward time again. `simulate`
 follows the engine in `moves.py` step by step, so that what is predicted is what it does.
+The host has a clock of its own, to which every tensor adds what its choice costs there. Where a step begins
+with both clocks level, the device waits whenever the host comes later than it could go on.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ from typing import NamedTuple
 
 AHEAD = 256 << 20  # bytes that may always be fetched ahead
 KEEP, HERE, AWAY = "keep", "here", "away"
+NO_HOST = 0.0, 0.0
 
 _FREE, _SAVE, _USE, _AGAIN, _FREE_AT_ONCE = range(5)  # in this order where times are equal
 
 
-def allowed_ahead(limit: float, growth: float, left: float) -> float:
+def allowed_ahead(limit: float, gradients: float, again: float, left: float) -> float:
     """Bytes that may be held when something is fetched ahead and the share `left` of the saved tensors is not
-    used yet: what backward allocates itself, `growth` bytes at its end, takes the room of activations."""
-    return min(limit, max(limit - growth * (1 - left), AHEAD))
+    used yet: `gradients`, all there at the end, and the `again` bytes of a block that runs again take the
+    room of activations."""
+    return min(limit, max(limit - gradients * (1 - left) - again, AHEAD))
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Saved:
         codes: those that may be used; one of lane "raw" for sending it as it is.
         block: in which it is saved, -1 for none.
         boundary: an input of the block, saved only if that is recomputed; others of a block only if not.
+        host: when the host comes to save and to use it, in seconds of the program alone since the step began.
+        count: tensors that are taken for this one.
     """
 
     nbytes: int
@@ -60,6 +66,8 @@ class Saved:
     codes: tuple[Code, ...] = ()
     block: int = -1
     boundary: bool = False
+    host: tuple[float, float] = NO_HOST
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,12 +78,14 @@ class Block:
         seconds: of its forward pass.
         used, freed: when backward comes to it and leaves it.
         repeatable: running it again gives the same and changes nothing else.
+        host: seconds of the host for its forward pass.
     """
 
     seconds: float
     used: float
     freed: float
     repeatable: bool = True
+    host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,7 @@ class Step:
         seconds: of computing alone, forward and backward.
         out, back: seconds over bytes of the wires off the device and back; None where there are none.
         gradients: bytes of gradients at the end of backward.
+        host: seconds of the host to save and to use a tensor with a choice; None where it is never late.
     """
 
     saved: tuple[Saved, ...]
@@ -95,6 +106,7 @@ class Step:
     out: Callable[[int], float] | None = None
     back: Callable[[int], float] | None = None
     gradients: int = 0
+    host: Callable[[Choice], tuple[float, float]] | None = None
 
 
 class Choice(NamedTuple):
@@ -115,21 +127,23 @@ class Forecast:
         seconds: of the step.
         held: most bytes of saved tensors on the device at once; `working`: with gradients, and what a block
             that runs again holds while its backward pass does.
-        growth: bytes that backward itself allocates in its course: gradients, and one recomputed block.
+        again_bytes: most that a block holds which runs again.
         away: bytes that leave.
         coding, again: seconds of codes and of recomputing.
-        waited_out, waited_back: seconds in which computing waits for a copy out, or a copy back.
+        waited_out, waited_back: seconds in which computing waits for a copy out, or a copy back;
+            waited_host: for the host.
     """
 
     seconds: float
     held: int
     working: int
-    growth: int
+    again_bytes: int
     away: int
     coding: float
     again: float
     waited_out: float
     waited_back: float
+    waited_host: float = 0.0
 
 
 class Option(NamedTuple):
@@ -139,6 +153,7 @@ class Option(NamedTuple):
     decode: float
     out: float
     back: float
+    host: tuple[float, float]
 
 
 class Simulator:
@@ -147,7 +162,11 @@ class Simulator:
     def __init__(self, step: Step, limit: float) -> None:
         self.step = step
         self.limit = limit
-        self.options = tuple(tuple(_options(step, saved)) for saved in step.saved)
+        options: dict[object, tuple[Option, ...]] = {}  # many tensors are alike
+        for saved in step.saved:
+            if (saved.nbytes, saved.codes, saved.count) not in options:
+                options[saved.nbytes, saved.codes, saved.count] = tuple(_options(step, saved))
+        self.options = tuple(options[saved.nbytes, saved.codes, saved.count] for saved in step.saved)
         events: list[tuple[float, int, int]] = []
         for i, saved in enumerate(step.saved):
             free = _FREE if saved.freed > saved.used else _FREE_AT_ONCE
@@ -155,6 +174,7 @@ class Simulator:
         events += [(block.used, _AGAIN, b) for b, block in enumerate(step.blocks)]
         self._events = sorted(events)
         self._owners = [(saved.block, saved.boundary) for saved in step.saved]
+        self._host_times = [saved.host for saved in step.saved]
         self._block_bytes = [0] * len(step.blocks)
         for saved in step.saved:
             if saved.block >= 0 and not saved.boundary:
@@ -162,39 +182,50 @@ class Simulator:
 
     def run(self, picks: Sequence[int], recompute: Sequence[bool]) -> Forecast:
         """`picks`: of each saved tensor, which of its options."""
-        step, limit, options, count = self.step, self.limit, self.options, len(self.step.saved)
+        step, limit, count = self.step, self.limit, len(self.step.saved)
+        chosen = [mine[pick] for mine, pick in zip(self.options, picks, strict=True)]
         left = 1.0
-        late = out = back = coding = again = waited_out = waited_back = 0.0
+        late = out = back = coding = again = waited_out = waited_back = waited_host = host_late = 0.0
+        follow_host, host_times = step.host is not None, self._host_times
         held = peak = working = sent = 0
         copied, arrived = [0.0] * count, [-1.0] * count
         leaving: deque[int] = deque()
         away: list[int] = []
         gone = [False] * count
-        again_bytes = (n for n, flag in zip(self._block_bytes, recompute, strict=True) if flag)
-        growth = step.gradients + max(again_bytes, default=0)
+        gradients = step.gradients
+        once = max((n for n, flag in zip(self._block_bytes, recompute, strict=True) if flag), default=0)
         active = [block < 0 or recompute[block] == boundary for block, boundary in self._owners]
         for time, kind, i in self._events:
             if kind == _AGAIN:
                 if recompute[i]:
                     late += step.blocks[i].seconds
                     again += step.blocks[i].seconds
-                    grown = step.gradients * (1 - left) + self._block_bytes[i]
+                    host_late += step.blocks[i].host
+                    grown = gradients * (1 - left) + self._block_bytes[i]
                     working = max(working, held + int(grown))
                 continue
             if not active[i]:
                 continue
-            choice, nbytes, encode, decode, out_s, back_s = options[i][picks[i]]
+            choice, nbytes, encode, decode, out_s, back_s, host_costs = chosen[i]
+            if follow_host and _FREE < kind <= _USE:
+                waits = host_times[i][kind == _USE] + host_late - time - late
+                if waits > 0:
+                    late += waits
+                    waited_host += waits
+                host_late += host_costs[kind == _USE]
             if kind == _SAVE:
-                late += encode
-                coding += encode
-                while held + nbytes > limit and leaving:
-                    j = leaving.popleft()
-                    if copied[j] > time + late:
-                        waited_out += copied[j] - time - late
-                        late = copied[j] - time
-                    held -= options[j][picks[j]].nbytes
-                    gone[j] = True
-                    away.append(j)
+                if encode:
+                    late += encode
+                    coding += encode
+                if held + nbytes > limit:
+                    while leaving and held + nbytes > limit:
+                        j = leaving.popleft()
+                        if copied[j] > time + late:
+                            waited_out += copied[j] - time - late
+                            late = copied[j] - time
+                        held -= chosen[j].nbytes
+                        gone[j] = True
+                        away.append(j)
                 if choice.place == AWAY:
                     out = max(out, time + late) + out_s
                     copied[i] = out
@@ -210,8 +241,8 @@ class Simulator:
                 if held > peak:
                     peak = held
             elif kind == _USE:
-                now = time + late
                 if gone[i]:
+                    now = time + late
                     if arrived[i] < 0:
                         away.remove(i)
                         back = arrived[i] = max(now, back, copied[i]) + back_s
@@ -219,15 +250,18 @@ class Simulator:
                     if arrived[i] > now:
                         waited_back += arrived[i] - now
                         late += arrived[i] - now
-                late += decode
-                coding += decode
+                if decode:
+                    late += decode
+                    coding += decode
                 left = (i + 1) / count
-                working = max(working, held + int(step.gradients * (1 - left)))
+                grown = held + gradients * (1 - left)
+                if grown > working:
+                    working = int(grown)
                 if away:
-                    now, allowed = time + late, allowed_ahead(limit, growth, left)
+                    now, allowed = time + late, allowed_ahead(limit, gradients, once, left)
                     while away:
                         j = away[-1]
-                        option = options[j][picks[j]]
+                        option = chosen[j]
                         if held + option.nbytes > allowed:
                             break
                         away.pop()
@@ -237,7 +271,16 @@ class Simulator:
                 held -= nbytes
         seconds = step.seconds + late
         return Forecast(
-            seconds, peak, max(peak, working), growth, sent, coding, again, waited_out, waited_back
+            seconds,
+            peak,
+            max(peak, working),
+            once,
+            sent,
+            coding,
+            again,
+            waited_out,
+            waited_back,
+            waited_host,
         )
 
 
@@ -255,10 +298,16 @@ def simulate(step: Step, choices: Sequence[Choice], recompute: Sequence[bool], l
 
 def _options(step: Step, saved: Saved) -> Iterator[Option]:
     """First to keep it."""
-    yield Option(KEPT, saved.nbytes, 0.0, 0.0, 0.0, 0.0)
+
+    def host(choice: Choice) -> tuple[float, float]:
+        save, use = (0.0, 0.0) if step.host is None else step.host(choice)
+        return saved.count * save, saved.count * use
+
+    yield Option(KEPT, saved.nbytes, 0.0, 0.0, 0.0, 0.0, host(KEPT))
     for code in saved.codes:
         if code.nbytes < saved.nbytes:
-            yield Option(Choice(HERE, code.lane), code.nbytes, code.encode, code.decode, 0.0, 0.0)
+            here = Choice(HERE, code.lane)
+            yield Option(here, code.nbytes, code.encode, code.decode, 0.0, 0.0, host(here))
         if step.out is not None and step.back is not None:
-            wires = step.out(code.nbytes), step.back(code.nbytes)
-            yield Option(Choice(AWAY, code.lane), code.nbytes, code.encode, code.decode, *wires)
+            away, wires = Choice(AWAY, code.lane), (step.out(code.nbytes), step.back(code.nbytes))
+            yield Option(away, code.nbytes, code.encode, code.decode, *wires, host(away))

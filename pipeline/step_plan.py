@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from math import inf, prod
 from typing import NamedTuple
@@ -26,8 +27,12 @@ from sidelane.pipeline.step_model import (
 )
 
 PARTS = 64  # into which the bytes of a step are cut for the search, at least
-TRIALS = 250  # simulations of each climb, about
-WHOLE = 1000  # of a step that is tried whole, at most
+EVENTS = 16_000  # of all simulations of a search, about: what it may take
+STARTS = 16  # mixtures that are simulated
+CLIMBS = 2  # of these that are changed
+SPACINGS = (1, 2, 3, 4)  # of items under the first policy of a mixture
+GOLDEN = 0.618034
+WHOLE = 1000  # simulations of a step of which everything is tried, at most
 REPAIRS = 3  # searches with less room, where that of single tensors did not suffice
 SECONDS_PER_BYTE = 5e-14  # what a byte that leaves must save at least: host memory is not free
 SECONDS_PER_WORKING_BYTE = 3e-13  # the same for a byte of `Forecast.working` above the limit
@@ -79,6 +84,7 @@ class StepPlan:
             (f.waited_back, "the wire back"),
             (f.coding, "codes"),
             (f.again, "recompute"),
+            (f.waited_host, "the host"),
         )
         return f"gpu_budget, paid by {what}" if seconds > 0 else "gpu_budget, all hidden"
 
@@ -108,149 +114,213 @@ def plan_step(step: Step, limit: float, host_limit: float = inf) -> StepPlan:
     return StepPlan(choices, tuple(recompute), forecast, limit, host_limit, names | search.plain)
 
 
-class _Search:
-    """Prefixes of the step under plain policies, then one change after another while that helps."""
-
-    def __init__(self, step: Step, limit: float, host_limit: float) -> None:
-        self._simulator = Simulator(step, limit)
-        self._step = step
-        self._limits = limit, host_limit
-        self._trials = 0
-        # Blocks, and tensors outside of blocks one by one, in order of time: what a policy is applied to.
-        inside: dict[int, list[int]] = {}
-        for i, saved in enumerate(step.saved):
-            inside.setdefault(saved.block if saved.block >= 0 else -1 - i, []).append(i)
-        self._items = sorted(inside.items(), key=lambda item: step.saved[item[1][0]].saved)
-        self.plain: dict[str, Forecast] = {}
-
-    def run(self) -> list[_State]:
-        """The best that were found, and what they began as; of a small step all there is."""
-        blocks = [(False, True) if block.repeatable else (False,) for block in self._step.blocks]
-        picks = [range(len(options)) for options in self._simulator.options]
-        if prod(map(len, (*blocks, *picks))) <= WHOLE:
-            return [self._judged([*p], [*r]) for p, r in product(product(*picks), product(*blocks))]
-        starts = sorted(self._starts(), key=lambda start: start[0])
-        if self._step.blocks:  # the best without recompute, with some, and with nothing else
-            starts = list(
-                {(any(again), all(again)): (c, p, again) for c, p, again in reversed(starts)}.values()
-            )
-        else:
-            starts = starts[:2]
-        return [*starts, *(self._climb(cost, list(p), list(r)) for cost, p, r in starts)]
-
-    def _starts(self) -> Iterator[_State]:
-        """For each policy the shortest prefix of the step that makes it fit."""
-        for name, policy in _policies(self._step, self._simulator.options).items():
-            low, high = 0, len(self._items)
-            found = self._prefix(policy, high)
-            if name in _PLAIN:
-                self.plain[name] = self._simulator.run(found[1], found[2])
-            if found[0][0] == 0:
-                while low < high:
-                    middle = (low + high) // 2
-                    state = self._prefix(policy, middle)
-                    if state[0][0] == 0:
-                        high, found = middle, min(found, state, key=lambda s: s[0])
-                    else:
-                        low = middle + 1
-            yield found
-
-    def _prefix(self, policy: _Policy, length: int) -> _State:
-        picks, recompute = self._none()
-        for number, (block, members) in enumerate(self._items[:length]):
-            again = block >= 0 and policy.again(number) and self._step.blocks[block].repeatable
-            if again:
-                recompute[block] = True
-            for i in members:
-                picks[i] = policy.pick(i, number)
-        return self._judged(picks, recompute)
-
-    def _climb(self, cost: _Cost, picks: list[int], recompute: list[bool]) -> _State:
-        """Local search: alternatives of an item as a whole, of single tensors, and exchanges of two items."""
-        better = True
-        end = self._trials + TRIALS
-        while better and self._trials < end:
-            better = False
-            for change in (self._whole_items, self._exchanges, self._single):
-                for other_picks, other_recompute in change(picks, recompute):
-                    if self._trials >= end:
-                        break
-                    state = self._judged(other_picks, other_recompute)
-                    if state[0] < (cost[0], cost[1] * (1 - 1e-6)):
-                        cost, picks[:], recompute[:] = state
-                        better = True
-        return cost, picks, recompute
-
-    def _whole_items(self, picks: list[int], recompute: list[bool]) -> Iterator[tuple[list[int], list[bool]]]:
-        policies = _policies(self._step, self._simulator.options).values()
-        for number, (block, members) in enumerate(self._items):
-            tried = set()
-            for policy in policies:
-                other, again = list(picks), list(recompute)
-                if block >= 0:
-                    again[block] = policy.again(number) and self._step.blocks[block].repeatable
-                for i in members:
-                    other[i] = policy.pick(i, number)
-                what = (*(other[i] for i in members), block >= 0 and again[block])
-                if (other != picks or again != recompute) and what not in tried:
-                    tried.add(what)
-                    yield other, again
-            other, again = list(picks), list(recompute)
-            for i in members:
-                other[i] = 0
-            if block >= 0:
-                again[block] = False
-            if other != picks or again != recompute:
-                yield other, again
-
-    def _single(self, picks: list[int], recompute: list[bool]) -> Iterator[tuple[list[int], list[bool]]]:
-        for i, saved in enumerate(self._step.saved):
-            if saved.block >= 0 and recompute[saved.block] != saved.boundary:
-                continue
-            for pick in range(len(self._simulator.options[i])):
-                if pick != picks[i]:
-                    yield [*picks[:i], pick, *picks[i + 1 :]], list(recompute)
-
-    def _exchanges(self, picks: list[int], recompute: list[bool]) -> Iterator[tuple[list[int], list[bool]]]:
-        blocks = [item for item in self._items if item[0] >= 0]
-        for distance in (1, 2, 3):
-            for (a, of_a), (b, of_b) in zip(blocks, blocks[distance:], strict=False):
-                alike = len(of_a) == len(of_b) and self._repeatable(a) == self._repeatable(b)
-                if not alike or any(
-                    len(self._simulator.options[i]) != len(self._simulator.options[j])
-                    for i, j in zip(of_a, of_b, strict=True)
-                ):
-                    continue
-                other, again = list(picks), list(recompute)
-                again[a], again[b] = again[b], again[a]
-                for i, j in zip(of_a, of_b, strict=True):
-                    other[i], other[j] = other[j], other[i]
-                if other != picks or again != recompute:
-                    yield other, again
-
-    def _repeatable(self, block: int) -> bool:
-        return self._step.blocks[block].repeatable
-
-    def _none(self) -> tuple[list[int], list[bool]]:
-        return [0] * len(self._step.saved), [False] * len(self._step.blocks)
-
-    def _judged(self, picks: list[int], recompute: list[bool]) -> _State:
-        self._trials += 1
-        return _judged(self._simulator, picks, recompute, *self._limits)
-
-
 _Cost = tuple[float, float]  # bytes too many, seconds
 _State = tuple[_Cost, list[int], list[bool]]
 
 
 class _Policy(NamedTuple):
-    """Whether to recompute the block that is item `number`; which option tensor i takes."""
+    """Whether blocks are recomputed that can be; the option of each tensor."""
 
-    again: Callable[[int], bool]
-    pick: Callable[[int, int], int]
+    again: bool
+    picks: Sequence[int]
 
 
-_PLAIN = ("raw away", "codes away", "codes here", "recompute", "recompute, inputs away")
+class _Way(NamedTuple):
+    """A policy applied to an item: options of its tensors, bytes that stay on the device, seconds of copies
+    out and back, and seconds that it adds to computing on the way up and down."""
+
+    picks: list[int]
+    again: bool
+    held: float
+    out: float
+    back: float
+    up: float
+    down: float
+
+
+class _Item(NamedTuple):
+    """What a policy is applied to: a block, or a tensor outside of all; `ways[0]` keeps it."""
+
+    block: int
+    members: list[int]
+    ways: list[_Way]
+
+
+class _Search:
+    """Mixtures of plain policies over prefixes of the step, the best of them by a rough estimate simulated,
+    and a few of those changed item by item as long as that helps."""
+
+    def __init__(self, step: Step, limit: float, host_limit: float) -> None:
+        self._simulator = Simulator(step, limit)
+        self._step = step
+        self._limits = limit, host_limit
+        self._left = EVENTS // max(1, 3 * len(step.saved))  # simulations
+        self._policies = _policies(step, self._simulator.options)
+        inside: dict[int, list[int]] = {}
+        for i, saved in enumerate(step.saved):
+            inside.setdefault(saved.block if saved.block >= 0 else -1 - i, []).append(i)
+        # In the order of a prefix: first what is needed last.
+        items = sorted(inside.items(), key=lambda item: -min(step.saved[i].used for i in item[1]))
+        self._items = [self._item(block, members) for block, members in items]
+        self.plain: dict[str, Forecast] = {}
+
+    def run(self) -> list[_State]:
+        """The best that were found; of a small step all there is."""
+        blocks = [(False, True) if block.repeatable else (False,) for block in self._step.blocks]
+        picks = [range(len(options)) for options in self._simulator.options]
+        if prod(map(len, (*blocks, *picks))) <= WHOLE:
+            return [self._judged([*p], [*r]) for p, r in product(product(*picks), product(*blocks))]
+        starts = sorted(self._starts(), key=lambda state: state[0])[:CLIMBS]
+        share = self._left // len(starts)
+        return [state for start in starts for state in (start, self._climb(*start, share))]
+
+    def _item(self, block: int, members: list[int]) -> _Item:
+        step, ways = self._step, []
+        for policy in (_Policy(False, [0] * len(step.saved)), *self._policies.values()):
+            again = policy.again and block >= 0 and step.blocks[block].repeatable
+            picks = [policy.picks[i] for i in members]
+            held = out = back = up = 0.0
+            down = step.blocks[block].seconds if again else 0.0
+            for i, pick in zip(members, picks, strict=True):
+                saved, option = step.saved[i], self._simulator.options[i][pick]
+                if saved.block < 0 or again == saved.boundary:
+                    held += 0 if option.choice.place == AWAY else option.nbytes
+                    out, back = out + option.out, back + option.back
+                    up, down = up + option.encode, down + option.decode
+            ways.append(_Way(picks, again, held, out, back, up, down))
+        return _Item(block, members, ways)
+
+    def _starts(self) -> Iterator[_State]:
+        """Plain policies, and mixtures of two with as few items as need be."""
+        for label, name in enumerate(self._policies, 1):
+            state = self._laid([label] * len(self._items))
+            self.plain[name] = self._simulator.run(state[1], state[2])
+            yield state
+        found: dict[tuple[int, ...], tuple[float, list[int]]] = {}
+        for mixture in self._mixtures():
+            length, seconds = self._estimate(mixture)
+            found.setdefault(tuple(mixture[:length]), (seconds, mixture))
+        for prefix, (_, mixture) in sorted(found.items(), key=lambda item: item[1][0])[:STARTS]:
+            for length in range(len(prefix), min(len(prefix) + 3, len(mixture)) + 1):
+                state = self._laid([*mixture[:length], *[0] * (len(mixture) - length)])
+                yield state
+                if state[0][0] == 0:
+                    break
+
+    def _mixtures(self) -> Iterator[list[int]]:
+        """One policy for all, or one that sends for every so many items, for about as many as the wire takes
+        in forward and for all, and another one for the others."""
+        count, labels = len(self._items), range(1, len(self._policies) + 1)
+        for b in labels:
+            yield [b] * count
+            for a in labels:
+                out = sum(item.ways[a].out for item in self._items) / count
+                up = sum(item.ways[a].up for item in self._items) / count
+                if a == b or not out:
+                    continue
+                fitting = min(count, int(self._turn / max(out - up, 0.1 * out)))
+                for spacing, most in product(SPACINGS, {*range(fitting - 1, fitting + 3), count}):
+                    yield [a if n % spacing == 0 and n < most * spacing else b for n in range(count)]
+
+    def _estimate(self, labels: Sequence[int]) -> tuple[int, float]:
+        """How many items need these policies until all fits, and about the seconds that it takes."""
+        held = sum(item.ways[0].held for item in self._items)
+        out = back = up = down = 0.0
+        length = 0
+        for label, item in zip(labels, self._items, strict=True):
+            if held <= self._limits[0]:
+                break
+            way = item.ways[label]
+            held += way.held - item.ways[0].held
+            out, back, up, down = out + way.out, back + way.back, up + way.up, down + way.down
+            length += 1
+        forward, backward = self._turn + up, self._step.seconds - self._turn + down
+        seconds = max(forward, out) + max(backward, back)
+        return length, inf if held > self._limits[0] else seconds
+
+    @cached_property
+    def _turn(self) -> float:
+        """When forward ends."""
+        return max((saved.saved for saved in self._step.saved), default=0.0)
+
+    def _laid(self, labels: Sequence[int]) -> _State:
+        """Items under these policies."""
+        picks, recompute = [0] * len(self._step.saved), [False] * len(self._step.blocks)
+        for label, item in zip(labels, self._items, strict=True):
+            self._put(item, item.ways[label], picks, recompute)
+        return self._judged(picks, recompute)
+
+    def _put(self, item: _Item, way: _Way, picks: list[int], recompute: list[bool]) -> None:
+        if item.block >= 0:
+            recompute[item.block] = way.again
+        for i, pick in zip(item.members, way.picks, strict=True):
+            picks[i] = pick
+
+    def _climb(self, cost: _Cost, picks: list[int], recompute: list[bool], trials: int) -> _State:
+        """Local search, an item after the other in an order that spreads them."""
+        count, better = len(self._items), True
+        edge = max(
+            (n for n, item in enumerate(self._items) if self._changed(item, picks, recompute)), default=0
+        )
+        order = [(edge + round(n * GOLDEN * count)) % count for n in range(count)]
+        while better:
+            better = False
+            for item in (self._items[n] for n in dict.fromkeys((*order, *range(count)))):
+                for other_picks, other_recompute in self._changes(item, picks, recompute):
+                    if not trials:
+                        return cost, picks, recompute
+                    trials -= 1
+                    state = self._judged(other_picks, other_recompute)
+                    if state[0] < (cost[0], cost[1] * (1 - 1e-6)):
+                        cost, picks, recompute = state
+                        better = True
+        return cost, picks, recompute
+
+    def _changed(self, item: _Item, picks: list[int], recompute: list[bool]) -> bool:
+        return (item.block >= 0 and recompute[item.block]) or any(picks[i] for i in item.members)
+
+    def _changes(
+        self, item: _Item, picks: list[int], recompute: list[bool]
+    ) -> Iterator[tuple[list[int], list[bool]]]:
+        """An item in each way, with and without what there is room to keep, and its tensors one by one."""
+        tried = [([picks[i] for i in item.members], item.block >= 0 and recompute[item.block])]
+        room = self._limits[0] - sum(
+            self._held(i, picks[i], recompute) for i in range(len(picks)) if i not in item.members
+        )
+        for way in item.ways:
+            for filled in (self._filled(item, way, room), way):
+                if (filled.picks, filled.again) not in tried:
+                    tried.append((filled.picks, filled.again))
+                    other, again = list(picks), list(recompute)
+                    self._put(item, filled, other, again)
+                    yield other, again
+        for i in sorted(item.members, key=lambda i: -self._step.saved[i].nbytes):
+            saved = self._step.saved[i]
+            if saved.block < 0 or recompute[saved.block] == saved.boundary:
+                for pick in range(len(self._simulator.options[i])):
+                    if pick != picks[i]:
+                        yield [*picks[:i], pick, *picks[i + 1 :]], list(recompute)
+
+    def _filled(self, item: _Item, way: _Way, room: float) -> _Way:
+        """A way that keeps what there is room for, the largest first."""
+        picks, left = list(way.picks), room - way.held
+        for n, i in sorted(enumerate(item.members), key=lambda pair: -self._step.saved[pair[1]].nbytes):
+            saved, option = self._step.saved[i], self._simulator.options[i][picks[n]]
+            counted = saved.block < 0 or way.again == saved.boundary
+            more = saved.nbytes - (0 if option.choice.place == AWAY else option.nbytes)
+            if counted and picks[n] and more <= left:
+                picks[n] = 0
+                left -= more
+        return way._replace(picks=picks)
+
+    def _held(self, i: int, pick: int, recompute: Sequence[bool]) -> float:
+        saved, option = self._step.saved[i], self._simulator.options[i][pick]
+        active = saved.block < 0 or recompute[saved.block] == saved.boundary
+        return option.nbytes if active and option.choice.place != AWAY else 0
+
+    def _judged(self, picks: list[int], recompute: list[bool]) -> _State:
+        self._left -= 1
+        return _judged(self._simulator, picks, recompute, *self._limits)
 
 
 def _policies(step: Step, options: Sequence[Sequence[Option]]) -> dict[str, _Policy]:
@@ -265,30 +335,13 @@ def _policies(step: Step, options: Sequence[Sequence[Option]]) -> dict[str, _Pol
     away = chosen(lambda o: o.choice.place == AWAY)
     here = chosen(lambda o: o.choice.place == HERE)
     leave = [r or a or h for r, a, h in zip(raw, away, here, strict=True)]
-    boundary = [saved.boundary for saved in step.saved]
-    outside = [saved.block < 0 for saved in step.saved]
-    policies = {
-        "raw away": _Policy(lambda n: False, lambda i, n: raw[i]),
-        "codes away": _Policy(lambda n: False, lambda i, n: away[i]),
-        "codes here": _Policy(lambda n: False, lambda i, n: here[i]),
-    }
+    policies = {"raw away": raw, "codes away": away, "codes here": here}
+    found = {name: _Policy(False, picks) for name, picks in policies.items() if any(picks)}
     if any(block.repeatable for block in step.blocks):
-        policies["recompute"] = _Policy(lambda n: True, lambda i, n: leave[i] if outside[i] else 0)
-        policies["recompute, inputs away"] = _Policy(lambda n: True, lambda i, n: leave[i])
-        for period in (2, 3, 4, 6):
-            policies[f"raw away in one of {period}"] = _Policy(
-                lambda n, period=period: n % period != 0,  # type: ignore[misc]
-                lambda i, n, period=period: leave[i] if n % period == 0 or outside[i] else 0,  # type: ignore[misc]
-            )
-            policies[f"recompute in one of {period}"] = _Policy(
-                lambda n, period=period: n % period == 0,  # type: ignore[misc]
-                lambda i, n: 0 if boundary[i] else leave[i],
-            )
-            policies[f"recompute in one of {period}, codes away"] = _Policy(
-                lambda n, period=period: n % period == 0,  # type: ignore[misc]
-                lambda i, n: away[i],
-            )
-    return policies
+        stay = [0 if saved.block >= 0 else pick for saved, pick in zip(step.saved, leave, strict=True)]
+        found["recompute"] = _Policy(True, stay)
+        found["recompute, inputs away"] = _Policy(True, leave)
+    return found
 
 
 def _judged(
@@ -352,6 +405,8 @@ def _merged(step: Step, parts: Sequence[Sequence[int]]) -> Step:
                 codes,
                 members[0].block,
                 members[0].boundary,
+                (max(m.host[0] for m in members), min(m.host[1] for m in members)),
+                len(members),
             )
         )
     return replace(step, saved=tuple(saved))

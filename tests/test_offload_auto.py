@@ -693,12 +693,61 @@ def test_the_plan_is_explained():
         assert part in text
 
 
+def timed_trips(monkeypatch) -> list[bool]:
+    """Of each trip from here on, whether it is timed."""
+    made: list[bool] = []
+
+    class Noted(Trip):
+        def __init__(self, device, script, timed, *others):
+            super().__init__(device, script, timed, *others)
+            made.append(timed or script is None)
+
+    monkeypatch.setattr(auto_module, "Trip", Noted)
+    return made
+
+
+def test_a_plan_that_has_settled_is_left_alone(monkeypatch):
+    monkeypatch.setattr(auto_module, "DRIFT", float("inf"))
+    made = timed_trips(monkeypatch)
+    plans = []
+    plan = auto_module.plan_step
+    monkeypatch.setattr(auto_module, "plan_step", lambda *args: plans.append(plan(*args)) or plans[-1])
+    model, tokens = build()
+    context = automatic(gpu_budget=100_000, blocks=model.blocks)
+    for _ in range(16):
+        gradients(model, tokens, context)
+    assert made[:3] == [True] * 3 and made[-8:] == [False] * 8
+    assert 2 <= len(plans) <= 1 + auto_module.ROUNDS
+
+
+def test_steps_that_take_another_time_are_timed_again_more_and_more_seldom(monkeypatch):
+    seconds = 1.0
+    monkeypatch.setattr(Trip, "seconds", lambda trip: seconds)
+    made = timed_trips(monkeypatch)
+    force(monkeypatch, "keep raw")
+    model, tokens = build()
+    context = automatic(gpu_budget=1 << 30, blocks=model.blocks)
+    for _ in range(16):
+        gradients(model, tokens, context)
+    assert made == [True] * 3 + [False] * 13
+    rounds = []
+    for _ in range(120):
+        seconds *= 1.05  # it never comes to rest
+        gradients(model, tokens, context)
+        if made[-2:] == [False, True]:
+            rounds.append(len(made))
+    assert 2 <= len(rounds) <= 4
+    assert rounds[1] - rounds[0] >= 4 * auto_module.RECENT
+    assert context.plan.measured > 100
+
+
 def test_predictions_follow_what_is_measured(monkeypatch):
     """Steps that take twice what the model of the step says."""
     model, tokens = build()
     context = automatic(gpu_budget=100_000, blocks=model.blocks)
     monkeypatch.setattr(Trip, "seconds", lambda trip: 2 * trip.script.plan.forecast.seconds)
-    monkeypatch.setattr(Trip, "computing", lambda trip: None)
+    shown = Trip.shown
+    monkeypatch.setattr(Trip, "shown", lambda trip: shown(trip) if trip.learning else None)
     for _ in range(4):
         gradients(model, tokens, context)
     forecast = context.plan.script.plan.forecast.seconds

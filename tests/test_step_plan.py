@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from sidelane.pipeline import step_model
+from sidelane.pipeline import step_model, step_plan
 from sidelane.pipeline.step_model import (
     AWAY,
     HERE,
@@ -101,6 +101,53 @@ def test_a_recomputed_block_saves_its_input_alone_and_runs_again():
     kept, again = (simulate(step, [KEPT, KEPT], [flag], 1000) for flag in (False, True))
     assert (kept.seconds, kept.held, kept.working) == (8.0, 400, 400)
     assert (again.seconds, again.held, again.working) == (9.5, 10, 410)
+
+
+def late(step: Step, save: float, use: float = 0.0) -> Step:
+    """A host that is as fast as the device, and needs seconds more for a tensor that is not kept."""
+    saved = tuple(replace(s, host=(s.saved, s.used)) for s in step.saved)
+    costs = {step_model.KEEP: (0.0, 0.0), HERE: (save, use), AWAY: (save, use)}
+    return replace(step, saved=saved, host=lambda choice: costs[choice.place])
+
+
+def test_the_device_waits_for_a_host_that_is_late():
+    # By half a second more after each of them.
+    forecast = simulate(late(three(), 0.5), [RAW_AWAY] * 3, [], limit=1000)
+    assert forecast.waited_host == pytest.approx(1.5) and forecast.seconds == pytest.approx(9.5)
+    kept = simulate(late(three(), 0.5), [KEPT] * 3, [], limit=1000)
+    assert kept.waited_host == 0 and kept.seconds == 8.0
+
+
+def test_a_host_that_is_ahead_has_time_for_more():
+    step = three()
+    ahead = tuple(replace(s, host=(0.5 * s.saved, 0.5 * s.used)) for s in step.saved)
+    step = replace(late(step, 0.5), saved=ahead)
+    assert simulate(step, [RAW_AWAY] * 3, [], limit=1000).waited_host == 0
+
+
+def test_parts_cost_the_host_what_their_tensors_do():
+    step = late(replace(model(4), blocks=()), 1e-3)
+    step = replace(step, saved=tuple(replace(s, block=-1) for s in step.saved if not s.boundary))
+    parts = step_plan._parts(step)
+    merged = step_plan._merged(step, parts)
+    assert len(merged.saved) < len(step.saved) and sum(s.count for s in merged.saved) == len(step.saved)
+    sums = [sum(mine[1].host[0] for mine in Simulator(s, 1e12).options) for s in (step, merged)]
+    assert sums[0] == pytest.approx(sums[1])
+
+
+def test_a_host_that_is_late_changes_the_plan():
+    """Codes are cheap for the device and dear for the host: blocks run again instead."""
+    step = model(22, lossy=True)
+    limit = 0.3 * total(step)
+    assert not any(plan_step(step, limit).recompute)
+    plan = plan_step(late(step, 1e-3), limit)
+    assert sum(plan.recompute) > 5
+    assert plan.forecast.seconds < simulate(late(step, 1e-3), *following(step, limit), limit).seconds
+
+
+def following(step: Step, limit: float):
+    plan = plan_step(step, limit)
+    return plan.choices, plan.recompute
 
 
 def test_a_choice_that_a_tensor_does_not_have():

@@ -1,0 +1,183 @@
+"""Blocks of which a plan keeps all: what they save costs two calls, and is counted and checked as ever."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from interrupt import interrupted
+from models import MIN_BYTES, assert_same, build, gradients, loss_of
+from plans import force
+from sidelane.errors import OffloadError
+from sidelane.pipeline import passage as passage_module
+from sidelane.pipeline import step_auto as auto_module
+from sidelane.pipeline.offload import offload
+from sidelane.pipeline.passage import Passed
+
+automatic = partial(offload, "auto", min_bytes=MIN_BYTES)
+SETTLED = 3  # steps: one learns, two are timed
+
+
+@pytest.fixture(autouse=True)
+def _four_blocks(monkeypatch):
+    monkeypatch.setattr(models, "LAYERS", 4)
+
+
+@pytest.fixture
+def passed(monkeypatch) -> list[Passed]:
+    """Those that were made since the list was cleared, alive or not: their numbers and claims."""
+    made: list = []
+
+    class Counted(Passed):
+        __slots__ = ()
+
+        def __init__(self, tensor, claim, trip, number):
+            super().__init__(tensor, claim, trip, number)
+            made.append((number, claim.nbytes))
+
+    monkeypatch.setattr(passage_module, "Passed", Counted)
+    return made
+
+
+def settled(context: offload) -> bool:
+    report = context.report()
+    return (report.host_bytes, report.device_bytes, report.tickets) == (0, 0, 0)
+
+
+def below(monkeypatch) -> list[torch.Size]:
+    """Shapes of tensors that reach the hooks of a context."""
+    shapes: list[torch.Size] = []
+    pack = offload._pack
+    monkeypatch.setattr(offload, "_pack", lambda self, x: shapes.append(x.shape) or pack(self, x))
+    return shapes
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_kept_blocks_do_not_reach_the_context(monkeypatch, passed, autocast):
+    model, tokens = build()
+    expected = gradients(model, tokens, autocast=autocast)
+    context = automatic(gpu_budget=1 << 30, blocks=model.blocks)
+    for _ in range(SETTLED):
+        assert_same(gradients(model, tokens, context, autocast=autocast), expected)
+    assert not passed, "a step that is timed goes through the context"
+    shapes = below(monkeypatch)
+    with context:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = loss_of(model, tokens)
+        peak = context.report().device_bytes
+    loss.backward()
+    assert_same([p.grad for p in model.parameters()], [2 * g for g in expected])
+    script = context.plan.script
+    blocks = {call.number for row in script.lesson.rows[1::2] for call in row}
+    assert {number for number, _ in passed} == blocks
+    assert len(shapes) < 20, "only what lies between the blocks"
+    assert peak == script.plan.forecast.held, "counted once, as planned"
+    assert settled(context)
+
+
+def test_only_blocks_that_keep_all_are_passed(monkeypatch, passed):
+    force(monkeypatch, "keep raw", recompute=0.5)
+    model, tokens = build()
+    expected = gradients(model, tokens)
+    context = automatic(gpu_budget=1 << 30, blocks=model.blocks)
+    for _ in range(SETTLED + 2):
+        passed.clear()
+        assert_same(gradients(model, tokens, context), expected)
+    script = context.plan.script
+    assert 0 < sum(context.plan.recompute) < 4
+    kept = [
+        row for row, again in zip(script.lesson.rows[1::2], context.plan.recompute, strict=True) if not again
+    ]
+    assert {number for number, _ in passed} == {call.number for row in kept for call in row}
+    assert settled(context)
+
+
+def test_a_budget_that_turns_out_too_small(monkeypatch, passed):
+    """Plans that do not fit send off what has no room, as without the short way."""
+    force(monkeypatch, "keep raw")
+    model, tokens = build()
+    expected = gradients(model, tokens)
+    context = automatic(gpu_budget=50_000, blocks=model.blocks)
+    for _ in range(SETTLED + 2):
+        assert_same(gradients(model, tokens, context), expected)
+        assert settled(context)
+    assert passed and context.report().device_peak <= 50_000
+
+
+def test_a_block_that_saves_something_else_is_learned_again(monkeypatch, passed):
+    force(monkeypatch, "keep raw")
+    model, tokens = build()
+    context = automatic(gpu_budget=1 << 30, blocks=model.blocks)
+    plain = model.blocks[2].forward
+    for _ in range(SETTLED + 1):
+        gradients(model, tokens, context)
+    count = len(context.plan.script.lesson.entries)
+    model.blocks[2].forward = lambda x, **kw: plain(x, **kw) * x.exp()
+    expected = gradients(model, tokens)
+    for _ in range(SETTLED + 3):
+        passed.clear()
+        assert_same(gradients(model, tokens, context), expected)
+        assert settled(context)
+    assert len(context.plan.script.lesson.entries) > count and passed
+
+
+def test_a_change_in_place_is_found(monkeypatch, passed):
+    force(monkeypatch, "keep raw")
+
+    class Changing(nn.Linear):
+        change = False
+
+        def forward(self, x):
+            x = super().forward(x).exp()
+            y = x.sin()
+            if self.change:
+                x.data.add_(0)
+                x.add_(1)
+            return y
+
+    blocks = nn.ModuleList(Changing(64, 64) for _ in range(2))
+    context = automatic(gpu_budget=1 << 20, blocks=blocks)
+
+    def step():
+        with context:
+            y = torch.ones(64, 64)
+            for block in blocks:
+                y = block(y)
+        y.sum().backward()
+
+    for _ in range(SETTLED + 1):
+        step()
+    assert passed
+    blocks[1].change = True
+    with pytest.raises(OffloadError, match="modified in place"):
+        step()
+    blocks[1].change = False
+    step()
+    assert settled(context)
+
+
+def test_no_hooks_are_left_behind(monkeypatch, passed):
+    force(monkeypatch, "keep raw")
+    monkeypatch.setattr(auto_module, "DRIFT", float("inf"))  # steps that are traced take longer
+    model, tokens = build()
+    expected = gradients(model, tokens)
+    context = automatic(gpu_budget=1 << 30, blocks=model.blocks)
+    for _ in range(SETTLED):
+        gradients(model, tokens, context)
+    top = torch._C._autograd._top_saved_tensors_default_hooks
+    handle = model.blocks[2].norm2.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gradients(model, tokens, context)
+    handle.remove()
+    assert top(True) is None
+    at = 0
+    while interrupted(lambda: gradients(model, tokens, context), at, passage_module):
+        assert top(True) is None, f"at point {at}"
+        assert_same(gradients(model, tokens, context), expected)
+        assert settled(context)
+        at += 1 if at < 40 else 97
+    assert at > 500 and passed
