@@ -6,6 +6,7 @@ that the measured copy bandwidth and the measured rate of a large GEMM allow. In
 times, no statement about compression.
 
     python benchmarks/kernels_surface.py --compiled few
+    python benchmarks/kernels_surface.py --essential --compiled none    # five cases
 """
 
 from __future__ import annotations
@@ -63,6 +64,12 @@ class Case:
             "x": str(self.dtype)[6:],
             "components": str(self.components)[6:],
         }
+
+
+def essential_cases() -> Iterator[Case]:
+    """From few to many channels, in one format."""
+    for channels in (64, 32, 256, 512, 1024):
+        yield Case(16384, 4096, channels, P010)
 
 
 def cases() -> Iterator[Case]:
@@ -305,13 +312,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--compiled", choices=("none", "few", "all"), default="few")
+    parser.add_argument("--essential", action="store_true", help="five cases, without the figure")
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels_surface.csv")
     options = parser.parse_args()
     limits = Limits.measure()
     rates = ", ".join(f"{str(k)[6:]} {v / 1e6:.0f} TFLOP/s" for k, v in limits.gemm.items())
     print(f"copy {limits.copy / 1e6:.2f} TB/s, {rates}")
     rows: list[dict[str, Any]] = []
-    for case in cases():
+    for case in essential_cases() if options.essential else cases():
         found = list(measure(case, limits, with_compiled(case, options.compiled)))
         append_rows(options.out, found)
         rows += found
@@ -320,7 +328,8 @@ def main() -> None:
                 row[name] for name in (*case.columns, "direction", "method", "us", "of_cublas", "of_limit")
             ]
             print(*kept, flush=True)
-    draw(rows, options.out.with_suffix(".png"))
+    if not options.essential:
+        draw(rows, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,26 @@ def middle_of(levels_ptr, k, channels, MIDDLE: tl.constexpr, AXIS: tl.constexpr)
     return middle
 
 
+@triton.jit
+def _load_weights(  # type: ignore[no-untyped-def]
+    rows, scale_ptr, in_d, k, channels, stride
+):
+    """components * scale, float32 [rows, channels `k`], 0 outside."""
+    mask = in_d[:, None] & (k < channels)[None, :]
+    w = tl.load(rows + k.to(tl.int64)[None, :] * stride, mask=mask, other=0.0).to(tl.float32)
+    return w * load_channels(scale_ptr, k, channels, 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_weights(rows, w, k, channels, part, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """w in float16 at channels `k`; with PARTS = 2, `part` elements on, what its rounding dropped."""
+    mask = (k < channels)[None, :]
+    high = w.to(tl.float16)
+    tl.store(rows + k[None, :], high, mask=mask)
+    if PARTS == 2:
+        tl.store(rows + part + k[None, :], (w - high.to(tl.float32)).to(tl.float16), mask=mask)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _weigh_components(  # type: ignore[no-untyped-def]
     components_ptr,
@@ -44,36 +64,32 @@ def _weigh_components(  # type: ignore[no-untyped-def]
     unit[d] = the power of two with max |w[d]| / unit[d] in [2^13, 2^14), not below 2^-126,
     weights[d] = w[d] / unit[d] in float16 and, with PARTS = 2, what its rounding dropped; 0 from `depth` on,
     constant[d] = bias[d] + sum of w[d, k] * middle[k].
+
+    The first BLOCK_K channels stay in registers; the others are read twice.
     """
     d = first + tl.arange(0, BLOCK_D)
     in_d = d < depth
     rows = components_ptr + d.to(tl.int64)[:, None] * strides[0]
-    largest = tl.zeros((BLOCK_D,), tl.float32)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for k0 in range(0, channels, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        mask = in_d[:, None] & (k < channels)[None, :]
-        w = tl.load(rows + k.to(tl.int64)[None, :] * strides[1], mask=mask, other=0.0).to(tl.float32)
-        w *= load_channels(scale_ptr, k, channels, 1)
-        largest = tl.maximum(largest, tl.max(tl.abs(w), 1))
-        total += tl.sum(w * middle_of(levels_ptr, k, channels, MIDDLE, 1), 1)
+    bias = tl.load(bias_ptr + d, mask=in_d, other=0.0)
+    k = tl.arange(0, BLOCK_K)
+    w = _load_weights(rows, scale_ptr, in_d, k, channels, strides[1])
+    largest = tl.max(tl.abs(w), 1)
+    total = tl.sum(w * middle_of(levels_ptr, k, channels, MIDDLE, 1), 1)
+    for k0 in range(BLOCK_K, channels, BLOCK_K):
+        more = _load_weights(rows, scale_ptr, in_d, k0 + k, channels, strides[1])
+        largest = tl.maximum(largest, tl.max(tl.abs(more), 1))
+        total += tl.sum(more * middle_of(levels_ptr, k0 + k, channels, MIDDLE, 1), 1)
     # Biased exponents of float32; 2^13 <= |w| / unit < 2^14 leaves float16 its 11 bits for 27 octaves below.
     exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 13, 1)
-    per_unit = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    per_unit = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
     tl.store(unit_ptr + d, (exponent << 23).to(tl.float32, bitcast=True), mask=in_d)
-    bias = tl.load(bias_ptr + d, mask=in_d, other=0.0)
     tl.store(constant_ptr + d, bias + total, mask=in_d)
-    for k0 in range(0, channels, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        mask = in_d[:, None] & (k < channels)[None, :]
-        w = tl.load(rows + k.to(tl.int64)[None, :] * strides[1], mask=mask, other=0.0).to(tl.float32)
-        w = w * load_channels(scale_ptr, k, channels, 1) * per_unit[:, None]
-        at = weights_ptr + d.to(tl.int64)[:, None] * pitch + k[None, :]
-        high = w.to(tl.float16)
-        tl.store(at, high, mask=(k < channels)[None, :])
-        if PARTS == 2:
-            low = (w - high.to(tl.float32)).to(tl.float16)
-            tl.store(at + tl.cast(rows_of_part, tl.int64) * pitch, low, mask=(k < channels)[None, :])
+    out = weights_ptr + d.to(tl.int64)[:, None] * pitch
+    part = tl.cast(rows_of_part, tl.int64) * pitch
+    _store_weights(out, w * per_unit, k, channels, part, PARTS)
+    for k0 in range(BLOCK_K, channels, BLOCK_K):
+        more = _load_weights(rows, scale_ptr, in_d, k0 + k, channels, strides[1])
+        _store_weights(out, more * per_unit, k0 + k, channels, part, PARTS)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

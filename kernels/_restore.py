@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sidelane.kernels._center import center_kernel, middle_of
+from sidelane.kernels._center import center_kernel
 from sidelane.kernels._launch import cdiv, device_of
 from sidelane.kernels._surface import Geometry, load_codes
 from sidelane.kernels._tiles import (
@@ -17,10 +17,12 @@ from sidelane.kernels._tiles import (
     Tiles,
     access,
     by_line,
+    interpreted,
     load_channels,
     load_tile,
     pass_blocks,
     piece,
+    prefetch_channels,
     programs,
     side,
     slices,
@@ -28,7 +30,7 @@ from sidelane.kernels._tiles import (
     tile_of,
 )
 
-WEIGHT_ROWS = 8  # rows of the components that a program weighs at a time
+WEIGHTS = 2048  # that a program of the pass computes at a time
 NARROW = 64  # channels that fit one step of the product
 
 
@@ -52,6 +54,7 @@ def restore_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     SLICES: tl.constexpr,
     FLATTEN: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """out = (centered @ weights^T) * unit + constant, [tokens, depth], of the operands of `center_kernel`.
 
@@ -63,6 +66,9 @@ def restore_kernel(  # type: ignore[no-untyped-def]
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N
+        if PREFETCH:
+            prefetch_channels(unit_ptr, n0 + tl.arange(0, BLOCK_N), depth)
+            prefetch_channels(constant_ptr, n0 + tl.arange(0, BLOCK_N), depth)
         x = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, channels, BLOCK_K):
             a = load_tile(centered, m0, k0, 0, 0, (0, 0), CENTERED, BLOCK_M, BLOCK_K)
@@ -80,52 +86,41 @@ def restore_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def restore_narrow_kernel(  # type: ignore[no-untyped-def]
-    codes_ptr,
-    levels_ptr,
+    centered,
     weights,
     unit_ptr,
     constant_ptr,
     out,
     tokens,
     depth,
-    channels,
     rows_of_part,
-    span,
-    g,
-    CHANNEL_LINES: tl.constexpr,
-    TILES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SHIFT: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    WIDE: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PIECE: tl.constexpr,
+    sharers,
+    CENTERED: tl.constexpr,
     OUT: tl.constexpr,
     PARTS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`restore_kernel` from codes of BLOCK_K channels at most; a program restores `span` features."""
-    tiles_t = tl.cdiv(tokens, BLOCK_T)
-    k = tl.arange(0, BLOCK_K)
-    for item in range(tl.program_id(0), tiles_t * tl.cdiv(depth, span), tl.num_programs(0)):
-        first = item % tiles_t * BLOCK_T
-        start = item // tiles_t * span
-        t = first + tl.arange(0, BLOCK_T)
-        if CHANNEL_LINES:
-            codes = load_codes(codes_ptr, k, first, g, TILES, SPLIT, SHIFT, WIDE, BLOCK_T, PIECE, VECTOR)
-            codes = tl.trans(codes)
-        else:
-            codes = load_codes(codes_ptr, t, 0, g, TILES, SPLIT, SHIFT, WIDE, BLOCK_K, PIECE, VECTOR)
-        a = (codes.to(tl.float32) - middle_of(levels_ptr, k, channels, MIDDLE, 1)).to(tl.float16)
-        for d0 in range(start, tl.minimum(start + span, depth), BLOCK_D):
-            x = tl.dot(a, weights.load([d0, 0]).T)
+    """`restore_kernel` of BLOCK_K channels at most.
+
+    A program keeps what belongs to BLOCK_N features, whose tokens `sharers` programs share.
+    """
+    columns = tl.cdiv(depth, BLOCK_N)
+    for share in range(tl.program_id(0), columns * sharers, tl.num_programs(0)):
+        n0 = share % columns * BLOCK_N
+        d = n0 + tl.arange(0, BLOCK_N)
+        unit = load_channels(unit_ptr, d, depth, 1)
+        constant = load_channels(constant_ptr, d, depth, 1)
+        w = weights.load([n0, 0]).T
+        if PARTS == 2:
+            low = weights.load([rows_of_part + n0, 0]).T
+        for m0 in range(share // columns * BLOCK_M, tokens, sharers * BLOCK_M):
+            a = load_tile(centered, m0, 0, 0, 0, (0, 0), CENTERED, BLOCK_M, BLOCK_K)
+            x = tl.dot(a, w)
             if PARTS == 2:
-                x = tl.dot(a, weights.load([rows_of_part + d0, 0]).T, x)
-            d = d0 + tl.arange(0, BLOCK_D)
-            restored = x * load_channels(unit_ptr, d, depth, 1) + load_channels(constant_ptr, d, depth, 1)
-            store_tile(out, restored, first, d0, tokens, depth, OUT)
+                x = tl.dot(a, low, x)
+            store_tile(out, x * unit + constant, m0, n0, tokens, depth, OUT)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -210,8 +205,6 @@ def restore(
                 **flags,
             )
             return out
-        narrow = scale.numel() <= NARROW and min(out.shape) >= NARROW
-        lines, tiles = (0, 0) if narrow else (lines, tiles)
         centered = torch.empty((lines, cdiv(length, 8) * 8), dtype=torch.float16, device=codes.device)
         if levels is None:
             levels = scale  # not read
@@ -222,8 +215,12 @@ def restore(
         shape = (parts * rows_of_part, cdiv(channels, 8) * 8)
         weights = torch.empty(shape, dtype=torch.float16, device=codes.device)
         unit, constant = torch.empty_like(bias), torch.empty_like(bias)
-        tiles += rows_of_part // WEIGHT_ROWS
-        center_kernel[(programs(tiles, PASS_PER_SM, sms, codes.device),)](
+        block_k = side(channels, 1024)
+        block_d = min(16, WEIGHTS // block_k)
+        tiles += rows_of_part // block_d
+        # Without a limit every tile is a program: that takes less time than sharing them.
+        grid = tiles if sms is None else programs(tiles, PASS_PER_SM, sms, codes.device)
+        center_kernel[(grid,)](
             codes,
             centered,
             components,
@@ -244,18 +241,16 @@ def restore(
             g,
             MIDDLE=middle,
             PARTS=parts,
-            BLOCK_D=WEIGHT_ROWS,
-            BLOCK_K=side(channels, 256),
+            BLOCK_D=block_d,
+            BLOCK_K=block_k,
             enable_fp_fusion=False,
             **blocks,
             **flags,
         )
-        product = (weights[:, :channels], unit, constant, out, parts, sms)
-        if narrow:
-            _restore_narrow(codes, levels, middle, g, flags, *product)
-        else:
-            a = centered[:, :length]
-            _restore(a.t() if flags["CHANNEL_LINES"] else a, *product)
+        a = centered[:, :length]
+        a = a.t() if flags["CHANNEL_LINES"] else a
+        multiply = _restore_narrow if channels <= NARROW else _restore
+        multiply(a, weights[:, :channels], unit, constant, out, parts, sms)
     return out
 
 
@@ -274,7 +269,9 @@ def _restore(
     b_tiles, _ = access(weights, t.n, t.step)
     out_tiles, out_access = access(out, t.m, t.n // t.slices)
     tiles = cdiv(tokens, t.m) * cdiv(depth, t.n)
-    restore_kernel[(programs(tiles, t.per_sm, sms, out.device),)](
+    rounds = cdiv(tiles, programs(tiles, t.per_sm, sms, out.device))
+    # As few programs as end in as many rounds: then a round is a band of tiles more often.
+    restore_kernel[(cdiv(tiles, rounds),)](
         a_tiles,
         b_tiles,
         unit,
@@ -293,6 +290,7 @@ def _restore(
         GROUP=t.group,
         SLICES=t.slices,
         FLATTEN=t.flatten,
+        PREFETCH=t.prefetch and not interpreted(),
         num_warps=t.warps,
         num_stages=t.stages,
         enable_fp_fusion=False,
@@ -300,11 +298,7 @@ def _restore(
 
 
 def _restore_narrow(
-    codes: Tensor,
-    levels: Tensor,
-    middle: int,
-    g: Geometry,
-    flags: dict[str, Any],
+    centered: Tensor,
     weights: Tensor,
     unit: Tensor,
     constant: Tensor,
@@ -313,50 +307,43 @@ def _restore_narrow(
     sms: int | None,
 ) -> None:
     tokens, depth = out.shape
-    t = _narrow_tiles(tokens, depth)
-    step = side(weights.shape[1], NARROW)
-    b_tiles, _ = access(weights, t.n, step)
+    t = _restore_tiles(tokens, depth, weights.shape[1], parts)
+    a_tiles, a_access = access(centered, t.m, t.step)
+    b_tiles, _ = access(weights, t.n, t.step)
     out_tiles, out_access = access(out, t.m, t.n)
-    span = cdiv(depth, t.n * t.group) * t.n
-    tiles = cdiv(tokens, t.m) * cdiv(depth, span)
-    restore_narrow_kernel[(programs(tiles, t.per_sm, sms, out.device),)](
-        codes,
-        levels,
+    columns = cdiv(depth, t.n)
+    available = programs(cdiv(tokens, t.m) * columns, t.per_sm, sms, out.device)
+    sharers = max(1, available // columns)
+    restore_narrow_kernel[(min(available, columns * sharers),)](
+        a_tiles,
         b_tiles,
         unit,
         constant,
         out_tiles,
         tokens,
         depth,
-        weights.shape[1],
         len(weights) // parts,
-        span,
-        g,
-        MIDDLE=middle,
-        PIECE=piece(g, t.m if flags["CHANNEL_LINES"] else step),
+        sharers,
+        CENTERED=a_access,
         OUT=out_access,
         PARTS=parts,
-        BLOCK_T=t.m,
-        BLOCK_D=t.n,
-        BLOCK_K=step,
+        BLOCK_M=t.m,
+        BLOCK_N=t.n,
+        BLOCK_K=t.step,
         num_warps=t.warps,
         num_stages=t.stages,
         enable_fp_fusion=False,
-        **flags,
     )
 
 
 def _restore_tiles(tokens: int, depth: int, channels: int, parts: int) -> Tiles:
     """Tiles of a product [tokens, channels] x [channels, depth]."""
+    if channels <= NARROW:  # bound by what it stores
+        return Tiles(side(tokens, 64), side(depth, 128), side(channels, NARROW), stages=3, warps=4, per_sm=3)
     if parts == 2:
         return Tiles(side(tokens, 128), side(depth, 128), 64, stages=3, warps=8)
     if tokens * depth >= 128 * 256 * 500 and channels > 768:
         return Tiles(128, 256, 64, stages=3, warps=8)
     # Two programs on a multiprocessor: one stores while the other multiplies.
-    n = side(depth, 128)
-    return Tiles(side(tokens, 128), n, 64, stages=3, warps=4, slices=4 if n == 128 else 1, group=16, per_sm=2)
-
-
-def _narrow_tiles(tokens: int, depth: int) -> Tiles:
-    """Tiles of a product of few channels; `group` programs share the features of their tokens."""
-    return Tiles(64, 64, 0, stages=3, warps=4, group=2 if tokens >= 8192 else 4, per_sm=4)
+    m, n = side(tokens, 128), side(depth, 128)
+    return Tiles(m, n, 64, stages=3, warps=4, slices=4 if n == 128 else 1, per_sm=2, prefetch=True)

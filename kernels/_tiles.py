@@ -89,6 +89,13 @@ def load_channels(pointer, k, channels, AXIS: tl.constexpr):  # type: ignore[no-
     return tl.expand_dims(tl.load(pointer + k, mask=k < channels, other=0.0), 1 - AXIS)
 
 
+@triton.jit
+def prefetch_channels(pointer, k, channels):  # type: ignore[no-untyped-def]
+    """Have the L1 cache fetch what `load_channels` is to load."""
+    at = pointer + tl.minimum(k, channels - 1)
+    tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
+
+
 class Tiles(NamedTuple):
     """How a GEMM is cut: sides of its tiles and of a step, and what the compiler is told."""
 
@@ -101,6 +108,7 @@ class Tiles(NamedTuple):
     group: int = 8  # rows of tiles that go through the columns together
     per_sm: int = 1  # programs on a multiprocessor
     flatten: bool = True  # loads of the next tile start before this one is stored
+    prefetch: bool = False  # what the end of a tile reads is asked for at its start
 
 
 def access(m: Tensor, height: int, width: int) -> tuple[Tensor | TensorDescriptor, int]:

@@ -104,6 +104,7 @@ with _launch.interpret():  # CPU tensors go to the kernels
         (plan_surface(NV12, CHANNEL_ROWS, 512, 256), bf16, bf16),
         (plan_surface(P010, CHANNEL_ROWS, 16384, 512), bf16, fp32),
         (plan_surface(P010, CHANNEL_ROWS, 16384, 512), fp32, fp32),
+        (plan_surface(P010, TOKEN_ROWS, 16384, 64), fp32, fp32),
     ):
         ragged = layout is odd
         planes = torch.zeros(layout.shape, dtype=torch.uint8)

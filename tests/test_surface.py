@@ -346,6 +346,34 @@ def test_few_multiprocessors_do_the_same(device: torch.device, channels: int | N
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("sms", [1, None])
+@pytest.mark.parametrize(("tokens", "depth"), [(70, 520), (450, 130)])
+def test_few_channels_of_many_features_or_tokens(
+    device: torch.device, tokens: int, depth: int, sms: int | None, dtype: torch.dtype
+) -> None:
+    """More blocks of features than programs on one multiprocessor, and programs that share their tokens."""
+    codes = torch.randint(0, 16, (tokens, 19), dtype=torch.int16)
+    components = torch.randint(-4, 5, (depth, 19)).float()  # sums of 11 bits at most
+    levels, scale, bias = torch.full((19,), 15.0), torch.ones(19), dyadic((depth,), 1.0)
+    on = [t.to(device) for t in (codes, components, scale, bias)]
+    out = dequantize_project(*on, dtype, levels=levels.to(device), sms=sms)
+    assert torch.equal(out.cpu().double(), restore(codes, components, scale, bias))
+
+
+@pytest.mark.kernel
+def test_more_channels_than_a_program_weighs_at_a_time(device: torch.device) -> None:
+    channels = 1100
+    codes = torch.randint(0, 4, (20, channels), dtype=torch.int16)
+    components = torch.cat((torch.full((33, 1024), 0.25), dyadic((33, channels - 1024), 1.0)), 1)
+    scale, bias = torch.full((channels,), 0.5), dyadic((33,), 1 / 2)
+    on = [t.to(device) for t in (codes, components, scale, bias)]
+    for levels in (None, torch.full((channels,), 3.0, device=device)):
+        out = dequantize_project(*on, torch.float32, levels=levels)
+        assert torch.equal(out.cpu().double(), restore(codes, components, scale, bias))
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_round_trip_error(device: torch.device, mapping: str) -> None:
     """With a full orthonormal basis and no clamping each coefficient errs by at most scale / 2, and so a
