@@ -398,12 +398,12 @@ class Chain:
         except BaseException as error:
             del arguments
             clear_frames(error.__traceback__)
-            if outcome is not None and not outcome.done():
-                outcome.set_exception(error)
             if error not in self._errors:
                 self._errors.append(error)
                 with self._lock:
                     self._failed += work != self._load
+            if outcome is not None and not outcome.done():
+                outcome.set_exception(error)  # last: who waits for it looks into the books
             raise
 
     def _wait(self, work: Callable[[], T]) -> T:

@@ -280,7 +280,7 @@ class _Speeds:
         if nbytes and entry.lossy is not None:
             bits = int(entry.lossy.partition(":")[2] or 8)
             # 64 elements share a scale and an offset of 16 bits each.
-            packed = int(nbytes * (bits + 0.5) / (8 * entry.dtype.itemsize))
+            packed = max(1, int(nbytes * (bits + 0.5) / (8 * entry.dtype.itemsize)))
             if packed < WORTH * nbytes:
                 out.append(self._code(entry.lossy, entry, packed))
         return tuple(out)

@@ -51,7 +51,7 @@ class Passage:
         self._used = used
         self._known = trip.packs
         self._packs: list[Pack] = []
-        self._claims: dict[int, Claim] = {}  # by number, while the block runs
+        self._claims: dict[int, tuple[int, Claim | None]] = {}  # by number, with its address, in this call
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         self._pack_below, self._unpack_below = hooks
 
@@ -75,15 +75,18 @@ class Passage:
         call = pack.call
         if call is None:
             return Kept(tensor) if pack.kept else self._pack_below(tensor)
-        claim = self._claims.get(call.number) or self._claim(call.number, tensor)
-        if claim is None:
+        address, claim = self._claims.get(call.number) or self._claim(call.number, tensor)
+        if claim is None or address != tensor.untyped_storage().data_ptr():  # not one tensor saved twice
             return self._pack_below(tensor)
         self._trip.at += 1
         return Passed(tensor, claim, self._trip, call.number)
 
     def _which(self, tensor: Tensor) -> Pack:
         """What comes at this place of the block."""
-        at, nbytes, dtype = len(self._packs), tensor.nbytes, tensor.dtype
+        at, dtype = len(self._packs), tensor.dtype
+        nbytes = (
+            tensor.nbytes if tensor.layout == torch.strided else 0
+        )  # others have none, or are kept anyway
         if at < len(self._known):
             pack = self._known[at]
             if pack.nbytes == nbytes and pack.dtype is dtype:
@@ -98,13 +101,14 @@ class Passage:
         sizes = nbytes, distinct_bytes(tensor), tensor.untyped_storage().nbytes()
         return Pack(nbytes, dtype, False, call if call.nbytes in sizes else None)
 
-    def _claim(self, number: int, tensor: Tensor) -> Claim | None:
+    def _claim(self, number: int, tensor: Tensor) -> tuple[int, Claim | None]:
         entry = self._trip.entry(number)
         # What other blocks save too is counted by its memory.
         claim = self._moves.claim(data_key(tensor) if entry.block < 0 else None, entry.weight)
+        found = tensor.untyped_storage().data_ptr(), claim
         if claim is not None:
-            self._claims[number] = claim
-        return claim
+            self._claims[number] = found
+        return found
 
     def _unpack(self, packed: Any) -> Tensor:
         if type(packed) is Passed:

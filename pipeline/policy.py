@@ -136,9 +136,15 @@ def may_lose_bits(tensor: Tensor) -> bool:
         and tensor.requires_grad
         and tensor.ndim >= 2
         and tensor.shape[-1] > 1
-        and "Softmax" not in type(tensor.grad_fn).__name__
+        and "Softmax" not in _name(tensor.grad_fn)
         and geometry(tensor).pairs is not None
     )
+
+
+def _name(node: Node | None) -> str:
+    """Of its class; nodes of C++ extensions share one class."""
+    kind = type(node).__name__
+    return kind if node is None or kind != "CppFunction" else node.name()
 
 
 def for_heads(lane: Lane) -> Lane:

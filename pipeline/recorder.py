@@ -250,8 +250,8 @@ class Trip:
     def lesson(self) -> Lesson | None:
         """What a trip has learned that was told to; None if that is nothing. The device must have `ended`."""
         shown = self.shown()
-        if not self._entries or shown is None:
-            return None
+        if not self._entries or shown is None or not any(mark.kind == END for mark in shown.marks):
+            return None  # a backward pass that failed shows only a part of the step
         rows, blocks = tuple(map(tuple, self._rows)), tuple(self._blocks)
         known = tuple(map(replace, self._entries))  # later passes over this graph change them
         gaps, host = shown.device.gaps, shown.host.gaps

@@ -29,7 +29,7 @@ class Space:
     """The free blocks. Blocks of different owners are never merged. Not thread-safe.
 
     Steps of a training run ask for the same sizes again, so what is given waits whole for the next who wants
-    as much, the first given first. It is merged with its neighbours when something does not fit otherwise.
+    as much, the first given first. When another size is asked for, neighbours are merged.
     """
 
     def __init__(self) -> None:
@@ -50,10 +50,8 @@ class Space:
             if not whole:
                 del self._whole[nbytes]
             return block
+        self._merge()  # first: pieces may fit together, where a large block would be cut
         i = bisect_left(self._sizes, (nbytes, -1))
-        if i == len(self._sizes) and self._whole:
-            self._merge()
-            i = bisect_left(self._sizes, (nbytes, -1))
         if i == len(self._sizes):
             return None
         found = self._starts[self._sizes[i][1]]

@@ -198,36 +198,33 @@ class Index:
     """Live stashes by what they were made from. Thread-safe. See Note: [Interrupts] in `pool`."""
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, tuple[_Entry, ...]] = {}  # by `Key.data`
+        self._entries: dict[Key, _Entry] = {}
         self._dead: deque[_Entry] = deque()
         self._lock = RLock()
 
     def __len__(self) -> int:
         with self._lock:
-            return sum(entry() is not None for entries in self._entries.values() for entry in entries)
+            return sum(entry() is not None for entry in self._entries.values())
 
     def find(self, key: Key) -> Stash | None:
         """The stash of `key`, or of the whole storage of its data."""
-        for entry in self._entries.get(key.data, ()):
-            if (entry.key.kind == "whole" or entry.key == key) and (stash := entry()) is not None:
-                return stash
-        return None
+        stash = self._of(key)
+        return stash if stash is not None or key.kind == "whole" else self._of(Key(key.data, "whole"))
 
     def add(self, key: Key, stash: Stash) -> None:
         entry = _Entry(stash, self._dead.append)
         entry.key = key
         with self._lock:
             while self._dead:
-                self._remove(self._dead.popleft())
-            self._entries[key.data] = (*self._entries.get(key.data, ()), entry)
+                dead = self._dead.popleft()
+                known = getattr(dead, "key", None)  # none where an interrupt came before it
+                if known is not None and self._entries.get(known) is dead:
+                    del self._entries[known]
+            self._entries[key] = entry
 
-    def _remove(self, dead: _Entry) -> None:
-        data = dead.key.data
-        left = tuple(entry for entry in self._entries.get(data, ()) if entry is not dead)
-        if left:
-            self._entries[data] = left
-        else:
-            self._entries.pop(data, None)
+    def _of(self, key: Key) -> Stash | None:
+        entry = self._entries.get(key)
+        return None if entry is None else entry()
 
 
 def data_key(tensor: Tensor, shape: Geometry | None = None) -> Hashable:

@@ -273,7 +273,7 @@ class Auto:
             kind.lesson = kind.lesson.seen_again(shown, script.plan.choices, kind.fresh)
             kind.fresh = False
             kind.seen += 1
-            if kind.seen == TIMED:
+            if kind.seen >= TIMED:
                 self._plan_again(kind, script.plan, kind.lesson)
         elif kind.drifts():
             kind.timed, kind.seen, kind.settled, kind.fresh = TIMED, 0, None, True

@@ -171,7 +171,7 @@ class _Search:
         if prod(map(len, (*blocks, *picks))) <= WHOLE:
             return [self._judged([*p], [*r]) for p, r in product(product(*picks), product(*blocks))]
         starts = sorted(self._starts(), key=lambda state: state[0])[:CLIMBS]
-        share = self._left // len(starts)
+        share = max(0, self._left // len(starts))
         return [state for start in starts for state in (start, self._climb(*start, share))]
 
     def _item(self, block: int, members: list[int]) -> _Item:

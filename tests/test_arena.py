@@ -357,6 +357,15 @@ def test_free_blocks_wait_whole_for_their_size():
     assert space.take(4) is None and list(space) == []
 
 
+def test_pieces_that_fit_together_go_before_a_large_block_is_cut():
+    space, owner = Space(), object()
+    for block in (Block(owner, 0, 4), Block(owner, 4, 4), Block(owner, 100, 50)):
+        space.give(block)
+    one = space.take(8)
+    assert one is not None and (one.start, one.end) == (0, 8)
+    assert [(block.start, block.end) for block in space] == [(100, 150)]
+
+
 def test_trim_waits_for_users_and_growing_does_not():
     arena = Arena(8 * KIB, pinned=False, step=4 * KIB)
     slots = [arena.take(4 * KIB) for _ in range(2)]

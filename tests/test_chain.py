@@ -8,6 +8,7 @@ import sys
 import threading
 import weakref
 from collections import defaultdict
+from concurrent.futures import Future
 from contextlib import suppress
 from itertools import pairwise
 
@@ -428,6 +429,21 @@ def test_an_error_nobody_received_is_raised_at_the_end():
     with pytest.raises(ValueError, match="of the program"), Chain(Broken()) as chain:
         chain.send(torch.ones(1))
         raise ValueError("of the program")
+
+
+def test_an_error_is_in_the_books_before_anybody_hears_of_it(monkeypatch):
+    class Told(Future):
+        def set_exception(self, error):
+            known.append(error in chain._errors)
+            super().set_exception(error)
+
+    known = []
+    monkeypatch.setattr(chain_module, "Future", Told)
+    chain = Chain(Broken())
+    with pytest.raises(MemoryError, match="encode"):
+        chain.receive(chain.send(torch.ones(1)))
+    chain.close()
+    assert known and all(known)
 
 
 def test_an_error_holds_no_tensor():

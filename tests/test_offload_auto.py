@@ -762,3 +762,33 @@ def test_predictions_follow_what_is_measured(monkeypatch):
 def test_bad_arguments(arguments, what):
     with pytest.raises(LaneError, match=what):
         offload(**arguments)
+
+
+def test_a_first_backward_that_fails_teaches_nothing():
+    model, tokens = build()
+    expected = gradients(model, tokens)
+    context = offload("auto", min_bytes=MIN_BYTES, gpu_budget=1 << 30)
+    with context:
+        loss = loss_of(model, tokens)
+        (loss * 1).register_hook(lambda grad: None)
+        out = loss * 2
+    hook = next(p for p in model.parameters() if p.requires_grad).register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        out.backward()
+    hook.remove()
+    del loss, out
+    model.zero_grad()
+    assert_same(gradients(model, tokens, context), expected)
+    assert context.plan is None  # the step that failed was no lesson: this one was
+    assert_same(gradients(model, tokens, context), expected)
+    assert context.plan is not None
+
+
+def test_codes_of_a_few_bytes_can_be_planned():
+    context = offload("auto", gpu_budget=60, min_bytes=0, bits=2)
+    x = torch.randn(1, 64, requires_grad=True)
+    for _ in range(4):
+        with context:
+            loss = torch.sigmoid(torch.sigmoid(x[:, :2] * 1.0)).sum()
+        loss.backward()
+    assert context.plan is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -181,3 +182,61 @@ def test_no_hooks_are_left_behind(monkeypatch, passed):
         assert settled(context)
         at += 1 if at < 40 else 97
     assert at > 500 and passed
+
+
+class Aggregate(nn.Module):
+    """A layer over a graph, whose adjacency is sparse."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+        self.adjacency = torch.eye(64).to_sparse()
+
+    def forward(self, x):
+        return torch.tanh(torch.sparse.mm(self.adjacency, self.linear(x)))
+
+
+def test_kept_blocks_may_save_sparse_tensors():
+    blocks = nn.ModuleList(Aggregate() for _ in range(3))
+    context = automatic(gpu_budget=1 << 30, blocks=blocks)
+    x = torch.ones(64, 32, requires_grad=True)
+
+    def gradient(around):
+        with around:
+            y = x
+            for block in blocks:
+                y = block(y)
+        return torch.autograd.grad(y.sum(), x)[0]
+
+    expected = gradient(nullcontext())
+    for _ in range(SETTLED + 2):
+        assert torch.equal(gradient(context), expected)
+    assert context.plan is not None and settled(context)
+
+
+class Twice(nn.Module):
+    """Saves x, and a copy of it where x is not contiguous."""
+
+    def forward(self, x):
+        return x.contiguous().cos() * x.sin()
+
+
+TWICE = nn.ModuleList(Twice() for _ in range(4))
+
+
+def held_by(context, transposed):
+    with context:
+        y = torch.ones(256, 256, requires_grad=True).sin()
+        for block in TWICE:
+            y = block(y.t() if transposed else y)
+        held = context.report().device_bytes
+    y.sum().backward()
+    return held
+
+
+def test_tensors_that_no_longer_share_memory_are_counted_each():
+    learned = [automatic(gpu_budget=1 << 30, blocks=TWICE) for _ in range(2)]
+    for _ in range(SETTLED + 2):
+        held_by(learned[0], False)
+        expected = held_by(learned[1], True)
+    assert held_by(learned[0], True) == expected > 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from sidelane.codec.packet import flatten
 from sidelane.errors import OffloadError
 from sidelane.pipeline.extent import View, element_set, whole_storage, without_flags
-from sidelane.pipeline.stash import Index, Kept, Key, Stash, data_key
+from sidelane.pipeline.stash import Index, Kept, Key, Stash, _Entry, data_key
 
 
 @st.composite
@@ -82,6 +82,15 @@ def test_without_flags_shows_memory():
 
 def stash_of(x: Tensor) -> Stash:
     return Stash(x, home=None, whole=True, truth=None)  # type: ignore[arg-type]
+
+
+def test_an_entry_that_an_interrupt_left_without_a_key_harms_no_other():
+    x, index = torch.randn(4), Index()
+    key = Key(data_key(x), "whole")
+    stash = stash_of(x)
+    index._dead.append(_Entry(stash))  # as it is between its making and its key
+    index.add(key, stash)
+    assert index.find(key) is stash and not index._dead
 
 
 def test_index_forgets_a_stash_with_its_last_ticket():
