@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from sidelane.kernels._surface import load_codes
 from sidelane.kernels._tiles import load_channels
@@ -125,8 +126,14 @@ def center_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Operands of `restore_kernel`: code - middle, float16 [lines, length], and `_weigh_components`."""
+    """Operands of `restore_kernel`: code - middle, float16 [lines, length], and `_weigh_components`.
+
+    EARLY: the next kernel may take its place as soon as there is room, and waits itself.
+    """
+    if EARLY:
+        cuda.gdc_launch_dependents()
     tiles_n = tl.cdiv(length, BLOCK_N)
     bands = rows_of_part // BLOCK_D
     for tile in range(tl.program_id(0), bands + tl.cdiv(lines, BLOCK_M) * tiles_n, tl.num_programs(0)):

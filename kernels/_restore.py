@@ -8,9 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
 from sidelane.kernels._center import center_kernel
 from sidelane.kernels._launch import cdiv, device_of
+from sidelane.kernels._restore_hopper import restore_hopper, runs_here
 from sidelane.kernels._surface import Geometry, load_codes
 from sidelane.kernels._tiles import (
     PASS_PER_SM,
@@ -26,11 +28,13 @@ from sidelane.kernels._tiles import (
     programs,
     side,
     slices,
+    starts_early,
     store_tile,
     tile_of,
 )
 
 WEIGHTS = 2048  # that a program of the pass computes at a time
+CODES = 4096  # that it centers
 NARROW = 64  # channels that fit one step of the product
 
 
@@ -101,11 +105,15 @@ def restore_narrow_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """`restore_kernel` of BLOCK_K channels at most.
 
-    A program keeps what belongs to BLOCK_N features, whose tokens `sharers` programs share.
+    A program keeps what belongs to BLOCK_N features, whose tokens `sharers` programs share. EARLY: it may
+    start before its operands are written.
     """
+    if EARLY:
+        cuda.gdc_wait()
     columns = tl.cdiv(depth, BLOCK_N)
     for share in range(tl.program_id(0), columns * sharers, tl.num_programs(0)):
         n0 = share % columns * BLOCK_N
@@ -185,7 +193,12 @@ def restore(
     out = torch.empty((tokens, bias.numel()), dtype=dtype, device=codes.device)
     flags = {"VECTOR": g.alignment, "WIDE": g.wide, **flags}
     lines, length = by_line((tokens, scale.numel()), flags)
-    block_m, block_n = pass_blocks(lines, length, flags)
+    if components is None:
+        block_m, block_n = pass_blocks(lines, length, flags)
+    else:
+        block_n = side(length, 1024)
+        # The low bits of split codes take registers of their own.
+        block_m = min(CODES // (2 if flags["SPLIT"] else 1) // block_n, triton.next_power_of_2(lines))
     blocks = {"PIECE": piece(g, block_n), "BLOCK_M": block_m, "BLOCK_N": block_n}
     tiles = cdiv(lines, block_m) * cdiv(length, block_n)
     with device_of(codes):
@@ -243,14 +256,20 @@ def restore(
             PARTS=parts,
             BLOCK_D=block_d,
             BLOCK_K=block_k,
+            EARLY=starts_early(),
             enable_fp_fusion=False,
             **blocks,
             **flags,
         )
         a = centered[:, :length]
         a = a.t() if flags["CHANNEL_LINES"] else a
-        multiply = _restore_narrow if channels <= NARROW else _restore
-        multiply(a, weights[:, :channels], unit, constant, out, parts, sms)
+        w = weights[:, :channels]
+        if channels <= NARROW:
+            _restore_narrow(a, w, unit, constant, out, parts, sms)
+        elif runs_here(out, parts):
+            restore_hopper(a, w, unit, constant, out, sms)
+        else:
+            _restore(a, w, unit, constant, out, parts, sms)
     return out
 
 
@@ -314,6 +333,7 @@ def _restore_narrow(
     columns = cdiv(depth, t.n)
     available = programs(cdiv(tokens, t.m) * columns, t.per_sm, sms, out.device)
     sharers = max(1, available // columns)
+    early = starts_early()
     restore_narrow_kernel[(min(available, columns * sharers),)](
         a_tiles,
         b_tiles,
@@ -330,6 +350,8 @@ def _restore_narrow(
         BLOCK_M=t.m,
         BLOCK_N=t.n,
         BLOCK_K=t.step,
+        EARLY=early,
+        launch_pdl=early,
         num_warps=t.warps,
         num_stages=t.stages,
         enable_fp_fusion=False,

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sidelane.kernels._surface import Geometry
@@ -154,6 +155,11 @@ def by_line(pair: tuple[int, ...], flags: dict[str, Any]) -> tuple[int, ...]:
 def side(size: int, largest: int) -> int:
     """A power of two that covers `size`, from 16 (the least side of a tensor-core product) to `largest`."""
     return max(16, min(largest, int(triton.next_power_of_2(size))))
+
+
+def starts_early() -> bool:
+    """Whether a kernel can start before the one ahead of it ends: compute capability 9.0 and later."""
+    return not interpreted() and int(driver.active.get_current_target().arch) >= 90
 
 
 def interpreted() -> bool:

@@ -40,6 +40,7 @@ def test_every_kernel_compiles_for_hopper(compiled: list[dict[str, object]]) -> 
         "center_kernel",
         "restore_kernel",
         "restore_narrow_kernel",
+        "restore_hopper_kernel",
         "dequantize_kernel",
     }
     assert all(row["cubin"] for row in compiled)
@@ -51,7 +52,7 @@ def test_group_kernels_round_after_every_operation(compiled: list[dict[str, obje
     assert not any(row["fma"] for row in groups)
 
 
-PRODUCTS = ("project_quantize_kernel", "restore_kernel", "restore_narrow_kernel")
+PRODUCTS = ("project_quantize_kernel", "restore_kernel", "restore_narrow_kernel", "restore_hopper_kernel")
 PASSES = ("quantize_kernel", "split_kernel", "center_kernel", "dequantize_kernel")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from guarded import SENTINEL, Guarded
 from sidelane.errors import LaneError
 from sidelane.kernels import reference
+from sidelane.kernels._restore_hopper import runs_here
 from sidelane.kernels.surface import (
     dequantize_project,
     project_quantize,
@@ -275,6 +276,28 @@ def test_restored_dtype_rounds_to_nearest_even(cuda: torch.device, dtype: torch.
     on = [t.to(cuda) for t in (codes, components, scale, bias)]
     exact = restore(codes, components, scale, bias)
     assert torch.equal(dequantize_project(*on, dtype).cpu(), exact.float().to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mapping", [CHANNEL_ROWS, TOKEN_ROWS])
+@pytest.mark.parametrize(("channels", "dtype"), [(200, torch.float16), (840, torch.bfloat16)])
+@pytest.mark.parametrize("sms", [None, 7])
+def test_many_tiles_of_halves(
+    cuda: torch.device, sms: int | None, channels: int, dtype: torch.dtype, mapping: str
+) -> None:
+    """The product that has a role for every warp, which small ones do not reach, with ragged sides."""
+    tokens, depth = 4100, 2184
+    assert runs_here(torch.empty(tokens, depth, dtype=dtype, device=cuda), parts=1) == (
+        torch.cuda.get_device_capability() == (9, 0)
+    )
+    layout = plan_surface(P010, mapping, tokens, channels)
+    surface = torch.randint(0, 256, layout.shape, dtype=torch.uint8)
+    components, scale, bias = restoration(depth, channels)
+    scale /= 16  # within the range of float16
+    on = [t.to(cuda) for t in (components, scale, bias)]
+    out = unpack_dequantize_project(surface.to(cuda), layout, *on, dtype, sms=sms)
+    codes = reference.unpack_surface_ref(surface, layout).to(cuda)
+    assert torch.equal(out, restore(codes, *on).float().to(dtype))
 
 
 @pytest.mark.kernel
