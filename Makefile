@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 STAMP := .venv/.installed
+# Processes that share the test files, each with one thread for torch.
+WORKERS ?= 2
 
 # The current directory stays off sys.path: its folder `kernels` is no package to import by that name.
 export PYTHONSAFEPATH := 1
@@ -16,8 +18,9 @@ help: ## list these targets
 demo: $(STAMP) ## train a small GPT through every lane; results go to demo-results/
 	$(BIN)/sidelane demo
 
-test: $(STAMP) ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not abi_probe and not soak" $(PYTEST_ARGS)
+test: $(STAMP) ## all tests that need no GPU, in WORKERS=2 processes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "not gpu and not abi_probe and not soak" $(PYTEST_ARGS)
 
 test-abi: $(STAMP) ## the driver structures against the C headers (Debian: libffmpeg-nvenc-dev)
 	$(BIN)/python -m pytest -m abi_probe

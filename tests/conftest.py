@@ -6,14 +6,30 @@ elsewhere. `gpu` tests need a GPU and fail without one.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel module is first imported
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+
+settings.register_profile("any speed", deadline=None)
+settings.load_profile("any speed")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection of garbage has to look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -34,6 +50,13 @@ def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.fail("this test needs a CUDA device; leave it out with -m 'not gpu'")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def math_attention() -> Iterator[None]:
+    """The one attention on a GPU whose backward repeats bit for bit."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @pytest.fixture(autouse=True)
