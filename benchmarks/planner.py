@@ -26,33 +26,27 @@ import os
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from math import isfinite, log, nan
 from pathlib import Path as FilePath
-from random import Random
-from statistics import median, quantiles
+from statistics import median
 from subprocess import Popen
 from time import perf_counter, sleep
 from typing import Any
 
 import torch
 from common import RESULTS, append_rows, environment
-from planner_paths import MIB, Host, OnDisk, Path, Setting, Simulated, round_trip
-from planner_summary import crossing, flip_of, ratio_of, summary, verdicts
+from planner_cells import cell, chain_cell
+from planner_flips import flips
+from planner_paths import MIB, Host, OnDisk, Path, Setting, Simulated
+from planner_summary import summary, verdicts
 from planner_tensors import FULL, TINY, activations, head
 from torch import Tensor
 
-from sidelane.codec.packet import Packet
-from sidelane.pipeline.chain import AUTO_WIRES, Chain
-from sidelane.pipeline.choice import Decision, choose, speed_of
-from sidelane.pipeline.lanes import decode_packet
-from sidelane.pipeline.machine import LOAD_SIDE, MAX_SIZE, Curve, Machine
-from sidelane.pipeline.planner import Residuals, crossover
+from sidelane.pipeline.choice import choose
+from sidelane.pipeline.machine import LOAD_SIDE, Curve, Machine
 from sidelane.pipeline.probe import measure
-from sidelane.pipeline.samples import Probes, lane_named
+from sidelane.pipeline.samples import Probes
 from sidelane.pipeline.sampling import Load
 from sidelane.pipeline.tensor_auto import AutoLane
 
@@ -60,19 +54,9 @@ Row = dict[str, Any]
 
 KINDS = ("hidden", "mlp", "norm", "kv", "codes")
 CHAIN_KINDS = ("hidden", "norm", "codes")
-LANES = ("raw", "exact", "packed:8", "packed:4", "packed:2")
 RATES = {25.0: 32, 12.5: 16, 7.0: 16, 3.0: 8, 1.25: 2, 0.125: 0.5}  # GB/s: MiB of a tensor
-LEAST, MOST = 5, 61  # rounds of a cell
-DEPTH, IN_CHAIN, WARM = 8, 32, 2  # of chains; tensors of a round; rounds that do not count
-FLIP_KINDS, FLIP_LANES = ("hidden", "mlp", "norm", "kv"), ("exact", "packed:8", "packed:4")
+FLIP_KINDS = ("hidden", "mlp", "norm", "kv")
 FLIP_MIB = 1
-FLIP_RATES = tuple(0.15e9 * 1.5**i for i in range(13))  # bytes/s, to 19.5e9
-FINE = tuple(1.12**i for i in range(-4, 5))  # of a rate around which a flip is sought
-COARSE_ROUNDS, FINE_ROUNDS = 5, 11
-LINE = (
-    "{path:14} {tensor:7} {load:5} {lane:9} predicted {predicted_ms:>8} measured {measured_ms:>8} ms, "
-    "{over_raw:.3f} of raw {marks}"
-)
 WEIGHTS = {"host": 2.5, "chain": 8.0, "disk": 4.0, "flips": 2.5}  # of the time; others 1
 
 
@@ -84,219 +68,6 @@ class Unit:
     weight: float
     work: Callable[[float], list[Row]]
     flips: bool = False
-
-
-@dataclass
-class Rounds:
-    """Rounds that fit in a time: from `LEAST` to `MOST`."""
-
-    seconds: float
-    most: int = MOST
-
-    def __iter__(self) -> Iterator[int]:
-        end = perf_counter() + self.seconds
-        i = 0
-        while i < LEAST or (i < self.most and perf_counter() < end):
-            yield i
-            i += 1
-
-
-def gate(path: Path, x: Tensor) -> dict[str, str]:
-    """The lane in which each one stores `x`. Raises RuntimeError unless every lane brings back over `path`
-    what it encodes."""
-    stored = {}
-    for name in LANES:
-        lane = lane_named(name)
-        packet = lane.encode(x)
-        stored[name] = packet.lane
-        expected = lane.decode(packet)
-        for back in round_trip(path, name, x):
-            if not torch.equal(back, expected) or (lane.exact and not torch.equal(back, x)):
-                raise RuntimeError(f"lane '{name}' over {path.name} gives wrong results: no times")
-    return stored
-
-
-def cell(
-    setting: Setting, path: Path, kind: str, x: Tensor, load: str, probes: Probes, seconds: float
-) -> list[Row]:
-    """Rows of all lanes for `x` over `path`."""
-    stored = setting.apart(lambda: gate(path, x))
-    pick = {"machine": setting.machine, "load": load, "name": kind, "probes": probes}
-    pick["together"] = path.together
-    any_lane, exact = (choose(x, path.wires, exact=exact, **pick) for exact in (False, True))
-    auto = AutoLane(path.wires, setting.machine, load, together=path.together, probes=probes)
-    lanes: dict[str, str | AutoLane] = {name: name for name in LANES} | {"auto": auto}
-    times: dict[str, list[float]] = {name: [] for name in lanes}
-    guess = dict.fromkeys(lanes, 2e-3)
-    order = Random(0)
-    for i in Rounds(seconds):
-        for name in order.sample(list(lanes), len(lanes)):
-            setting.apart(
-                lambda n=name: round_trip(path, lanes[n], x)
-            )  # memory and code as this lane leaves them
-            taken = setting.timed(lambda n=name: round_trip(path, lanes[n], x), load, guess[name])
-            guess[name] = taken / 2  # it is of the time beside the load
-            if i:
-                times[name].append(taken / path.together)
-    took = setting.apart(lambda: auto.decide(x)).lane
-    about = {"path": path.name, "group": path.group, "simulated": int(path.simulated), "tensor": kind}
-    return rows_of(about, x, load, any_lane, exact, stored | {"auto": ""}, took, times)
-
-
-def chain_cell(setting: Setting, kind: str, x: Tensor, load: str, seconds: float) -> list[Row]:
-    """Rows of all lanes for many of `x` out and then back through a chain, all chains in turns."""
-    pick = {"machine": setting.machine, "load": load, "name": kind, "together": DEPTH}
-    any_lane, exact = (choose(x, AUTO_WIRES, exact=exact, **pick) for exact in (False, True))
-    stored = {name: setting.apart(lambda n=name: lane_named(n).encode(x)).lane for name in LANES}
-    times: dict[str, list[float]] = {name: [] for name in (*LANES, "auto")}
-    out: dict[str, list[float]] = {name: [] for name in times}
-    with ExitStack() as open_chains:
-        chains = {}
-        for name in times:
-            lane, _, bits = name.partition(":")
-            options: Row = {"bits": int(bits)} if bits else {}
-            if lane == "auto":
-                options = {"machine": setting.machine, "load": load}
-            chains[name] = open_chains.enter_context(Chain(lane, depth=DEPTH, **options))
-
-        def work(name: str) -> None:
-            begin = perf_counter()
-            tickets = [chains[name].send(x) for _ in range(IN_CHAIN)]
-            chains[name].flush()
-            out[name].append((perf_counter() - begin) / IN_CHAIN)
-            for _ in chains[name].receive_all(tickets):
-                pass
-
-        guess = {name: setting.timed(lambda n=name: work(n)) for name in times}
-        order = Random(0)
-        for i in Rounds(seconds):
-            for name in order.sample(list(times), len(times)):
-                taken = setting.timed(lambda n=name: work(n), load, guess[name])
-                guess[name] = taken / 2
-                if i >= WARM:
-                    times[name].append(taken / IN_CHAIN)
-        text = chains["auto"].explain()
-    took = text.splitlines()[0].rpartition(": ")[2]
-    ways = ", ".join(f"{name} {median(found[1 + WARM :]) * 1e3:.3f}" for name, found in out.items())
-    print(f"of these on the way out: {ways}\n{text}", flush=True)
-    about = {"path": "chain", "group": "chain", "simulated": 0, "tensor": kind}
-    return rows_of(about, x, load, any_lane, exact, stored | {"auto": ""}, took, times)
-
-
-def rows_of(
-    about: Row,
-    x: Tensor,
-    load: str,
-    any_lane: Decision,
-    exact: Decision,
-    stored: dict[str, str],
-    took: str,
-    times: dict[str, list[float]],
-) -> list[Row]:
-    rows = []
-    for lane, found in times.items():
-        each = any_lane.candidates.get(lane)
-        low, middle, high = quantiles(found, n=4)
-        over, error = ratio_of(found, times["raw"])
-        predicted = each.seconds if each else exact.candidates[took].seconds
-        sample = each.sample if each else None
-        rows.append(
-            about
-            | {
-                "dtype": str(x.dtype).removeprefix("torch."),
-                "bytes": x.nbytes,
-                "load": load,
-                "lane": lane,
-                "stored": stored[lane],
-                "took": took if lane == "auto" else lane,
-                "ratio": round(1 / sample.share, 3) if sample else "",
-                "rel_error": f"{sample.rel_error:.3g}" if sample else "",
-                "predicted_ms": round(predicted * 1e3, 4) if isfinite(predicted) else "",
-                "measured_ms": round(middle * 1e3, 4),
-                "measured_p25": round(low * 1e3, 4),
-                "measured_p75": round(high * 1e3, 4),
-                "over_raw": round(over, 4),
-                "over_raw_se": round(error, 4),
-                "rounds": len(found),
-                "any": int(lane == any_lane.lane),
-                "exact": int(lane == exact.lane),
-            }
-        )
-    for row in rows:
-        marks = [policy for policy in ("any", "exact") if row[policy]]
-        marks += [f"took {took}"] if row["lane"] == "auto" else []
-        print(LINE.format(marks=" ".join(marks), **row), flush=True)
-    return rows
-
-
-def flips(setting: Setting, path: Simulated, kind: str, x: Tensor) -> list[Row]:
-    """The rate of a wire out at which each lane and raw take the same time, by the tables and with what the
-    first sweep taught about encode and decode ("learned")."""
-    path.pace(25e9)
-    overheads = {}
-    for lane in ("raw", *FLIP_LANES):
-        packet = setting.apart(lambda lane=lane: lane_named(lane).encode(x))
-        overheads[lane] = Curve((1, MAX_SIZE), (path.overhead(packet),) * 2)
-    rows, residuals = [], Residuals()
-    coarse = sweep(setting, path, x, FLIP_RATES, ("raw", *FLIP_LANES), COARSE_ROUNDS, residuals)
-    for lane in FLIP_LANES:
-
-        def predicted(learned: Residuals, lane: str = lane) -> float:
-            def seconds(rate: float, lane: str) -> float:
-                wires = rate, path.other, overheads[lane]
-                pick = {"exact": False, "name": kind, "residuals": learned}
-                return choose(x, wires, setting.machine, **pick).candidates[lane].seconds
-
-            rate = crossover(partial(seconds, lane=lane), partial(seconds, lane="raw"), 1e7, 1e12, 30)
-            return (rate or nan) / 1e9
-
-        near = crossing(FLIP_RATES, coarse[lane])
-        measured = nan
-        if near is not None:
-            rates = [near * part for part in FINE]
-            fine = sweep(setting, path, x, rates, ("raw", lane), FINE_ROUNDS)[lane]
-            measured = flip_of([*FLIP_RATES, *rates], [*coarse[lane], *fine], near) / 1e9
-        found = {"predicted": predicted(Residuals()), "learned": predicted(residuals), "measured": measured}
-        print(f"flip of {lane}, {kind}, GB/s: {found}", flush=True)
-        rows.append({"tensor": kind, "bytes": x.nbytes, "lane": lane} | found)
-    return rows
-
-
-def sweep(
-    setting: Setting,
-    path: Simulated,
-    x: Tensor,
-    rates: Sequence[float],
-    lanes: Sequence[str],
-    rounds: int,
-    residuals: Residuals | None = None,
-) -> dict[str, list[float]]:
-    """For each rate log(lane / raw), the median over rounds. `residuals` learns from encode and decode."""
-    gaps: dict[str, list[float]] = {lane: [] for lane in lanes}
-    order = Random(0)
-    for rate in rates:
-        path.pace(rate)
-        times: dict[str, list[float]] = {lane: [] for lane in lanes}
-        for _ in range(rounds):
-            for lane in order.sample(list(lanes), len(lanes)):
-                setting.apart(lambda lane=lane: round_trip(path, lane, x))
-                encode, carry, decode = stages(setting, path, lane, x)
-                times[lane].append(encode + carry + decode)
-                speed = speed_of(setting.machine, lane, x.dtype, "idle")
-                if residuals is not None and speed is not None:
-                    residuals.observe(f"encode {lane}", x.nbytes, speed.encode(x.nbytes), encode)
-                    residuals.observe(f"decode {lane}", x.nbytes, speed.decode(x.nbytes), decode)
-        for lane, found in times.items():
-            gaps[lane].append(log(ratio_of(found, times["raw"])[0]))
-    return gaps
-
-
-def stages(setting: Setting, path: Path, lane: str, x: Tensor) -> tuple[float, float, float]:
-    """Seconds of encode, of the way out and back and of decode, one after the other."""
-    packets: list[Packet] = []
-    encode = setting.timed(lambda: packets.append(lane_named(lane).encode(x)))
-    carry = setting.timed(lambda: packets.extend(path.carry(packets)))
-    return encode, carry, setting.timed(lambda: decode_packet(packets[-1]))
 
 
 def decision_costs(setting: Setting, x: Tensor) -> Row:
@@ -324,7 +95,7 @@ def decision_costs(setting: Setting, x: Tensor) -> Row:
 
 
 def units(setting: Setting, kinds: dict[str, Tensor], folder: str) -> list[Unit]:
-    """All the work: real wires before simulated ones, the disk last."""
+    """All the work: real wires before simulated ones."""
     probes = Probes()
 
     def of(path: Path, kind: str) -> Unit:
@@ -354,13 +125,14 @@ def units(setting: Setting, kinds: dict[str, Tensor], folder: str) -> list[Unit]
         return Unit(f"flips {kind}", WEIGHTS["flips"], lambda _: flips(setting, wire, kind, x), flips=True)
 
     host, disk = Host(setting), OnDisk(setting, folder)
-    found = [of(host, kind) for kind in KINDS] + [chain(kind) for kind in CHAIN_KINDS]
+    found = [of(path, kind) for path in (host, disk) for kind in KINDS]
+    found += [chain(kind) for kind in CHAIN_KINDS]
     found += [flip(kind) for kind in FLIP_KINDS]
     for rate, mib in RATES.items():
         for way in ("d2h", "h2d"):
             path = Simulated(setting, way, rate * 1e9, mib)
             found += [of(path, kind) for kind in KINDS]
-    return found + [of(disk, kind) for kind in KINDS]
+    return found
 
 
 def setting_of(arguments: Namespace) -> Setting:
@@ -463,7 +235,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=FilePath, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=190.0, help="for everything")
-    parser.add_argument("--profile", type=float, default=20.0, help="seconds for the profile")
+    parser.add_argument("--profile", type=float, default=26.0, help="seconds for the profile")
     parser.add_argument("--train", type=float, default=5.0, help="seconds of training")
     parser.add_argument("--only", default="", help="beginnings of 'PATH TENSOR', by commas")
     parser.add_argument(

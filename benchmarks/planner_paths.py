@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import median
 from time import perf_counter, sleep
 from typing import Any, TypeVar
 
@@ -148,11 +149,15 @@ class Simulated(Path):
             pass
         self.setting.join()  # a wire that is faster than the copy stays out of reach
 
-    def overhead(self, packet: Packet) -> float:
-        """Seconds that a packet takes besides both wires, which is the host's time."""
-        found = sorted(self.setting.timed(lambda: self.carry([packet])) for _ in range(3 * CALIBRATE))
-        wires = packet.nbytes / self.rate + self.setting.machine.wires[self.other](packet.nbytes)
-        return max(found[len(found) // 2] - wires, 1e-9)
+    def overheads(self, packets: Sequence[Packet]) -> list[float]:
+        """Seconds that each packet takes besides both wires, which is the host's time; in turns."""
+        times: list[list[float]] = [[] for _ in packets]
+        for _ in range(3 * CALIBRATE):
+            for packet, found in zip(packets, times, strict=True):
+                found.append(self.setting.timed(lambda p=packet: self.carry([p])))
+        other = self.setting.machine.wires[self.other]
+        wires = [packet.nbytes / self.rate + other(packet.nbytes) for packet in packets]
+        return [max(median(found) - wire, 1e-9) for found, wire in zip(times, wires, strict=True)]
 
     def calibrate(self) -> None:
         """Take this path as one wire that is measured, since a profile measures its wires too."""

@@ -26,6 +26,7 @@ SWITCH_AFTER = 3
 EWMA = 0.2
 FADE = 0.01
 FAR = log(2.0)
+SCATTER = 8.0
 NO_DOUBTS: Mapping[str, float] = {}
 
 
@@ -61,11 +62,24 @@ def serial_time(stages: Iterable[Stage], nbytes: float) -> float:
 
 def busiest(stages: Iterable[Stage], nbytes: float) -> tuple[str, float]:
     """The resource that works longest for so many raw bytes, and how long."""
+    return max(_loads(stages, nbytes).items(), key=lambda item: item[1])
+
+
+def overlapped_time(stages: Iterable[Stage], nbytes: float) -> float:
+    """One of many transfers whose stages overlap: somewhat more than what the busiest resource takes, since
+    times scatter and at some moments another one is behind; the norm of order `SCATTER` of them all."""
+    load = _loads(stages, nbytes).values()
+    most = max(load)
+    return most * sum((seconds / most) ** SCATTER for seconds in load) ** (1 / SCATTER) if most else 0.0
+
+
+def _loads(stages: Iterable[Stage], nbytes: float) -> dict[str, float]:
+    """Seconds by resource."""
     load: dict[str, float] = {}
     for stage in stages:
         resource = stage.resource or stage.name
         load[resource] = load.get(resource, 0.0) + stage(nbytes)
-    return max(load.items(), key=lambda item: item[1])
+    return load
 
 
 def pipelined_time(stages: Sequence[Stage], nbytes: float, chunks: int) -> float:
@@ -347,10 +361,11 @@ def split_lanes(
 
 @dataclass
 class _Seen:
-    """Of log(actual / predicted): the moving mean, the variance around it, how many times count, and how far
-    from the mean the last one was."""
+    """Of log(actual / predicted): the moving mean, what part of it its beginning still is, the variance
+    around it, how many times count, and how far from the mean the last one was."""
 
     mean: float = 0.0
+    begin: float = 1.0
     variance: float = 0.0
     count: float = 0.0
     last: float = 0.0
@@ -363,6 +378,7 @@ class _Seen:
         self.count += 1
         weight = max(EWMA, 1 / (self.count + 1))
         self.mean += weight * off
+        self.begin *= 1 - weight
         self.variance = (1 - weight) * (self.variance + weight * off**2)
 
 
@@ -370,18 +386,18 @@ class _Seen:
 class Residuals:
     """What measured times were beside predicted ones, by name (of a lane or wire) and size class.
 
-    The mean of log(actual / predicted), beginning at 0 as if one time had been as predicted, becomes a moving
+    The mean of log(actual / predicted), beginning as if one time had been as predicted, becomes a moving
     one. A time far from it counts as one that is off by `FAR` unless the one before was as far off, so that
     a hiccup does not decide.
     """
 
     _seen: dict[tuple[str, int], _Seen] = field(default_factory=dict)
 
-    def factor(self, name: str, nbytes: float) -> float:
+    def factor(self, name: str, nbytes: float, begin: float = 1.0) -> float:
         """What a prediction for so many bytes is to be multiplied by: by what was observed at that size, else
-        at sizes up to 16 times smaller or larger; 1 where nothing was."""
+        at sizes up to 16 times smaller or larger; `begin` where nothing was."""
         seen = self._near(name, nbytes)
-        return exp(seen.mean) if seen else 1.0
+        return exp(seen.mean + seen.begin * log(begin)) if seen else begin
 
     def error(self, name: str, nbytes: float, unknown: float) -> float:
         """By how much of itself a prediction with `factor` may be off: `unknown` where nothing was observed,
@@ -400,6 +416,7 @@ class Residuals:
         """Forget a little of everything, so that a lane that was given up is tried again some time."""
         for seen in self._seen.values():
             seen.mean *= 1 - FADE
+            seen.begin += FADE * (1 - seen.begin)
             seen.count *= 1 - FADE
 
     def observe(self, name: str, nbytes: float, predicted: float, actual: float) -> None:

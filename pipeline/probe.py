@@ -8,6 +8,11 @@ Beside matrix products a kernel begins when the product under way ends, even on 
 encode or decode that is alone and begins at some moment of a product takes half a product longer, and more
 for each wait of the host or of its next kernel. That is what "busy" curves hold, for products of 4096 x 4096
 x 4096 (0.2 ms on an H200). Several tensors on streams of their own, as in a chain, wait together.
+
+Note: [Turns]
+What starting kernels costs the host changes by a factor of up to two within seconds, with the CPU that a
+thread runs on. A choice between lanes needs times of the same moments, so after each had its own, all of
+them are timed in turns, several times between other steps; the least median of each counts.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import median
 from time import perf_counter
 
 import torch
@@ -45,7 +51,8 @@ from sidelane.pipeline.tiers import HostCopy
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = (8 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 SMALL = 4 * MIB  # the largest for lanes on the CPU
-DISK = 64 * KIB, MIB, 16 * MIB  # sizes for the disk
+DISK = tuple(64 * KIB << i for i in range(9))  # sizes for the disk, to 16 MiB
+TURNS = 16 * MIB  # the largest that is timed in turns
 VIDEO = 64 * KIB, 16 * MIB  # the smallest and the largest for the video lane
 LANES = {
     "packed:4": ("packed", {"bits": 4}),
@@ -155,8 +162,8 @@ def _steps(
     if device is not None:
         yield Step("d2h, h2d", 2.4, lambda limit: tables.wires.update(probe_wires.pcie(device, sizes, limit)))
     folder = tempfile.gettempdir() if spill_dir is None else spill_dir
-    few = tuple(size for size in sizes if size in DISK) or sizes[-1:]
-    yield Step("disk", 2.0, lambda limit: tables.wires.update(probe_wires.disk(folder, few, limit)))
+    some = tuple(size for size in DISK if sizes[0] <= size <= sizes[-1]) or sizes[-1:]
+    yield Step("disk", 2.5, lambda limit: tables.wires.update(probe_wires.disk(folder, some, limit, device)))
     yield Step("tcp", 1.0, lambda limit: tables.wires.update(probe_wires.tcp(sizes, limit)))
     if device is not None:
         yield Step("engines", 1.0, lambda limit: tables.engines.update(_engines(device)))
@@ -165,14 +172,21 @@ def _steps(
     pairs = [(name, dtype) for dtype in DTYPES for name in LANES if name != "video"]
     lanes = [(name, dtype, partial(_lane, tables, device, sizes, name, dtype)) for name, dtype in pairs]
     for name, dtype, work in lanes:
-        yield Step(f"{name} {dtype}", 0.7, work, COMPILE)
+        yield Step(f"{name} {dtype}", 0.5, work, COMPILE)
+    turns = Step("lanes in turns", 0.5, partial(_in_turns, tables, device), again=True)
     if device is not None:  # kernels are compiled now
-        yield Step("chain", 1.5, lambda limit: tables.wires.update(probe_chain.chains(device, limit)))
-    some = tuple(size for size in sizes if VIDEO[0] <= size <= VIDEO[1])
+        yield turns
+        yield Step("chain", 2.0, lambda limit: tables.wires.update(probe_chain.chains(device, limit)))
+        yield turns
+    few = tuple(size for size in sizes if VIDEO[0] <= size <= VIDEO[1])
     for dtype in DTYPES:
-        yield Step(f"video {dtype}", 4.0, partial(_lane, tables, device, some, "video", dtype), COMPILE)
+        yield Step(f"video {dtype}", 4.0, partial(_lane, tables, device, few, "video", dtype), COMPILE)
+    if device is not None:
+        yield turns
     for name, dtype, work in lanes:
         yield Step(f"{name} {dtype}", 0.3, work, COMPILE, again=True)
+    if device is not None:
+        yield turns
 
 
 def _gemm(tables: Tables, device: torch.device | None, limit: float) -> None:
@@ -236,6 +250,35 @@ def _lane(
     else:
         busy = subject.speed(sizes, limit * 0.6, beside)
     _keep(tables, f"{name}|{dtype}|busy", busy)
+
+
+def _in_turns(tables: Tables, device: torch.device | None, limit: float) -> None:
+    """All lanes idle once more, one call of each after the other. See Note: [Turns]."""
+    timed = host_seconds
+    if device is not None:
+        timed = partial(stream_seconds, side_stream(device, "lane of a profile", -1))
+    data = {dtype: activations(TURNS, kind, device) for dtype, kind in DTYPES.items()}
+    subjects: dict[str, _Subject] = {}
+    times: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for key, speed in tables.lanes.items():
+        name, dtype, load = key.split("|")
+        if load == "idle" and name != "video":
+            kind, options = LANES[name]
+            subjects[key] = _Subject(open_lane(kind, **options), data[dtype])
+            for size in speed.encode.sizes:
+                if size <= TURNS:
+                    times[key, size] = []
+    end, rounds = perf_counter() + limit, 0
+    while rounds < 2 or perf_counter() < end:
+        for (key, size), found in times.items():
+            subject = subjects[key]
+            found.append((timed(subject.encode(size)), timed(subject.decode(size))))
+        rounds += 1
+    for key in subjects:
+        sizes = [size for known, size in times if known == key]
+        both = [zip(*times[key, size][1:], strict=True) for size in sizes]
+        encode, decode = zip(*([median(way) for way in ways] for ways in both), strict=True)
+        _keep(tables, key, LaneSpeed(Curve.fit(sizes, encode), Curve.fit(sizes, decode)))
 
 
 def _keep(tables: Tables, key: str, found: LaneSpeed) -> None:

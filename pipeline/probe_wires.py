@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sidelane.errors import ProfileError
 from sidelane.pipeline.arena import Arena, Slot, available_memory
-from sidelane.pipeline.disk import RESERVE, Disk
+from sidelane.pipeline.disk import RESERVE, THREADS, Disk
 from sidelane.pipeline.machine import Curve
 from sidelane.pipeline.sampling import Load, host_seconds, sample, sample_both, stream_seconds
 from sidelane.pipeline.streams import side_stream
@@ -27,12 +27,6 @@ STREAM = "copies of a profile"
 ROW = 4 << 20  # bytes of transfers in a row
 MOST = 32  # of them
 CHUNK = 64 << 20  # bytes of the copies that fill the other direction
-DISK_ROW, DISK_LEAST, DISK_MOST = (
-    64 << 20,
-    2,
-    16,
-)  # bytes and number of transfers that a disk works on at once
-NOISE = 8 << 10  # bytes of a block of noise: a disk may store a block of zeros without writing it
 PATIENCE = 5.0  # seconds that a connection may be silent
 POLL = 20e-6  # seconds
 
@@ -84,19 +78,24 @@ def peer(device: torch.device, sizes: Sequence[int], limit: float) -> dict[str, 
     return {"peer": sample(sizes, partial(_copies, side_stream(device, STREAM), copy), limit)}
 
 
-def disk(folder: str, sizes: Sequence[int], limit: float) -> dict[str, Curve]:
-    """Wires "disk write" and "disk read" through the disk tier, checksums included.
+def disk(
+    folder: str, sizes: Sequence[int], limit: float, device: torch.device | None = None
+) -> dict[str, Curve]:
+    """Wires "disk write" and "disk read" through the disk tier, checksums included, `THREADS` transfers at
+    once, of bytes that come from `device` if there is one: those that a CPU wrote last take longer.
 
     Raises LaneError when `folder` takes no file, ProfileError without room, OSError as the file system says.
     """
     system = os.statvfs(folder)
     free = system.f_bavail * system.f_frsize - 2 * RESERVE
     memory = available_memory() - (1 << 30)
-    sizes = _fitting(sizes, min(free // 2, memory // 4), "room on the disk or in memory")
-    staging = max(n * _at_once(n) for n in sizes)
+    sizes = _fitting(sizes, min(free // 2, memory // 4) // THREADS, "room on the disk or in memory")
+    staging = max(sizes) * THREADS
     tier = Disk(folder, limit=2 * staging, in_flight=staging)
-    _on_disk(tier, min(sizes))  # memory is pinned, and the file begun
-    write, read = sample_both(sizes, partial(_on_disk, tier), limit, lambda size: size * _at_once(size))
+    noise = torch.randint(256, (max(sizes),), dtype=torch.uint8, device=device)  # a disk may not write zeros
+    for size in (min(sizes), max(sizes)):
+        _on_disk(tier, noise, size)  # memory is pinned, and the file as long as it will be
+    write, read = sample_both(sizes, partial(_on_disk, tier, noise), limit)
     tier.close()  # not in a finally: it would wait for a disk that has stalled
     return {"disk write": write, "disk read": read}
 
@@ -140,11 +139,6 @@ def _in_a_row(size: int) -> int:
     return size * _row(size)
 
 
-def _at_once(size: int) -> int:
-    """How many transfers of `size` a disk works on at once."""
-    return min(max(DISK_ROW // size, DISK_LEAST), DISK_MOST)
-
-
 def _copy(target: Tensor, source: Tensor, size: int) -> None:
     target[:size].copy_(source[:size], non_blocking=True)
 
@@ -159,17 +153,15 @@ def _copies(stream: torch.cuda.Stream, copy: Callable[[int], object], size: int)
     return stream_seconds(stream, row) / count
 
 
-def _on_disk(tier: Disk, size: int) -> tuple[float, float]:
+def _on_disk(tier: Disk, noise: Tensor, size: int) -> tuple[float, float]:
     """Seconds of writing, and of reading, one of several transfers of `size` at once."""
-    count = _at_once(size)
-    noise = torch.randint(256, (NOISE,), dtype=torch.uint8)
     spills = []
-    for _ in range(count):
+    for _ in range(THREADS):
         spill = tier.place(size)
         if spill is None or spill.slot is None:
-            raise tier.error or ProfileError(f"the disk has no room for {count} x {size} bytes")
+            raise tier.error or ProfileError(f"the disk has no room for {THREADS} x {size} bytes")
         spill.slot.synchronize()
-        spill.slot.tensor.view(-1, NOISE).copy_(noise)
+        spill.slot.tensor[:size].copy_(noise[:size])
         spills.append(spill)
     begin = perf_counter()
     for spill in spills:
@@ -185,7 +177,7 @@ def _on_disk(tier: Disk, size: int) -> tuple[float, float]:
     slots: list[Slot] = [spill.load() for spill in spills]
     read = perf_counter()
     del slots
-    return (written - begin) / count, (read - written) / count
+    return (written - begin) / THREADS, (read - written) / THREADS
 
 
 def _send(client: socket.socket, data: memoryview) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from statistics import median
 from threading import RLock
 from time import perf_counter
 from typing import Any
@@ -15,13 +16,17 @@ from sidelane.codec.lane import Lane
 from sidelane.codec.packet import Packet, flatten
 from sidelane.errors import LaneError
 from sidelane.pipeline.compress import relative_error
-from sidelane.pipeline.lanes import open_lane, plain, undisturbed
+from sidelane.pipeline.lanes import decode_packet, open_lane, plain, undisturbed
 from sidelane.pipeline.planner import RAW
+from sidelane.pipeline.sampling import stream_seconds
+from sidelane.pipeline.streams import current_stream, on, side_stream
+from sidelane.pipeline.tiers import HostCopy
 
 LANES = (RAW, "exact", "packed:8", "packed:4", "packed:2", "video")
 EXACT = (RAW, "exact")
 SAMPLE = 1 << 20  # bytes of a tensor that are probed, as so many pieces:
 PIECES = 16
+TRIALS = 7  # of a sample that is timed
 MAX_SAMPLES = 4096
 
 Kind = tuple[Any, ...]
@@ -35,11 +40,16 @@ class Sample:
         share: bytes on the wire per raw byte.
         header: bytes on the wire besides.
         rel_error: relative Frobenius error, 0 for what comes back bit for bit.
+        nbytes: of the sample, raw; 0 where it was not timed.
+        encode, decode: seconds.
     """
 
     share: float
     header: int = 0
     rel_error: float = 0.0
+    nbytes: int = 0
+    encode: float = 0.0
+    decode: float = 0.0
 
 
 @lru_cache(16)
@@ -123,13 +133,42 @@ def sample_of(tensor: Tensor) -> Tensor:
 def probe(lane: str, tensor: Tensor) -> Sample:
     """What `lane` makes of a sample of `tensor`; waits for the device. Raises LaneUnavailable."""
     opened = lane_named(lane)
-    if lane == RAW:
+    on_gpu = tensor.device.type == "cuda"
+    if lane == RAW and not on_gpu:
         return Sample(1.0)
     with undisturbed(tensor.device):
         some = sample_of(plain(tensor))
-        packet = opened.encode(some)
-        payload = sum(section.numel() for section in packet.sections.values())
-        error = 0.0
-        if packet.lane not in EXACT:
-            error = relative_error(flatten(some), flatten(opened.decode(packet)))
-        return Sample(payload / packet.raw_nbytes, packet.nbytes - payload, error)
+        found = Sample(1.0)
+        if lane != RAW:
+            packet = opened.encode(some)
+            payload = sum(section.numel() for section in packet.sections.values())
+            error = 0.0
+            if packet.lane not in EXACT:
+                error = relative_error(flatten(some), flatten(opened.decode(packet)))
+            found = Sample(payload / packet.raw_nbytes, packet.nbytes - payload, error)
+        if not on_gpu or lane == "video" or not some.numel():
+            return found
+        encode, decode = _seconds(opened, some)
+        return replace(found, nbytes=some.nbytes, encode=encode, decode=decode)
+
+
+def _seconds(lane: Lane, some: Tensor) -> tuple[float, float]:
+    """Of encode and of decode of what has just arrived, as tables of a profile hold them: medians of
+    `TRIALS` after one, on a stream of its own."""
+    stream = side_stream(some.device, "samples", -1)
+    stream.wait_event(current_stream(some.device).record_event())
+    with on(stream):
+        packet = lane.encode(some)
+        layout = HostCopy(packet)
+        memory = torch.empty(layout.nbytes, dtype=torch.uint8, device=some.device)
+        layout.write(packet, memory)
+    stream.synchronize()
+    times = [
+        (
+            stream_seconds(stream, partial(lane.encode, some)),
+            stream_seconds(stream, lambda: decode_packet(layout.over(memory))),
+        )
+        for _ in range(TRIALS + 1)
+    ]
+    encode, decode = zip(*times[1:], strict=True)
+    return median(encode), median(decode)

@@ -34,8 +34,8 @@ def sample(
     """Medians of `once`, which takes bytes and gives seconds, for the sizes that fit in `limit` seconds.
 
     First every size is repeated `LEAST` times. Sizes are left out from the first on whose least repetitions
-    would not end in time, judged by the bytes that a call has `moved` for the size before. What is left of
-    the limit is shared by all sizes for up to `REPEATS` repetitions.
+    would not end in time, judged by the bytes that a call has `moved` for the size before. In what is left of
+    the limit sizes take turns, up to `REPEATS` times each, as speeds drift.
     """
     end = perf_counter() + limit
     times: list[list[float]] = []
@@ -50,10 +50,10 @@ def sample(
             times[-1].append(once(size))
             marks.append(perf_counter())
         costs.append(median(b - a for a, b in pairwise(marks)))
-    for i, (found, cost) in enumerate(zip(times, costs, strict=True)):
-        share = perf_counter() + (end - perf_counter()) / (len(times) - i)
-        while len(found) < REPEATS and perf_counter() + cost < share:
-            found.append(once(sizes[i]))
+    for _ in range(REPEATS - LEAST):
+        for size, found, cost in zip(sizes, times, costs, strict=False):
+            if perf_counter() + cost < end:
+                found.append(once(size))
     return Curve.fit(sizes[: len(times)], [median(found) for found in times])
 
 

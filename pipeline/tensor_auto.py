@@ -18,7 +18,6 @@ from sidelane.codec.packet import Packet
 from sidelane.errors import LaneError
 from sidelane.pipeline.choice import (
     NO_PROFILE,
-    Candidate,
     Decision,
     Wire,
     check_load,
@@ -30,12 +29,12 @@ from sidelane.pipeline.choice import (
     missing_wire,
     named_wire,
     raw_decision,
-    speed_of,
 )
 from sidelane.pipeline.compress import check_bound, compress
 from sidelane.pipeline.lanes import decode_packet
 from sidelane.pipeline.machine import Curve, LaneSpeed, Machine
 from sidelane.pipeline.planner import RAW, Hysteresis, Residuals
+from sidelane.pipeline.prediction import Candidate, speed_of
 from sidelane.pipeline.samples import EXACT, SHARED, Kind, Probes, kind_of, lane_named, name_of
 from sidelane.pipeline.streams import Stream
 from sidelane.pipeline.trace import Recorder

@@ -27,6 +27,13 @@ def planner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
+def cells(planner: ModuleType) -> ModuleType:
+    import planner_cells
+
+    return planner_cells
+
+
+@pytest.fixture
 def summary(planner: ModuleType) -> ModuleType:
     import planner_summary
 
@@ -35,13 +42,15 @@ def summary(planner: ModuleType) -> ModuleType:
 
 def test_flip_rates_lie_where_the_times_cross(planner: ModuleType, summary: ModuleType) -> None:
     """Equal at 3.75 GB/s."""
-    rates = planner.FLIP_RATES
+    from planner_flips import FLIP_RATES as rates
+
     gaps = [log((1e-4 + 125e3 / rate) / (0.5e6 / rate)) for rate in rates]
     near = summary.crossing(rates, gaps)
     assert near == pytest.approx(3.75e9, rel=0.25)
     assert summary.flip_of(rates, gaps, near) == pytest.approx(3.75e9, rel=0.03)
     assert summary.crossing(rates, [-gap for gap in gaps]) is None
     assert isnan(summary.flip_of(rates, [-gap for gap in gaps], near))
+    assert isnan(summary.flip_of(rates, [gap + 1 for gap in gaps], near))  # far from the rates of the line
 
 
 def test_errors_of_flips(summary: ModuleType) -> None:
@@ -133,12 +142,12 @@ def test_what_is_stored_raw_is_no_other_lane(summary: ModuleType) -> None:
     assert found["raw_best"] == found["auto_took_raw"] == 1
 
 
-def test_rounds_keep_to_their_time(planner: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_keep_to_their_time(cells: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(1000))
-    monkeypatch.setattr(planner, "perf_counter", lambda: float(next(now)))
-    assert len(list(planner.Rounds(0.0))) == planner.LEAST
-    assert planner.LEAST < len(list(planner.Rounds(20.0))) < planner.MOST
-    assert len(list(planner.Rounds(1e9))) == planner.MOST
+    monkeypatch.setattr(cells, "perf_counter", lambda: float(next(now)))
+    assert len(list(cells.Rounds(0.0))) == cells.LEAST
+    assert cells.LEAST < len(list(cells.Rounds(20.0))) < cells.MOST
+    assert len(list(cells.Rounds(1e9))) == cells.MOST
 
 
 def test_activations_have_the_kinds_and_sizes(planner: ModuleType) -> None:
@@ -156,34 +165,36 @@ def setting(planner: ModuleType):
     return planner.Setting(torch.device("cpu"), Machine({}, wires, {}, 1e12, {}), 512)
 
 
-def test_every_path_brings_back_what_it_got(planner: ModuleType, setting, tmp_path: Path) -> None:
+def test_every_path_brings_back_what_it_got(
+    planner: ModuleType, cells: ModuleType, setting, tmp_path: Path
+) -> None:
     x = torch.randn(40, 64).bfloat16()
     paths = [planner.Host(setting), planner.OnDisk(setting, str(tmp_path))]
     paths += [planner.Simulated(setting, way, 1e9, 32) for way in ("d2h", "h2d")]
     for path in paths:
-        stored = planner.gate(path, x)
+        stored = cells.gate(path, x)
         assert stored["packed:4"] == "packed"
     assert [path.simulated for path in paths] == [False, False, True, True]
     paths[-1].calibrate()
     assert paths[-1].wires[0](64 << 10) >= 64e-6
 
 
-def test_a_simulated_wire_keeps_its_rate(planner: ModuleType, setting) -> None:
+def test_a_simulated_wire_keeps_its_rate(planner: ModuleType, cells: ModuleType, setting) -> None:
     path = planner.Simulated(setting, "d2h", 1e6, 32)
     x = torch.zeros(64 << 10, dtype=torch.uint8)
-    assert setting.timed(lambda: planner.round_trip(path, "raw", x)) >= 64 * 1.024e-3
+    assert setting.timed(lambda: cells.round_trip(path, "raw", x)) >= 64 * 1.024e-3
     path.pace(64e6)
-    assert setting.timed(lambda: planner.round_trip(path, "raw", x)) < 32e-3
+    assert setting.timed(lambda: cells.round_trip(path, "raw", x)) < 32e-3
 
 
-def test_a_unit_of_rows(planner: ModuleType, setting) -> None:
+def test_a_unit_of_rows(planner: ModuleType, cells: ModuleType, setting) -> None:
     kinds = {kind: torch.randn(64, 64).bfloat16() for kind in planner.KINDS}
     names = [unit.name for unit in planner.units(setting, kinds, "/tmp")]
     assert len(names) == len(set(names)) == 5 * (2 + 2 * len(planner.RATES)) + 3 + 4
     found = [unit for unit in planner.units(setting, kinds, "/tmp") if unit.name == "d2h 0.125 GB/s kv"]
     rows = found[0].work(0.0)
     assert [row["lane"] for row in rows] == list(LANES)
-    assert rows[0]["rounds"] == planner.LEAST - 1
+    assert rows[0]["rounds"] == cells.LEAST - 1
     assert rows[-1]["took"] == "raw"
 
 

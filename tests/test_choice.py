@@ -19,10 +19,11 @@ from sidelane.errors import LaneError, ProfileError
 from sidelane.pipeline import choice, samples, tensor_auto
 from sidelane.pipeline import machine as machine_module
 from sidelane.pipeline.chain import Chain
-from sidelane.pipeline.choice import MARGIN, NO_PROFILE, choose
+from sidelane.pipeline.choice import LOADS, NO_PROFILE, choose
 from sidelane.pipeline.compress import relative_error
 from sidelane.pipeline.machine import LOAD_SIDE, Curve, LaneSpeed, Machine
-from sidelane.pipeline.planner import EWMA, FADE, MIN_GAIN, SWITCH_AFTER, Residuals
+from sidelane.pipeline.planner import EWMA, FADE, MIN_GAIN, SCATTER, SWITCH_AFTER, Residuals
+from sidelane.pipeline.prediction import MARGIN
 from sidelane.pipeline.samples import LANES, SAMPLE, Probes, Sample, kind_of, lane_named, probe, sample_of
 from sidelane.pipeline.tensor_auto import (
     BREAKS,
@@ -100,12 +101,17 @@ def test_times_are_those_of_the_model() -> None:
         assert found[lane].binds == "10 GB/s"
 
 
+def norm(*seconds: float) -> float:
+    return sum(each**SCATTER for each in seconds) ** (1 / SCATTER)
+
+
 def test_many_tensors_count_the_busiest_stage_of_each_way() -> None:
     n = 64 * MIB
     machine = made(wires={"d2h": Curve.line(0, 400 * GB), "h2d": Curve.line(0, 3000 * GB)})
     found = choose(described(n), ("d2h", "h2d"), machine, exact=False, together=4).candidates["exact"]
-    out = max(n / (700 * GB), n / 1.33 / (400 * GB))
-    back = max(n / (1900 * GB), n / 1.33 / (3000 * GB))
+    kernel = n / (700 * GB)
+    out = norm(kernel, n / 1.33 / (400 * GB), kernel)  # for which the host waits too
+    back = norm(n / (1900 * GB), n / 1.33 / (3000 * GB))
     assert found.seconds == pytest.approx(out + back)
 
 
@@ -134,6 +140,14 @@ def test_a_chain_costs_the_host_what_was_measured_for_the_lane() -> None:
     assert out(torch.bfloat16, "exact") == pytest.approx(9e-4, rel=1e-3)
     assert out(torch.float32, "exact") == pytest.approx(9e-4 + 4e-5, rel=1e-3)
     assert out(torch.bfloat16, "raw") == out(torch.bfloat16, "packed:4") == pytest.approx(2e-4, rel=1e-3)
+
+
+def test_no_chain_leads_to_a_disk() -> None:
+    wires = {"chain out": Curve.line(0.5, 1e18), "chain back": Curve.line(0.5, 1e18)}
+    wires |= {f"disk {way}": Curve.line(1e-3, 1e18) for way in ("write", "read")}
+    route = ("d2h", "disk write", "disk read", "h2d")
+    found = choose(described(), route, made(1e15, wires=wires), together=4).candidates["raw"]
+    assert found.seconds == pytest.approx(2e-3, rel=0.1)
 
 
 @pytest.mark.parametrize("rate, milliseconds", [(1e9, 3.1), (5e8, 5.3)])
@@ -369,6 +383,54 @@ def test_no_more_samples_are_remembered_than_said(monkeypatch: pytest.MonkeyPatc
     for i in range(20):
         probes.sample((str(i),), "raw", x)
         assert len(probes._samples) <= 4
+
+
+class Timed(Probes):
+    """Samples of 1 MiB whose stages took so many seconds."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        super().__init__()
+        self._times = seconds
+
+    def sample(self, kind, lane: str, tensor: torch.Tensor) -> Sample:
+        share = 1 / RATIOS.get(lane, (1.0,))[0]
+        return Sample(share, nbytes=MIB, encode=self._times[lane], decode=self._times[lane])
+
+
+def timed_choice(seconds: dict[str, float], load: str = "idle", **more):
+    """Over 10 GB/s, of 2 MiB, where tables say 50 us for each kernel of 1 MiB and 51 for this."""
+    machine = made()
+    curve = Curve((MIB, 2 * MIB), (50e-6, 51e-6))
+    lanes = {name: LaneSpeed(curve, curve) for name in machine.lanes}
+    x = torch.zeros(1024, 1024, dtype=torch.bfloat16)
+    pick = {"exact": False, "probes": Timed(seconds)} | more
+    return choose(x, 10 * GB, replace(machine, lanes=lanes), load, **pick).candidates
+
+
+def test_launches_take_what_they_took_for_the_sample() -> None:
+    """Half of what a sample took more or less than its table, up to twice and down to half of that."""
+    wire = 2 * MIB / (10 * GB)
+    times = {"raw": 20e-6, "exact": 50e-6, "packed:8": 70e-6, "packed:4": 900e-6, "packed:2": 30e-6}
+    expected = {"raw": 38.5e-6, "exact": 51e-6, "packed:8": 61e-6, "packed:4": 76e-6, "packed:2": 41e-6}
+    found = timed_choice(times)
+    for lane, kernel in expected.items():
+        crossing = wire / RATIOS.get(lane, (1.0,))[0]
+        assert found[lane].seconds == pytest.approx(2 * kernel + crossing, rel=1e-3), lane
+
+
+def test_beside_other_work_samples_say_nothing() -> None:
+    idle, busy = (timed_choice(dict.fromkeys(KERNELS, 70e-6), load) for load in LOADS)
+    assert idle["exact"].stages["encode exact"] == pytest.approx(61e-6)
+    assert busy["exact"].stages["encode exact"] == pytest.approx(51e-6)
+
+
+def test_times_that_are_known_count_more_than_the_sample() -> None:
+    residuals = Residuals()
+    for _ in range(60):
+        residuals.observe("encode exact", 2 * MIB, 51e-6, 40e-6)
+    found = timed_choice(dict.fromkeys(KERNELS, 70e-6), residuals=residuals)["exact"].stages
+    assert found["encode exact"] == pytest.approx(40e-6, rel=1e-3)
+    assert found["decode exact"] == pytest.approx(61e-6)
 
 
 # Without a profile

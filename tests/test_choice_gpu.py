@@ -9,6 +9,7 @@ from sidelane.pipeline.chain import Chain
 from sidelane.pipeline.choice import choose
 from sidelane.pipeline.machine import Machine
 from sidelane.pipeline.probe import measure
+from sidelane.pipeline.samples import SAMPLE, probe
 
 pytestmark = pytest.mark.gpu
 
@@ -34,3 +35,15 @@ def test_slow_wires_are_worth_a_kernel(machine: Machine) -> None:
     assert choose(x, 1e9, machine).lane == "exact"
     assert choose(x, 1e9, machine, max_rel_error=0.2).lane == "packed:4"
     assert choose(x, 1e13, machine, max_rel_error=0.2).lane == "raw"
+
+
+@pytest.mark.parametrize("lane", ["raw", "exact", "packed:4"])
+def test_samples_are_timed_as_tables_are(machine: Machine, lane: str) -> None:
+    """Far apart only if one of them counts something else, as waiting for what was enqueued before."""
+    x = torch.randn(4096, 1024, device="cuda").bfloat16()
+    for _ in range(20):
+        x @ x.T
+    found, speed = probe(lane, x), machine.lanes[f"{lane}|bfloat16|idle"]
+    assert found.nbytes == pytest.approx(SAMPLE, rel=0.1)
+    assert speed.encode(found.nbytes) / 5 < found.encode < 5 * speed.encode(found.nbytes)
+    assert speed.decode(found.nbytes) / 5 < found.decode < 5 * speed.decode(found.nbytes)

@@ -312,7 +312,7 @@ def clock(monkeypatch):
 
 def test_samples_are_medians_after_a_warm_up(clock, monkeypatch):
     monkeypatch.setattr(sampling, "REPEATS", 7)
-    times = iter([9.0, 1.0, 1.2, 7.0, 100.0, *[2.0] * 3, 1.1, 1.3, 1.4, 1.5, *[2.0] * 4])
+    times = iter([9.0, 1.0, 1.2, 7.0, 100.0, *[2.0] * 3, 1.1, 2.0, 1.3, 2.0, 1.4, 2.0, 1.5, 2.0])
     found = sampling.sample((KIB, MIB), lambda size: clock.work(next(times)), 1e6)
     assert found.seconds == pytest.approx((1.3, 2.0))
 
@@ -328,7 +328,7 @@ def test_sizes_without_time_are_left_out(clock):
     found = sampling.sample((10, 20, 40), once, 200)
     assert found.sizes == (10, 20)
     assert found.seconds == pytest.approx((10, 20))
-    assert calls == [10] * 4 + [20] * 4 + [10] * 3 + [20] * 2
+    assert calls == [10] * 4 + [20] * 4 + [10, 20] * 2 + [10]
     assert clock.now <= 200
 
 
@@ -376,6 +376,43 @@ def test_a_chain_of_every_lane_is_measured(monkeypatch):
     found = probe_chain.chains(torch.device("cpu"), 0.0)
     assert set(found) == set(machines.HOST_TIMES)
     assert all(curve(1) == curve(1 << 30) > 0 for curve in found.values())
+
+
+def test_chains_of_packed_lanes_share_a_median(monkeypatch):
+    """The first round does not count."""
+    times = {"raw": [9.0, 1.0], "exact": [9.0, 2.0], "packed:8": [9.0, 3.0], "packed:4": [9.0, 5.0]}
+    times["packed:2"] = [9.0, 8.0]
+    monkeypatch.setattr(probe_chain, "_round", lambda lane, tensor: (times[lane].pop(0), 0.5))
+    found = probe_chain.chains(torch.device("cpu"), 0.0)
+    out = {name: curve(1) for name, curve in found.items() if "out" in name}
+    packed = {f"chain out packed:{bits}": 5.0 for bits in (8, 4, 2)}
+    assert out == {"chain out": 1.0, "chain out exact": 2.0} | packed
+
+
+def test_lanes_are_timed_in_turns_and_the_least_time_counts(monkeypatch):
+    """What was slow before is not any more, and the other way round; large sizes stay as they are."""
+    sizes = (8 * KIB, 64 * KIB, 2 * MIB)
+    monkeypatch.setattr(probe, "TURNS", 64 * KIB)
+    done = []
+
+    def timed(work):
+        done.append(work())
+        return 0.25
+
+    monkeypatch.setattr(probe, "host_seconds", timed)
+    tables = probe.Tables()
+    for name in ("raw", "exact"):
+        before = Curve(sizes, (0.1, 0.5, 9.0))
+        tables.lanes[f"{name}|bfloat16|idle"] = LaneSpeed(before, before)
+        tables.lanes[f"{name}|bfloat16|busy"] = LaneSpeed(before, before)
+    probe._in_turns(tables, None, 0.0)
+    for name in ("raw", "exact"):
+        idle, busy = (tables.lanes[f"{name}|bfloat16|{load}"] for load in ("idle", "busy"))
+        assert idle.encode.sizes == sizes
+        assert idle.encode.seconds == idle.decode.seconds == pytest.approx((0.1, 0.25, 9.0))
+        assert busy.encode.seconds == (0.1, 0.5, 9.0)
+    packets = [each.lane for each in done[::2]]
+    assert packets == ["raw", "raw", "exact", "exact"] * 2  # two sizes in each of two rounds
 
 
 def test_a_folder_that_takes_no_file(tmp_path):

@@ -20,6 +20,7 @@ from sidelane.pipeline.planner import (
     FADE,
     FAR,
     MIN_GAIN,
+    SCATTER,
     SWITCH_AFTER,
     Hysteresis,
     LaneLoad,
@@ -36,6 +37,7 @@ from sidelane.pipeline.planner import (
     kv_split,
     kv_split_time,
     meeting_point,
+    overlapped_time,
     peak_bytes,
     pipelined_time,
     prefill_flops,
@@ -423,6 +425,17 @@ def test_raw_must_be_there() -> None:
         best_lane({"exact": 1.0})
 
 
+@given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=6))
+def test_what_overlaps_takes_little_more_than_the_busiest(seconds: list[float]) -> None:
+    stages = [Stage(str(i), lambda nbytes, each=each: each) for i, each in enumerate(seconds)]
+    found, most = overlapped_time(stages, 1.0), max(seconds)
+    assert most <= found * (1 + 1e-12) and found <= most * len(seconds) ** (1 / SCATTER) * (1 + 1e-12)
+    if all(each <= most / 2 for each in seconds if each != most) and seconds.count(most) == 1:
+        assert found <= 1.01 * most
+    shared = [Stage(str(i), lambda nbytes: 1.0, resource="host") for i in range(3)]
+    assert overlapped_time(shared, 1.0) == pytest.approx(3.0)
+
+
 def test_residuals_learn_a_drift_and_keep_sizes_apart() -> None:
     residuals = Residuals()
     assert residuals.factor("exact", 1e6) == 1
@@ -445,6 +458,21 @@ def test_residuals_fade() -> None:
         residuals.fade()
     assert residuals.factor("exact", 1e6) == pytest.approx(1.0, abs=0.05)
     assert residuals.error("exact", 1e6, 0.2) > known
+
+
+def test_residuals_begin_where_they_are_told_until_times_are_known() -> None:
+    """The beginning counts as one time, and again when the times fade."""
+    residuals = Residuals()
+    assert residuals.factor("exact", 1e6, 1.5) == 1.5
+    residuals.observe("exact", 1e6, 1.0, 1.5)
+    assert residuals.factor("exact", 1e6, 1.5) == pytest.approx(1.5)
+    assert residuals.factor("exact", 1e6, 1 / 1.5) == pytest.approx(1.0)
+    for _ in range(30):
+        residuals.observe("exact", 1e6, 1.0, 1.5)
+    assert residuals.factor("exact", 1e6, 9.0) == pytest.approx(1.5, rel=0.01)
+    for _ in range(ceil(log(0.001) / log(1 - FADE))):
+        residuals.fade()
+    assert residuals.factor("exact", 1e6, 9.0) == pytest.approx(9.0, rel=0.01)
 
 
 @given(st.lists(st.floats(exp(-FAR / 2), exp(FAR / 2)), min_size=1, max_size=30))

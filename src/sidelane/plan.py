@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sidelane.errors import LaneError, ProfileError
-from sidelane.pipeline.choice import NO_PROFILE, Described, Wire, choose, present, speed_of
+from sidelane.pipeline.choice import NO_PROFILE, Wire, choose, present
 from sidelane.pipeline.machine import HOST_TIMES, MAX_SIZE, Machine
+from sidelane.pipeline.prediction import Described, speed_of
 from sidelane.pipeline.samples import LANES, probe
 
 MIB = 1 << 20
