@@ -16,7 +16,8 @@ HOST_LIMIT = 100 * GIB  # of the host's memory; a process that passes its end is
 PROBES = 8192, 16384
 GRAIN = 1024  # tokens
 STRIDE = 1.04  # from a length that fits to the next one tried
-TRIALS = 5
+TRIALS = 4
+MOST = 128 << 10  # tokens that are tried: attention makes a step of them take 15 s or more
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Trial:
 
 
 def longest(setting: Setting, shape: Shape, head: bool) -> dict[str, Any]:
-    """Row of the longest sequence. `limit` names the memory that a longer one would not fit in."""
+    """Row of the longest sequence. `limit` names the memory that a longer one would not fit in, or "tried" where
+    MOST tokens fit."""
     torch.cuda.set_per_process_memory_fraction(SHARE)
     total = int(SHARE * torch.cuda.get_device_properties(0).total_memory)
     model = Llama(shape, device(), head)
@@ -50,7 +52,8 @@ def longest(setting: Setting, shape: Shape, head: bool) -> dict[str, Any]:
 
 
 def search(attempt: Callable[[int], Trial], device_limit: int, host_limit: int) -> tuple[list[Trial], str]:
-    """Trials, the longest that fits within about STRIDE of the end, and what ends there: "gpu" or "host".
+    """Trials, the longest that fits within about STRIDE of the end, and what ends there: "gpu", "host" or
+    "tried".
 
     Memory is affine in the length: two short steps predict the end, longer ones confirm or correct it. The
     end of the host's memory is never tried, only predicted. Raises RuntimeError when a short step fails.
@@ -62,7 +65,7 @@ def search(attempt: Callable[[int], Trial], device_limit: int, host_limit: int) 
     guess = crossing(*((t.tokens, t.peak) for t in trials), device_limit) * 0.98
     good, bad = max(PROBES), float("inf")
     while len(trials) < len(PROBES) + TRIALS:
-        tokens = int(min(guess, host_end)) // GRAIN * GRAIN
+        tokens = int(min(guess, host_end, MOST)) // GRAIN * GRAIN
         if not good < tokens < bad:
             break
         trials.append(attempt(tokens))
@@ -70,6 +73,8 @@ def search(attempt: Callable[[int], Trial], device_limit: int, host_limit: int) 
             good, guess = tokens, tokens * STRIDE
         else:
             bad, guess = tokens, max(tokens / STRIDE, (good + tokens) / 2)
+    if good == MOST:
+        return trials, "tried"
     return trials, "host" if good + GRAIN > host_end else "gpu"
 
 

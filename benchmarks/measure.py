@@ -23,7 +23,7 @@ GIB = 1 << 30
 WARM, TIMED = 5, 20
 SLOW, SLOW_WARM, SLOW_TIMED = 1.0, 2, 5  # seconds; fewer steps of settings that take longer than that
 LEAST_BUDGET = 256 << 20
-MARGIN = 64 << 20  # a peak that is closer to the one that was asked for is close enough
+MARGIN = 32 << 20  # a peak that is closer to the one that was asked for is close enough
 BUDGETS = 7  # tried, two steps each
 
 Step = Callable[[], Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache, reduce
@@ -69,10 +69,11 @@ def launch(
     numbers: tuple[int, ...],
     constants: tuple[object, ...],
     **options: object,
-) -> None:
+) -> Callable[..., object] | None:
     """`kernel[(count,)](*tensors, *numbers, *constants, **options)` on the device of the first tensor.
 
-    `tensors` after the first may be `Part`s.
+    `tensors` after the first may be `Part`s. Returns what launches the same again, called with addresses at
+    multiples of 16 in the place of tensors while that device is current; None where that is not known.
 
     Triton takes longer to find the compiled kernel of a call than to launch it, so those of tensors that
     begin at multiples of 16 are kept here by what it specializes on: dtypes, constants, and of each number
@@ -87,12 +88,14 @@ def launch(
             dtypes = [tensor.dtype for tensor in tensors]
             key = (id(kernel), first.device.index, *dtypes, *kinds, *constants, *options.values())
             if (compiled := _compiled.get(key)) is not None:
-                compiled[count, 1, 1](*addresses, *numbers, *constants)
-                return
+                run: Callable[..., object] = compiled[count, 1, 1]
+                run(*addresses, *numbers, *constants)
+                return run
         whole = [tensor.tensor() if isinstance(tensor, Part) else tensor for tensor in tensors]
         compiled = kernel[(count,)](*whole, *numbers, *constants, **options)
         if key is not None:
             _compiled[key] = compiled
+        return None
 
 
 def carve(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -47,7 +49,8 @@ _LIMITS = {  # largest number, words of Inf and NaN
 }
 PACK_REGISTERS = {2: 96, 4: 72, 8: 72}  # of a thread that rounds stochastically, by bits
 NEAREST_REGISTERS = 80
-SHARED_TILES = 8192  # from so many on a program packs two
+TILES = {False: 2, True: 4}  # that a program packs where there are many, by whether it rounds stochastically
+MANY = 4096  # programs that are enough
 UNPACK_TILE, UNPACK_WARPS = 2048, 2  # elements per program, a power of two
 WIDE = tl.constexpr(reference.WIDE)
 WIDE_NONFINITE = tl.constexpr(reference.WIDE_NONFINITE)
@@ -394,14 +397,49 @@ def group_quantize_pack_to(
     Its parts begin at `starts(sizes)` of sizes = `group_sizes(n, bits, group, symmetric)`; `buffer` begins at
     a multiple of 16.
     """
-    sizes = group_sizes(x.numel(), bits, group, symmetric)
-    if use_triton(x):
-        at = [Part(buffer, start) for start in starts(sizes)]
-        _launch_pack(x, at[0], at[1], at[-1], bits, group, symmetric, seed, max_programs)
+    numel = x.numel()
+    if not use_triton(x):
+        want = group_quantize_pack_ref(x.detach().reshape(-1), bits, group, symmetric=symmetric, seed=seed)
+        sizes = group_sizes(numel, bits, group, symmetric)
+        for part, found in zip(cut(buffer, sizes), want.sections.values(), strict=True):
+            part.copy_(found)
         return
-    want = group_quantize_pack_ref(x.detach().reshape(-1), bits, group, symmetric=symmetric, seed=seed)
-    for part, found in zip(cut(buffer, sizes), want.sections.values(), strict=True):
-        part.copy_(found)
+    _packing(numel, x.dtype, bits, group, symmetric, seed, max_programs)(x, buffer)
+
+
+class _Packing:
+    """The launches of `group_quantize_pack_to` that differ in their addresses alone."""
+
+    def __init__(
+        self,
+        numel: int,
+        dtype: torch.dtype,
+        bits: int,
+        group: int,
+        symmetric: bool,
+        seed: int | None,
+        max_programs: int | None,
+    ) -> None:
+        self._how = bits, group, symmetric, seed, max_programs
+        self._starts = starts(group_sizes(numel, bits, group, symmetric))
+        self._again: dict[int | None, Callable[..., object] | None] = {}  # by device
+        self._tail, _ = _arguments(numel, dtype, True, *self._how)
+
+    def __call__(self, x: Tensor, buffer: Tensor) -> None:
+        source, target = x.data_ptr(), buffer.data_ptr()
+        device = x.device.index
+        again = None if (source | target) % 16 else self._again.get(device)
+        if again is not None and device == torch.cuda.current_device():
+            parts = [target + start for start in self._starts]
+            again(source, parts[0], parts[1], parts[-1], *self._tail)
+            return
+        at = [Part(buffer, start) for start in self._starts]
+        again = _launch_pack(x, at[0], at[1], at[-1], *self._how)
+        if not (source | target) % 16:
+            self._again[device] = again
+
+
+_packing = lru_cache(4096)(_Packing)
 
 
 def group_quantize_pack_into(
@@ -422,30 +460,44 @@ def _launch_pack(
     symmetric: bool,
     seed: int | None,
     max_programs: int | None,
-) -> None:
-    """`offset`: not used where `symmetric`."""
-    numel = x.numel()
-    block = 32 * 4 * (16 // x.element_size()) // group  # a warp loads four times 16 bytes per thread
-    tiles, stochastic = cdiv(numel, block * group), seed is not None
-    launch(
+) -> Callable[..., object] | None:
+    """`offset`: not used where `symmetric`. Returns what `launch` does."""
+    in_pairs = x.data_ptr() % 4 == 0
+    (numel, number, *constants), count = _arguments(
+        x.numel(), x.dtype, in_pairs, bits, group, symmetric, seed, max_programs
+    )
+    return launch(
         _group_quantize_pack_kernel,
-        programs(cdiv(tiles, 2) if tiles >= SHARED_TILES else tiles, max_programs),
+        count,
         (x, codes, scale, offset),
-        (numel, 0 if seed is None else _as_int32(seed)),
-        (
-            bits,
-            group,
-            symmetric,
-            stochastic,
-            numel % group > 0,
-            _in_pairs(x, group),
-            numel % (block * group) == 0,
-            block,
-        ),
+        (numel, number),
+        tuple(constants),
         num_warps=1,
-        maxnreg=PACK_REGISTERS[bits] if stochastic else NEAREST_REGISTERS,
+        maxnreg=NEAREST_REGISTERS if seed is None else PACK_REGISTERS[bits],
         enable_fp_fusion=False,
     )
+
+
+def _arguments(
+    numel: int,
+    dtype: torch.dtype,
+    in_pairs: bool,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    seed: int | None,
+    max_programs: int | None,
+) -> tuple[tuple[Any, ...], int]:
+    """Those of the kernel behind the addresses, and how many programs. `in_pairs`: x begins at a multiple of
+    four bytes."""
+    block = 32 * 4 * (16 // dtype.itemsize) // group  # a warp loads four times 16 bytes per thread
+    tiles = cdiv(numel, block * group)
+    pairs = in_pairs and numel % group == 0 and dtype == torch.bfloat16 and not INTERPRETED.value
+    numbers = numel, 0 if seed is None else _as_int32(seed)
+    whole = numel % (block * group) == 0
+    constants = bits, group, symmetric, seed is not None, numel % group > 0, pairs, whole, block
+    count = cdiv(tiles, TILES[seed is not None])
+    return (*numbers, *constants), programs(count if count >= MANY else tiles, max_programs)
 
 
 def group_unpack_dequantize(
@@ -477,12 +529,6 @@ def group_unpack_dequantize_into(codes: GroupCodes, out: Tensor, *, max_programs
         num_warps=UNPACK_WARPS,
         enable_fp_fusion=False,
     )
-
-
-def _in_pairs(x: Tensor, group: int) -> bool:
-    """Whether x [n] is bfloat16 in whole groups that begin at a multiple of four bytes."""
-    whole = x.numel() % group == 0 and x.data_ptr() % 4 == 0
-    return whole and x.dtype == torch.bfloat16 and not INTERPRETED.value
 
 
 def _as_int32(seed: int) -> int:

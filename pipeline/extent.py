@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from sidelane.codec.packet import compact
 # are a third each, are all saved, and so share one packet. A smaller view is stored alone, as its own
 # elements.
 WHOLE_SHARE = 3
+KINDS = 4096  # that are known at a time
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -56,7 +58,7 @@ class Geometry(NamedTuple):
     span: int
 
 
-@lru_cache(4096)
+@lru_cache(KINDS)
 def _geometry(size: tuple[int, ...], stride: tuple[int, ...]) -> Geometry:
     dims = list(zip(size, stride, strict=True))
     return Geometry(
@@ -73,10 +75,42 @@ def geometry(tensor: Tensor) -> Geometry:
     return _geometry(tensor.shape, tensor.stride())
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Kind:
+    """What strided tensors of the same dtype, sizes, strides and dispatch keys have in common.
+
+    Attributes:
+        keys: the dispatch keys, which tell devices, and tensors that are conjugated or negated.
+        nbytes: of the distinct elements.
+    """
+
+    keys: int
+    dtype: torch.dtype
+    geometry: Geometry
+    nbytes: int
+    conj: bool
+    neg: bool
+
+
+_kinds: dict[tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]], Kind] = {}
+
+
+def kind_of(tensor: Tensor, keys: int) -> Kind:
+    """Of a strided tensor with these dispatch keys; made once for each kind."""
+    known = keys, tensor.dtype, tensor.shape, tensor.stride()
+    kind = _kinds.get(known)
+    if kind is None:
+        if len(_kinds) >= KINDS:
+            _kinds.clear()
+        shape = geometry(tensor)
+        nbytes = shape.numel * tensor.dtype.itemsize
+        kind = _kinds[known] = Kind(keys, tensor.dtype, shape, nbytes, tensor.is_conj(), tensor.is_neg())
+    return kind
+
+
 def distinct_bytes(tensor: Tensor) -> int:
     """Bytes of the elements of `tensor`, those of expanded dimensions counted once."""
-    numel = geometry(tensor).numel if 0 in tensor.stride() else tensor.numel()
-    return numel * tensor.dtype.itemsize
+    return geometry(tensor).numel * tensor.dtype.itemsize
 
 
 class View(NamedTuple):
@@ -93,6 +127,11 @@ class View(NamedTuple):
         return cls(
             tensor.dtype, geometry(tensor), int(tensor.storage_offset()), tensor.is_conj(), tensor.is_neg()
         )
+
+    @classmethod
+    def of_kind(cls, tensor: Tensor, kind: Kind) -> View:
+        """`of`, where the kind is known."""
+        return cls(kind.dtype, kind.geometry, int(tensor.storage_offset()), kind.conj, kind.neg)
 
     @property
     def nbytes(self) -> int:

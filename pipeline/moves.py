@@ -25,10 +25,12 @@ from torch import Tensor
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
 from sidelane.pipeline.budget import Budget, Claim
+from sidelane.pipeline.bundle import Bundle, Bundles
 from sidelane.pipeline.stash import Kept
 from sidelane.pipeline.step_model import allowed_ahead
 from sidelane.pipeline.streams import current_stream, on, side_stream
 from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk
+from sidelane.pipeline.wire import DeviceCopy
 
 
 class Held(Kept):
@@ -192,8 +194,43 @@ class Parcel:
             )
 
 
+class Crate:
+    """The home of a bundle: a parcel once it is closed, or where there is no room for one, memory of the
+    device."""
+
+    def __init__(self, moves: Moves, bundle: Bundle, claim: Claim) -> None:
+        self._moves = moves
+        self._open: tuple[Bundle, Claim] | None = (bundle, claim)
+        self._home: Parcel | DeviceCopy | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Nothing is added to it any longer."""
+        return self._open is None or self._open[0].ready.closed
+
+    @contextmanager
+    def use(self) -> Iterator[Packet]:
+        """As of a `Home`."""
+        with self._moves.lock:
+            home = self.close()
+        with home.use() as packet:
+            yield packet
+
+    def close(self) -> Parcel | DeviceCopy:
+        """Send the bundle off, once. May be repeated after an error."""
+        if self._open is not None:
+            self._home = self._home or self._moves.send_bundle(*self._open)
+            self._open = None  # its memory and the claim are those of the parcel
+        if self._home is None:
+            raise OffloadError("a bundle was closed and sent nowhere")
+        return self._home
+
+
 class Moves:
     """The parcels of one context, and what its plan keeps on the device.
+
+    Attributes:
+        bundles: what packets are sent with that share no memory with a tensor.
 
     Args:
         budget: of device memory.
@@ -205,10 +242,12 @@ class Moves:
         self.count = 0  # number of the next parcel
         self.fetched = 0
         self.prefetched = 0
+        self.bundles = Bundles(self, budget.limit)
         self._budget = budget
         self._take = take
         self._leaving: deque[ref[Parcel]] = deque()  # copied out and on the device, oldest first
         self._away: list[tuple[int, ref[Parcel]]] = []  # those that are not on the device, by number
+        self._crates: deque[ref[Crate]] = deque()  # not sent yet, oldest first
         self._kept: WeakValueDictionary[Hashable, Claim] = WeakValueDictionary()
 
     @property
@@ -245,11 +284,11 @@ class Moves:
                 if parcel is not None and parcel.here:
                     parcel.drop()
                     insort(self._away, (parcel.number, ref(parcel)))
-                elif not self._leaving:
+                elif not self._leaving and not self._close_crates(all_of_them=True):
                     return None
         return claim
 
-    def send(self, packet: Packet, source: Tensor | None) -> Parcel | None:
+    def send(self, packet: Packet, source: Tensor | None = None) -> Parcel | None:
         """A parcel of a packet that the current stream has written; None where there is no room for it off
         the device."""
         host = HostCopy(packet)
@@ -257,17 +296,63 @@ class Moves:
         if memory is None:
             return None
         stream = current_stream(packet.device)
+        self.bundles.close()
         with self.lock:
-            claim = self.room(host.nbytes)
-            parcel = Parcel(self, self.count, packet, host, memory, stream, source)
-            self.count += 1
+            self._close_crates()
+            return self._part_with(packet, host, memory, stream, source, self.room(host.nbytes))
+
+    def send_late(self, bundle: Bundle) -> Crate | None:
+        """A home for a bundle that is filled later; None where there is no room for it on the device."""
+        with self.lock:
+            self._close_crates()
+            claim = self.room(bundle.nbytes)
             if claim is None:
-                parcel.drop()
-                insort(self._away, (parcel.number, ref(parcel)))
-            else:
-                parcel.claim = claim
-                self._leaving.append(ref(parcel))
+                return None
+            crate = Crate(self, bundle, claim)
+            self._crates.append(ref(crate))
+            return crate
+
+    def send_bundle(self, bundle: Bundle, claim: Claim) -> Parcel | DeviceCopy:
+        """A home for what is in a bundle, which has `claim`: a parcel where there is room for it."""
+        packet = bundle.settle()
+        host = HostCopy(packet)
+        self._budget.shrink(claim, host.nbytes)
+        memory = self._take(host.nbytes)
+        if memory is None:
+            return DeviceCopy(packet, bundle.owner, claim)
+        return self._part_with(packet, host, memory, bundle.owner, None, claim)
+
+    def _part_with(
+        self,
+        packet: Packet,
+        host: HostCopy,
+        memory: Memory,
+        stream: torch.cuda.Stream,
+        source: Tensor | None,
+        claim: Claim | None,
+    ) -> Parcel:
+        parcel = Parcel(self, self.count, packet, host, memory, stream, source)
+        self.count += 1
+        if claim is None:
+            parcel.drop()
+            insort(self._away, (parcel.number, ref(parcel)))
+        else:
+            parcel.claim = claim
+            self._leaving.append(ref(parcel))
         return parcel
+
+    def _close_crates(self, all_of_them: bool = False) -> bool:
+        """Send off the bundles that nothing is added to any longer; whether there were some."""
+        found = False
+        while self._crates:
+            crate = self._crates[0]()
+            if crate is not None:
+                if not all_of_them and not crate.closed:
+                    break
+                crate.close()
+                found = True
+            self._crates.popleft()
+        return found
 
     def acquire(self, parcel: Parcel) -> _Local:
         """What is on the device of it, fetched if need be."""
@@ -284,6 +369,7 @@ class Moves:
         if not self._away:
             return
         with self.lock:
+            self._close_crates()
             limit = self._budget.limit or 0
             allowed = allowed_ahead(limit, gradients, again, left)
             while (at := bisect_left(self._away, (end,))) > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +12,14 @@ from torch.nn import Parameter
 
 from sidelane.codec.lane import Lane
 from sidelane.codec.packet import DTYPES
-from sidelane.pipeline.extent import distinct_bytes, geometry
+from sidelane.pipeline.extent import KINDS, Kind, kind_of
 from sidelane.pipeline.lanes import PackedLane
 from sidelane.pipeline.packed import LOSSY_DTYPES
 
 DEVICES = ("cuda", "cpu")
 HEADS_BITS = 8
 NOT_PLAIN = "not a plain tensor"
+OTHER_DEVICE = "other device"
 WEIGHT = "weight"
 
 # Nodes whose output is the same elements as their input, or a cast of them.
@@ -47,38 +49,67 @@ _VIEWS = {
 }
 _DEPTH = 8  # nodes from a cast weight to its parameter
 _PLAIN = (Tensor, Parameter)
-_REASONS: dict[int, str | None] = {}  # by the dispatch keys of a tensor, which say what kind it is
+_plain_keys: dict[int, bool] = {}  # by the dispatch keys of a tensor, whether it is plain
 _dispatch_keys, _graph_task = torch._C._dispatch_keys, torch._C._current_graph_task_id
+_static: dict[Kind, _Static] = {}
 
 
-def why_kept(tensor: Tensor, min_bytes: int) -> str | None:
-    """The reason to leave a saved tensor alone, or None."""
+class _Static(NamedTuple):
+    """What holds for all tensors of a kind.
+
+    Attributes:
+        kept: why they are left alone whatever their size, or None.
+        activation: their dtype, shape and layout are those of activations.
+    """
+
+    kept: str | None
+    activation: bool
+
+
+def plain_kind(tensor: Tensor) -> Kind | None:
+    """The kind of a plain tensor; None of others."""
     if type(tensor) not in _PLAIN:
-        return NOT_PLAIN
+        return None
     keys = _dispatch_keys(tensor).raw_repr()
-    reason = _REASONS[keys] if keys in _REASONS else _REASONS.setdefault(keys, _why_of_kind(tensor))
-    if reason is not None:
-        return reason
+    plain = _plain_keys.get(keys)
+    if plain is None:
+        plain = _plain_keys[keys] = is_plain(tensor)
+    return kind_of(tensor, keys) if plain else None
+
+
+def why_kept(tensor: Tensor, min_bytes: int, kind: Kind | None = None) -> str | None:
+    """The reason to leave a saved tensor alone, or None. `kind`: what `plain_kind` says of it, if known."""
+    kind = kind or plain_kind(tensor)
+    if kind is None:
+        return NOT_PLAIN
+    static = _static.get(kind) or _learn_static(tensor, kind)
+    if static.kept == OTHER_DEVICE:
+        return static.kept
     # What a backward pass saves (the recompute of a checkpoint, a graph for double backward) is used before
     # the pass ends: moving it out would only bring it straight back.
     if _graph_task() != -1:
         return "saved in backward"
     if is_weight(tensor):
         return WEIGHT
-    if distinct_bytes(tensor) < min_bytes or not tensor.numel():
+    if kind.nbytes < min_bytes or not kind.nbytes:
         return "below min_bytes"
-    if tensor.dtype not in DTYPES:
-        return "other dtype"
+    if static.kept is not None:
+        return static.kept
     if tensor.is_cuda and is_capturing(tensor.device):
         return "graph capture"
     return None
 
 
-def _why_of_kind(tensor: Tensor) -> str | None:
-    """The reason to leave alone all tensors that dispatch as this one does, or None."""
-    if not is_plain(tensor):
-        return NOT_PLAIN
-    return None if tensor.device.type in DEVICES else "other device"
+def _learn_static(tensor: Tensor, kind: Kind) -> _Static:
+    if len(_static) >= KINDS:
+        _static.clear()
+    kept = None if tensor.device.type in DEVICES else OTHER_DEVICE
+    if kept is None and kind.dtype not in DTYPES:
+        kept = "other dtype"
+    size, _, _, pairs = kind.geometry[:4]
+    activation = kind.dtype in LOSSY_DTYPES and len(size) >= 2 and size[-1] > 1 and pairs is not None
+    static = _static[kind] = _Static(kept, activation)
+    return static
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -123,22 +154,18 @@ def is_weight(tensor: Tensor) -> bool:
     return leaf and isinstance(getattr(node, "variable", None), Parameter)
 
 
-def may_lose_bits(tensor: Tensor) -> bool:
+def may_lose_bits(tensor: Tensor, kind: Kind | None = None) -> bool:
     """True for activations: floats of two dimensions or more that gradients flow through.
 
     What requires no grad is data that other values are derived from (logsumexp, random states, masks,
     tables), a last dimension of 1 marks the statistics of a norm, and errors in the logarithm of a softmax
     are in an exponent: all three stay exact. So does what a compiled region saves inside: autograd does not
-    tell the first two apart there.
+    tell the first two apart there. `kind`: what `plain_kind` says of it, if known.
     """
-    return (
-        tensor.dtype in LOSSY_DTYPES
-        and tensor.requires_grad
-        and tensor.ndim >= 2
-        and tensor.shape[-1] > 1
-        and "Softmax" not in _name(tensor.grad_fn)
-        and geometry(tensor).pairs is not None
-    )
+    if not tensor.requires_grad or (kind := kind or plain_kind(tensor)) is None:
+        return False
+    static = _static.get(kind) or _learn_static(tensor, kind)
+    return static.activation and "Softmax" not in _name(tensor.grad_fn)
 
 
 def _name(node: Node | None) -> str:

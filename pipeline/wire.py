@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
@@ -30,7 +31,6 @@ import torch
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
 from sidelane.pipeline.budget import Budget, Claim, Holders
-from sidelane.pipeline.late import LatePacket
 from sidelane.pipeline.streams import current_stream, on, side_stream
 from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk
 
@@ -39,7 +39,7 @@ SIBLINGS = 32  # packets used last, which other nodes of the pass may want too
 AHEAD = 256 << 20  # bytes that may always be fetched ahead
 UNKNOWN = 512 << 20  # bytes of packets, as allocated, whose sizes the host may not know yet
 PRUNE = 1024  # transits that are gone and still in the books, beside as many as there are
-KEPT = 0.9  # of the device budget, for the packets that backward starts with
+KEPT = 15 / 16  # of the device budget, for the packets that backward starts with; the rest for a bundle
 
 
 class DeviceCopy:
@@ -73,6 +73,29 @@ class DeviceCopy:
             self.close(stream)
 
 
+class Pending(Protocol):
+    """A packet whose size is not known yet: of codes that the device has still to make, or of a bundle.
+
+    Attributes:
+        owner, device: the stream that makes it, and its device.
+        nbytes: that it takes at most.
+        ready: reached when the size is known.
+    """
+
+    owner: Any
+    device: torch.device
+    nbytes: int
+    ready: Any
+
+    def settle(self) -> Packet:
+        """The packet, for work on `owner` from here on. The host waits for its size."""
+        ...
+
+
+def _tell_nobody(_: Packet) -> None:
+    pass
+
+
 @dataclass
 class Late:
     """What a transit has in place of a packet until its size is known.
@@ -84,7 +107,7 @@ class Late:
         tell: called with the packet when it is known.
     """
 
-    packet: LatePacket
+    packet: Pending
     before: int
     claim: Claim
     promise: object | None
@@ -239,7 +262,7 @@ class Wire:
             self._sent += host.nbytes
             return transit
 
-    def send_late(self, packet: LatePacket, tell: Callable[[Packet], None]) -> Transit | None:
+    def send_late(self, packet: Pending, tell: Callable[[Packet], None] = _tell_nobody) -> Transit | None:
         """A home for a packet whose size is not known; None where it might not fit. `tell` is called when the
         size is known, if the home lives then."""
         with self._lock:

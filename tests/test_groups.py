@@ -452,16 +452,21 @@ def test_few_programs_do_the_work_of_many(device: torch.device, numel: int, seed
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("seed", [None, 1])
 @pytest.mark.parametrize("wide", [0, 900, 4095, None])
 def test_programs_that_share_tiles(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, wide: int | None
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, wide: int | None, seed: int | None
 ) -> None:
-    """Of four tiles, two to a program, one has a wide group or none has."""
-    monkeypatch.setattr(groups, "SHARED_TILES", 1)
+    """Of four tiles, all to one program or two to each of two, one has a wide group or none has."""
+    monkeypatch.setattr(groups, "MANY", 1)
+    groups._packing.cache_clear()
     x = torch.randn(4096).to(torch.bfloat16)
     if wide is not None:
         x[wide] = nan
-    assert_same_codes(group_quantize_pack(x.to(device), 2, 64), group_quantize_pack_ref(x, 2, 64))
+    want = group_quantize_pack_ref(x, 2, 64, seed=seed)
+    for _ in range(2):  # the second launch is the kept one
+        assert_same_codes(group_quantize_pack(x.to(device), 2, 64, seed=seed), want)
+    groups._packing.cache_clear()
 
 
 @pytest.mark.kernel

@@ -126,6 +126,44 @@ class Late:
         return self.block
 
 
+class Gathered:
+    """A packet of values that the stream which was current at first adds while it is open, as a `Bundle`."""
+
+    nbytes = 16
+
+    def __init__(self, device):
+        self.device = GPU
+        self.owner = device.current
+        self.block = Block(device, ())
+        self.ready = Event()
+        self._count = 0
+
+    def add(self, value):
+        """Its position, or None."""
+        if self.ready.reached or self._count == 3:
+            return None
+        cell = self.block.cell
+        self.owner.enqueue(lambda: cell.__setitem__(0, (*cell[0], value)))
+        self._count += 1
+        return self._count - 1
+
+    def settle(self):
+        self.ready.reached = True
+        return self.block
+
+
+class Part:
+    """The home of a value in it."""
+
+    def __init__(self, transit, number):
+        self.transit, self.number = transit, number
+
+    @contextmanager
+    def use(self):
+        with self.transit.use() as block:
+            yield block
+
+
 class Host:
     """Stands for HostCopy: the copies are work of the current stream. Memory is a list of one value."""
 
@@ -189,25 +227,41 @@ def model(monkeypatch):
 @pytest.mark.parametrize("limit", [None, 0, 10, 25, 60])
 @pytest.mark.parametrize("slots", [12, 4])
 @pytest.mark.parametrize("streams", [1, 2])
-@pytest.mark.parametrize("late", [0, 0.5, 1])
-def test_every_use_reads_what_was_sent_in_any_order_of_work(model, limit, slots, streams, late):
+@pytest.mark.parametrize(("late", "gathered"), [(0, 0), (0.5, 0), (1, 0), (0, 1), (0.4, 0.5)])
+def test_every_use_reads_what_was_sent_in_any_order_of_work(model, limit, slots, streams, late, gathered):
     for seed in range(40):
         device = model(seed)
         rng = device.rng
         budget, host = Budget(limit), Slots(slots)
         wire = Wire(budget, host.take, host.budget.claim)
-        reads, transits, told = [], {}, []
+        reads, transits, told, last = [], {}, [], None
 
         def use(value, device=device, transits=transits, reads=reads):
-            with transits[value].use() as block:
-                cell = block.cell
-                device.current.enqueue(lambda: reads.append((value, cell[0])))
+            transit = transits[value]
+            with transit.use() as block:
+                cell, number = block.cell, transit.number if isinstance(transit, Part) else None
+                device.current.enqueue(
+                    lambda: reads.append((value, cell[0] if number is None else cell[0][number]))
+                )
 
         for step in range(3):
             for value in range(12 * step, 12 * step + 12):
                 device.current = device.compute[rng.randrange(streams)]
-                packet = Late(device, value) if rng.random() < late else Block(device, value)
                 transits[value] = None
+                if rng.random() < gathered:
+                    transit = last and last[1]()
+                    number = last[0].add(value) if transit and last[0].owner == device.current else None
+                    if number is None:
+                        bundle = Gathered(device)
+                        transit = wire.send_late(bundle, told.append)
+                        last = (bundle, weakref.ref(transit)) if transit else None
+                        number = bundle.add(value) if transit else None
+                    if number is not None:
+                        transits[value] = Part(transit, number)
+                        del transit
+                        device.run(rng.randrange(8))
+                        continue
+                packet = Late(device, value) if rng.random() < late else Block(device, value)
                 if isinstance(packet, Late):
                     transits[value] = wire.send_late(packet, told.append)
                     packet = packet.settle() if transits[value] is None else None
