@@ -40,7 +40,16 @@ TINY = 400 << 10  # bytes that the tiny shape saves
 SETTLE = 8  # steps: one learns, two are timed for each of three plans at most, and the last one stays
 SHARES = "0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0"
 FIXED = "sidelane 4-bit,sidelane 8-bit,sidelane exact,sidelane exact 10.8 GiB,sidelane checkpoint raw"
-PLAN = ("gpu_budget_gib", "predicted_ms", "recomputed", "kept_gib", "coded_gib", "away_gib", "bound_by")
+PLAN = (
+    "gpu_budget_gib",
+    "predicted_ms",
+    "recomputed",
+    "kept_gib",
+    "derived_gib",
+    "coded_gib",
+    "away_gib",
+    "bound_by",
+)
 COLUMNS = ("setting", "share", "gradients", "cosine", "ms", "ms_q1", "ms_q3", "peak_gib", *PLAN)
 
 _opened: list[sidelane.offload] = []
@@ -65,12 +74,12 @@ def planned(context: sidelane.offload) -> Row:
     """Columns of its plan; empty where there is none."""
     if (plan := context.plan) is None:
         return dict.fromkeys(PLAN[1:], "")
-    sums = dict.fromkeys(("keep", "here", "away"), 0)
+    sums = dict.fromkeys(("keep", "derived", "here", "away"), 0)
     for entry, choice in zip(plan.script.lesson.entries, plan.choices, strict=True):
         if entry.block < 0 or plan.recompute[entry.block] == entry.boundary:
-            sums[choice.place] += entry.weight
-    kept, coded, away = (round(sums[place] / GIB, 3) for place in ("keep", "here", "away"))
-    values = (round(plan.predicted * 1e3, 1), sum(plan.recompute), kept, coded, away, plan.binding)
+            sums["derived" if choice.lane == "derived" else choice.place] += entry.weight
+    places = (round(nbytes / GIB, 3) for nbytes in sums.values())
+    values = (round(plan.predicted * 1e3, 1), sum(plan.recompute), *places, plan.binding)
     return dict(zip(PLAN[1:], values, strict=True))
 
 

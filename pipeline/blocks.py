@@ -53,6 +53,11 @@ class Blocks:
     def __len__(self) -> int:
         return len(self._modules)
 
+    @property
+    def training(self) -> tuple[bool, ...]:
+        """Which of them are in training mode."""
+        return tuple(module.training for module in self._modules)
+
     def install(self, user: object) -> None:
         """Until all of those who called this have called `remove`."""
         with self._lock:

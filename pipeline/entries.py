@@ -23,11 +23,12 @@ _local = threading.local()
 class Visit(NamedTuple):
     """What a context does when a thread enters, and when it leaves.
 
-    `leave` may be called again, and after an `arrive` that did not come to its end.
+    `leave` may be called again, and after an `arrive` that did not come to its end. It is told whether it is
+    an exception that leaves.
     """
 
     arrive: Callable[[], None]
-    leave: Callable[[], None]
+    leave: Callable[[bool], None]
 
 
 class HookContext:
@@ -64,7 +65,7 @@ class HookContext:
             entry = _innermost(self)
             entry.hooks.__exit__()
             _entries().remove(entry)
-            entry.take_leave()
+            entry.take_leave(error is not None)
         except BaseException:
             (entry or _innermost(self)).recover()
             raise
@@ -98,11 +99,11 @@ class _Entry:
             torch._C._autograd._pop_saved_tensors_default_hooks()
         if self in _entries():
             _entries().remove(self)
-        self.take_leave()
+        self.take_leave(True)
 
-    def take_leave(self) -> None:
+    def take_leave(self, failed: bool) -> None:
         if self.visit is not None:
-            self.visit.leave()
+            self.visit.leave(failed)
 
 
 def _entries() -> list[_Entry]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import isinf
 
 from sidelane.pipeline.lesson import Script
-from sidelane.pipeline.step_model import AWAY, HERE, KEEP, Choice, Forecast
+from sidelane.pipeline.step_model import AWAY, DERIVED, HERE, KEEP, Choice, Forecast
 
 MIB = 1 << 20
 
@@ -72,7 +72,7 @@ class Plan:
     def _table(self) -> list[tuple[str, ...]]:
         plan, lesson = self.script.plan, self.script.lesson
         table: list[tuple[str, ...]] = [
-            ("block", "decision", "MiB", "kept", "coded here", "away", "away as", "recompute ms")
+            ("block", "decision", "MiB", "kept", "derived", "coded here", "away", "away as", "recompute ms")
         ]
         step_blocks = lesson.step().blocks
         for b in range(-1, len(plan.recompute)):
@@ -85,12 +85,12 @@ class Plan:
                 sums["all"] += 0 if entry.boundary else entry.weight
                 if b >= 0 and entry.boundary != again:
                     continue
-                sums[choice.place] += entry.weight
+                sums[DERIVED if choice.lane == DERIVED else choice.place] += entry.weight
                 if choice.place == AWAY:
                     lanes.add(choice.lane)
             if not sums:
                 continue
-            places = [place for place in (KEEP, HERE, AWAY) if sums[place]]
+            places = [place for place in (KEEP, DERIVED, HERE, AWAY) if sums[place]]
             seconds = f"{step_blocks[b].seconds * 1e3:.2f}" if again else ""
             if b >= 0 and not step_blocks[b].repeatable:
                 seconds = "cannot"
@@ -99,7 +99,7 @@ class Plan:
                 (
                     "outside" if b < 0 else str(b),
                     decision,
-                    *(_mib(sums[name]) for name in ("all", KEEP, HERE, AWAY)),
+                    *(_mib(sums[name]) for name in ("all", KEEP, DERIVED, HERE, AWAY)),
                     ", ".join(sorted(lanes)),
                     seconds,
                 )

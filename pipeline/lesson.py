@@ -15,17 +15,33 @@ import torch
 from sidelane.pipeline.machine import LaneSpeed
 from sidelane.pipeline.marks import END, OUT, SAVE, USE, Mark, Shown, evened, seen_again
 from sidelane.pipeline.rates import profiled_speed, tried_speed, wires
-from sidelane.pipeline.step_model import AWAY, HERE, KEEP, KEPT, NO_HOST, Block, Choice, Code, Saved, Step
+from sidelane.pipeline.step_model import (
+    AWAY,
+    DERIVED,
+    HERE,
+    KEEP,
+    KEPT,
+    NO_HOST,
+    UPPER,
+    Block,
+    Choice,
+    Code,
+    Saved,
+    Step,
+)
 from sidelane.pipeline.step_plan import StepPlan
 
 Pair = tuple[float, float]
 Key = TypeVar("Key")
 
+BOUNDED = "bounded"  # name of the lane that keeps an error bound
 WORTH = 0.97  # of its bytes: a code that leaves more is none
 WIRE_SLACK = 1.04  # times as long as alone: the other direction and the program use memory too
 # Seconds of the host for a tensor on an H200 with a processor of its time (save, use); in proportion, where a
 # trip has shown what it takes to keep one.
 HOST_COSTS = {KEEP: (20e-6, 15e-6), HERE: (120e-6, 100e-6), AWAY: (180e-6, 110e-6)}
+HOST_DERIVED = 60e-6, 60e-6
+DERIVE_RATES = {"cuda": 4e12, "cpu": 10e9}  # bytes/s that it moves at most; trips show what it takes besides
 HOST_WAIT = 0.3e-3  # seconds that a GPU stands still when the host waits for the size of an exact code
 
 
@@ -60,6 +76,9 @@ class Entry:
         weight: bytes that it holds; 0 where another entry counts them.
         lossy: name of the lane that may take it with loss, None for none.
         wire: bytes of its exact code, 0 while unknown.
+        sources: numbers of the tensors that make it again; None where nobody knows how.
+        moved: bytes that this reads and writes.
+        widened: its lower halves are empty.
     """
 
     weight: int
@@ -68,6 +87,9 @@ class Entry:
     boundary: bool = False
     lossy: str | None = None
     wire: int = 0
+    sources: tuple[int, ...] | None = None
+    moved: int = 0
+    widened: bool = False
 
 
 @dataclass
@@ -189,13 +211,14 @@ class Lesson:
     def step(self) -> Step:
         """What a plan is made for."""
         times, spans, seconds = self.timeline
+        first = self._used_first([when[1] for when in times])
         speeds = _Speeds(self.device, self.exact, self.extra)
         host = self._timeline(self.host_gaps, 0.5) if self._follows_host else None
         saved = []
         for i, (entry, when) in enumerate(zip(self.entries, times, strict=True)):
             codes, place = speeds.codes(entry), (entry.block, entry.boundary)
             at = host.times[i][:2] if host else NO_HOST
-            saved.append(Saved(entry.weight, *when, codes, *place, at))
+            saved.append(Saved(entry.weight, when[0], first[i], when[2], codes, *place, at))
         inner: list[list[Saved]] = [[] for _ in self.blocks]
         for s in saved:
             if s.block >= 0 and not s.boundary:
@@ -221,13 +244,20 @@ class Lesson:
         cost = self._host_cost if host else None
         return Step(tuple(saved), tuple(blocks), seconds, out, back, self.gradients, cost)
 
+    def _used_first(self, used: list[float]) -> list[float]:
+        """`used` of tensors, or of what may be derived from them if that comes first."""
+        for i in reversed(range(len(used))):  # sources come before
+            for source in self.entries[i].sources or ():
+                used[source] = min(used[source], used[i])
+        return used
+
     @property
     def _follows_host(self) -> bool:
         return self.level and self.device.type != "cpu"
 
     def _host_cost(self, choice: Choice) -> Pair:
         """Seconds of the host for a tensor, by rule of thumb as long as none took that choice."""
-        save, use = HOST_COSTS[choice.place]
+        save, use = HOST_DERIVED if choice.lane == DERIVED else HOST_COSTS[choice.place]
         if choice in self.host:
             save, use = self.host[choice]
         elif KEPT in self.host:
@@ -272,6 +302,14 @@ class _Speeds:
 
     def codes(self, entry: Entry) -> tuple[Code, ...]:
         nbytes, out = entry.weight, []
+        rate = DERIVE_RATES[self._device.type]
+        if nbytes and entry.sources is not None:
+            encode, decode = self._extra.get(DERIVED, (0.0, 0.0))
+            out.append(Code(DERIVED, 0, encode, decode + entry.moved / rate))
+        if nbytes and entry.widened:
+            half, seconds = nbytes // 2, 1.5 * nbytes / rate
+            encode, decode = self._extra.get(UPPER, (0.0, 0.0))
+            out.append(Code(UPPER, half, encode + seconds, decode + seconds))
         coded = 0 < entry.wire < WORTH * nbytes
         if nbytes and not (coded and self._device.type == "cpu"):
             out.append(Code("raw", nbytes, *self._extra.get("raw", (0.0, 0.0))))

@@ -13,21 +13,33 @@ import torch
 from torch import Tensor, nn
 
 from sidelane.codec.lane import Lane
-from sidelane.codec.packet import Packet, flatten
+from sidelane.codec.packet import Packet, Sections, flatten
 from sidelane.errors import BudgetError, LaneError, OffloadError
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.blocks import find_blocks
 from sidelane.pipeline.budget import Budget, Claim, Holders
+from sidelane.pipeline.bundle import Bundles
 from sidelane.pipeline.compress import choose_lane, compress, relative_error
+from sidelane.pipeline.derive import Recipe, Remade, is_widened, recipe_of, stays_usable, upper_halves
 from sidelane.pipeline.disk import Disk
 from sidelane.pipeline.entries import HookContext, Visit
 from sidelane.pipeline.explain import Plan
-from sidelane.pipeline.extent import WHOLE_SHARE, View, distinct_bytes, whole_storage, without_flags
+from sidelane.pipeline.extent import WHOLE_SHARE, Kind, View, whole_storage, without_flags
 from sidelane.pipeline.lanes import ExactLane, decode_packet, open_lane, undisturbed
 from sidelane.pipeline.late import LatePacket, encode_late
+from sidelane.pipeline.lesson import BOUNDED
 from sidelane.pipeline.moves import Held, Moves, Parcel
 from sidelane.pipeline.packed import as_bytes
-from sidelane.pipeline.policy import NOT_PLAIN, WEIGHT, for_heads, is_capturing, may_lose_bits, why_kept
+from sidelane.pipeline.policy import (
+    NOT_PLAIN,
+    WEIGHT,
+    for_heads,
+    is_capturing,
+    may_lose_bits,
+    plain_kind,
+    why_kept,
+)
+from sidelane.pipeline.recorder import Trip
 from sidelane.pipeline.report import Report, Tally
 from sidelane.pipeline.stash import (
     Home,
@@ -42,7 +54,7 @@ from sidelane.pipeline.stash import (
     describe,
 )
 from sidelane.pipeline.step_auto import Auto, Tracked
-from sidelane.pipeline.step_model import AWAY, HERE, KEEP, Choice
+from sidelane.pipeline.step_model import AWAY, DERIVED, HERE, KEEP, UPPER, Choice
 from sidelane.pipeline.streams import current_stream
 from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk, Pinned, Spilled
 from sidelane.pipeline.wire import DeviceCopy, Wire
@@ -50,7 +62,7 @@ from sidelane.pipeline.wire import DeviceCopy, Wire
 MIN_BYTES = 256 << 10
 GPU_BUDGET = 1 << 30
 EXACT_BYTES = 4 << 20  # of a tensor on a GPU; smaller ones are not worth the launches of their exact code
-SHARED = 3  # tensors that stay decoded for the next nodes that saved them
+SHARED = 8  # tensors that stay decoded for the next nodes that saved them
 POLICIES = ("keep", "spill", "error")
 RAW = open_lane("raw")
 
@@ -98,10 +110,10 @@ class offload(HookContext):
     Args:
         lane: name for `open_lane`, or a lane. Default: "exact", or "packed" when `max_rel_error` is given.
             "auto" learns the step in its first pass, through the exact lane, and plans it from the second on
-            (see DESIGN.md): tensors are kept, encoded in place or sent off the device, and `blocks` are
-            recomputed, so that the step is short within the budgets. Gradients stay exact unless
-            `max_rel_error` or options of the packed lane (`bits`) permit lossy codes. As without offload, a
-            tensor must not be changed in place after it was saved.
+            (see DESIGN.md): tensors are kept, made again from others, encoded in place or sent off the
+            device, and `blocks` are recomputed, so that the step is short within the budgets. Gradients stay
+            exact unless `max_rel_error` or options of the packed lane (`bits`) permit lossy codes. As without
+            offload, a tensor must not be changed in place after it was saved.
             Lossy lanes apply to activations alone (see `policy.may_lose_bits`); everything else takes the
             exact lane. Without a bound, tensors of four dimensions take 8 bits at least (see
             `policy.for_heads`).
@@ -174,6 +186,7 @@ class offload(HookContext):
         self._tally = Tally()
         self._tiers = Tiers(self._host, _open_disk(spill_dir) if on_full == "spill" else None, self._tally)
         self._wire = Wire(self._device, self._tiers.take, self._tiers.promise)
+        self._bundles = Bundles(self._wire, gpu_budget)
         self._lossy: dict[str, Lane] = {}
         self._auto: Auto | None = None
         if automatic:
@@ -237,17 +250,18 @@ class offload(HookContext):
             self._auto.use_blocks(find_blocks(module))
 
     def _pack(self, tensor: Tensor) -> Ticket | Kept | Tracked:
-        reason = why_kept(tensor, self._min_bytes)
-        if reason is not None:
-            nbytes = 0 if reason == NOT_PLAIN else distinct_bytes(tensor)
-            self._tally.kept(reason, nbytes)
+        kind = plain_kind(tensor)
+        reason = NOT_PLAIN if kind is None else why_kept(tensor, self._min_bytes, kind)
+        if kind is None or reason is not None:
+            nbytes = 0 if kind is None else kind.nbytes
+            self._tally.kept(reason or NOT_PLAIN, nbytes)
             if reason == WEIGHT and tensor.requires_grad:
                 self._wire.expect_gradient(nbytes)
                 if self._auto is not None:
                     self._auto.expect_gradient(nbytes)
             return Kept(tensor)
-        view = View.of(tensor)
-        key = self._key(tensor, view)
+        view = View.of_kind(tensor, kind)
+        key = self._key(tensor, view, kind)
         stash = self._index.find(key)
         if self._auto is not None:
             with undisturbed(tensor.device):
@@ -266,37 +280,77 @@ class offload(HookContext):
         before = trip.before()
         if stash is not None:
             self._reuse(stash, tensor, view)
-        found = stash or self._carry_out(auto.moves, choice, tensor, view, key)
+        found = stash or self._carry_out(auto.moves, choice, tensor, view, key, trip)
+        recipe = self._recipe(tensor, trip) if trip.learning and stash is None else None
         if isinstance(found, Stash):
             if trip.learning:
-                number = auto.learn(trip, found, tensor, nbytes)
+                number = auto.learn(trip, found, tensor, nbytes, recipe)
             inner: Ticket | Kept = Ticket(found, view, self._tickets.claim(1))
         else:
             inner = found
         if stash is None:
             trip.saved(number, before)
-        return Tracked(inner, trip, number)
+        return Tracked(inner, trip, number, recipe)
 
     def _carry_out(
-        self, moves: Moves, choice: Choice | None, tensor: Tensor, view: View, key: Key
+        self, moves: Moves, choice: Choice | None, tensor: Tensor, view: View, key: Key, trip: Trip
     ) -> Stash | Held:
         """Keep, or encode and move, a tensor that is not stored yet."""
+        if choice is not None and choice.lane == DERIVED:
+            recipe = self._recipe(tensor, trip)
+            if recipe is not None:
+                return self._derive(recipe, tensor, view, key)
+            choice = Choice(AWAY)
         if choice is not None and choice.place == KEEP:
             held = moves.keep(tensor, key.data, _weight(tensor, view, key))
             if held is not None:
                 self._tally.kept("plan", view.nbytes)
                 return held
             choice = Choice(AWAY)
+        if choice is not None and choice.lane == UPPER and not is_widened(tensor):
+            choice = Choice(AWAY)
         if choice is None or (choice.lane == "raw" and not tensor.is_cuda):
             return self._encode(tensor, view, key)
         return self._send(moves, choice, tensor, view, key)
+
+    def _recipe(self, tensor: Tensor, trip: Trip) -> Recipe | None:
+        """How it was made from others of the trip, or from what stays in any case; None where it was not."""
+        recipe = recipe_of(tensor)
+        if recipe is None:
+            return None
+        for source in recipe.sources:
+            if isinstance(source, Tracked):
+                usable = source.trip is trip and (not trip.learning or source.number >= 0)
+            else:
+                usable = isinstance(source, Kept) and stays_usable(source, tensor.device)
+            if not usable:
+                return None
+        return recipe
+
+    def _derive(self, recipe: Recipe, tensor: Tensor, view: View, key: Key) -> Stash:
+        """A stash of a tensor that is made again when it is used."""
+        sources = []
+        for source in recipe.sources:
+            inner = source.inner if isinstance(source, Tracked) else source
+            if isinstance(inner, Ticket):
+                inner = Ticket(inner.stash, inner.view, self._tickets.claim(1))
+            sources.append(inner)
+        home, whole, truth = Remade(recipe, tuple(sources)), key.kind == "whole", None
+        if self._checker:
+            truth = Truth(_elements(tensor, whole).clone(), home.make(self._unpack))
+            if not self._lossy and not _same_bits(truth.packed, truth.decoded):
+                raise OffloadError(f"{describe(tensor)} does not follow from what it was made from")
+        stash = Stash(tensor, home, whole, truth)
+        self._index.add(key, stash)
+        self._tally.kept(DERIVED, view.nbytes)
+        return stash
 
     def _name_lossy(self, lane: Lane) -> tuple[str, str]:
         """Names of the lanes that may take activations of four dimensions, and others, for plans."""
         names = []
         for each in (for_heads(lane), lane):
             bits = getattr(each, "bits", 8)
-            name = f"packed:{bits}" if self._max_rel_error is None else "bounded"
+            name = f"packed:{bits}" if self._max_rel_error is None else BOUNDED
             self._lossy[name] = each
             names.append(name)
         return names[0], names[1]
@@ -309,6 +363,11 @@ class offload(HookContext):
             packet = Packet.like("raw", elements).with_(sections={"data": as_bytes(elements)})
             if elements.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
                 source = tensor.detach()
+        elif choice.lane == UPPER:
+            upper = upper_halves(elements)
+            data = as_bytes(upper)
+            sections = Sections(("data",), (0,), (data.numel(),), data)
+            packet = Packet.like("raw", upper).with_(sections=sections)
         elif choice.lane == "exact":
             packet = self._exact_lane(tensor, view).encode(elements)
         elif self._max_rel_error is None:
@@ -316,17 +375,18 @@ class offload(HookContext):
         else:
             lossy = self._lossy[choice.lane]
             packet = compress(without_flags(tensor), lane=lossy, max_rel_error=self._max_rel_error)
-        truth = self._truth(tensor, packet, whole) if self._checker else None
+        truth = self._truth(tensor, packet, whole, choice.lane == UPPER) if self._checker else None
         home: Home | None = None
         if tensor.is_cuda:
             claim = moves.room(packet.nbytes) if choice.place == HERE else None
             if claim is not None:
                 home = DeviceCopy(packet, current_stream(packet.device), claim)
             else:
-                home = moves.send(packet, source)
+                home = moves.bundles.send(packet) if source is None else moves.send(packet, source)
                 if home is None and source is not None:
                     packet = RAW.encode(elements)
         stash = Stash(tensor, home or self._place(packet, view), whole, truth)
+        stash.widened = choice.lane == UPPER
         self._index.add(key, stash)
         self._tally.encoded(view, packet)
         return stash
@@ -338,6 +398,9 @@ class offload(HookContext):
             before = packed.trip.before()
             tensor = self._unpack(packed.inner)
             if self._auto is not None:
+                if packed.recipe is not None:
+                    with undisturbed(tensor.device):
+                        self._auto.try_out(packed, tensor, self._unpack_source)
                 wire = packed.inner.stash.wire if isinstance(packed.inner, Ticket) else 0
                 self._auto.used(packed, before, wire)
             return tensor
@@ -357,16 +420,19 @@ class offload(HookContext):
                 _verify(flat, stash.truth, view)
             return view.over(flat) if stash.whole else view.over_elements(flat)
 
+    def _unpack_source(self, source: Tracked | Kept) -> Tensor:
+        return self._unpack(source.inner if isinstance(source, Tracked) else source)
+
     def _share(self, stash: Stash, flat: Tensor) -> None:
         stash.remember(flat)
         self._shared.append(ref(stash))
         if len(self._shared) > SHARED and (oldest := self._shared.popleft()()) is not None:
             oldest.forget()
 
-    def _key(self, tensor: Tensor, view: View) -> Key:
+    def _key(self, tensor: Tensor, view: View, kind: Kind | None = None) -> Key:
         """What a stash of `tensor` is made from."""
         data, pairs = data_key(tensor, view.geometry), view.geometry.pairs
-        if self._may_lose and may_lose_bits(tensor):
+        if self._may_lose and may_lose_bits(tensor, kind):
             # The error bound is of this tensor, so only views of the same elements may share its packet.
             return Key(data, "lossy", view.dtype, view.offset, pairs)
         if pairs is None or view.nbytes * WHOLE_SHARE >= tensor.untyped_storage().nbytes():
@@ -391,7 +457,7 @@ class offload(HookContext):
             packet = self._encode_lossy(tensor, view)
         elif (late := self._encode_late(tensor, view, whole)) is None:
             packet = self._exact_lane(tensor, view).encode(_elements(tensor, whole))
-        elif (home := self._wire.send_late(late, partial(self._tally.encoded, view))) is None:
+        elif (home := self._send_late(late, view)) is None:
             packet = late.settle()
         else:
             stash = Stash(tensor, home, whole, None)
@@ -415,6 +481,10 @@ class offload(HookContext):
             return None
         return encode_late(_elements(tensor, whole))
 
+    def _send_late(self, late: LatePacket, view: View) -> Home | None:
+        self._bundles.close()
+        return self._wire.send_late(late, partial(self._tally.encoded, view))
+
     def _exact_lane(self, tensor: Tensor, view: View) -> Lane:
         small = tensor.is_cuda and view.nbytes < EXACT_BYTES and self._exact.name == "exact"
         return RAW if small else self._exact
@@ -423,17 +493,21 @@ class offload(HookContext):
         """The elements of a stash, flat, at the start of a storage of their own."""
         self._tally.add("decodes")
         home = stash.home
+        if isinstance(home, Remade):
+            return home.make(self._unpack)
         if isinstance(home, Parcel) and stash.users.held == 1 and (given := home.give()) is not None:
-            return given
+            return given.float() if stash.widened else given
         with stash.home.use() as packet:
             stash.wire = packet.nbytes
+            if stash.widened:
+                return packet.sections["data"].view(packet.dtype).float()
             flat = flatten(decode_packet(packet, self._basis))
         return flat.clone() if flat.storage_offset() else flat.detach()  # the only tensor over its storage
 
     def _place(self, packet: Packet, view: View) -> Home:
         """A home for `packet` within the budgets. Raises BudgetError when there is none."""
         on_gpu = packet.device.type == "cuda"
-        home = self._wire.send(packet) if on_gpu else self._place_cpu(packet)
+        home = self._bundles.send(packet) if on_gpu else self._place_cpu(packet)
         if home is not None:
             return home
         if self._on_full == "error":
@@ -460,9 +534,10 @@ class offload(HookContext):
         room = self._tiers.spill(host.nbytes)
         return None if room is None else Spilled(packet, host, room)
 
-    def _truth(self, tensor: Tensor, packet: Packet, whole: bool) -> Truth:
+    def _truth(self, tensor: Tensor, packet: Packet, whole: bool, widened: bool = False) -> Truth:
         packed = _elements(tensor, whole).clone()
         decoded = flatten(decode_packet(packet, self._basis))
+        decoded = decoded.float() if widened else decoded
         if packet.lane in ("raw", "exact"):
             bound: float | None = 0.0
             error = 0.0 if _same_bits(packed, decoded) else inf

@@ -22,6 +22,8 @@ from sidelane.pipeline.policy import why_kept
 from sidelane.pipeline.recorder import Trip
 from sidelane.pipeline.stash import Kept, data_key
 
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
 
 class Passed(Kept):
     """A tensor that stays, with its share of the device budget, and which one of which trip it is."""
@@ -57,13 +59,17 @@ class Passage:
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hooks = saved_tensors_hooks(self._pack, self._unpack)
+        above: list[Hooks] = []
         try:
-            hooks.__enter__()
-            result = forward(*args, **kwargs)
+            try:
+                hooks.__enter__()
+                result = forward(*args, **kwargs)
+            finally:
+                _remove(hooks.pack_hook, above)
+        except BaseException:
+            _remove(hooks.pack_hook, above)  # an interrupt may have come while they were removed
+            raise
         finally:
-            top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-            if top is not None and top[0] is hooks.pack_hook:  # an interrupt may come before they are there
-                torch._C._autograd._pop_saved_tensors_default_hooks()
             self._claims.clear()  # the tensors hold them
         if self._packs != self._known:
             self._trip.packs = self._packs
@@ -115,3 +121,23 @@ class Passage:
             self._used(packed)
         tensor: Tensor = packed.open() if isinstance(packed, Kept) else self._unpack_below(packed)
         return tensor
+
+
+def _remove(pack: Callable[[Tensor], Any], above: list[Hooks]) -> None:
+    """Remove the hooks that `pack` belongs to, if they are installed. Those that a block left on top of them
+    stay.
+
+    May be called again after an interrupt, with the same list, empty at first: hooks that are out for now.
+    """
+    autograd = torch._C._autograd
+    top = autograd._top_saved_tensors_default_hooks(True)
+    if above and top is not None and top[0] is above[-1][0]:  # interrupted between the lines of a loop below
+        autograd._pop_saved_tensors_default_hooks()
+    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None and top[0] is not pack:
+        above.append(top)
+        autograd._pop_saved_tensors_default_hooks()
+    if top is not None:
+        autograd._pop_saved_tensors_default_hooks()
+    while above:
+        autograd._push_saved_tensors_default_hooks(*above[-1])
+        above.pop()

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
-from sidelane.pipeline.lesson import WORTH, BlockCall, Call, Entry, Lesson, Pack, Script
+from sidelane.pipeline.lesson import BOUNDED, WORTH, BlockCall, Call, Entry, Lesson, Pack, Script
 from sidelane.pipeline.machine import Curve, LaneSpeed
 from sidelane.pipeline.marks import END, IN, OUT, SAVE, USE, Mark, Seconds, Shown
 from sidelane.pipeline.stash import Stash
@@ -71,6 +72,7 @@ class Trip:
         self.device = device
         self._level = level
         self.script = script
+        self.timed = timed
         self.lost = False  # it is not the step of the script, or failed
         self.failed = False  # with an exception
         self.last = first
@@ -84,6 +86,7 @@ class Trip:
         self._blocks: list[BlockCall] = []
         self._entries: list[Entry] = []
         self._numbers: WeakKeyDictionary[Stash, int] = WeakKeyDictionary()
+        self._derived: dict[int, Tensor] = {}  # by number, whether it came out otherwise
         self._inputs: dict[Any, int] = {}
 
     @property
@@ -254,10 +257,23 @@ class Trip:
             return None  # a backward pass that failed shows only a part of the step
         rows, blocks = tuple(map(tuple, self._rows)), tuple(self._blocks)
         known = tuple(map(replace, self._entries))  # later passes over this graph change them
+        for number, entry in enumerate(known):
+            if entry.sources is not None and not self._can_derive(number, entry):
+                entry.sources = None
         gaps, host = shown.device.gaps, shown.host.gaps
         return Lesson(
             self.device, known, rows, blocks, shown.marks, gaps, host, self.gradients, self._exact_speed()
         )
+
+    def derived(self, number: int, differs: Tensor) -> None:
+        """A tensor was made again from its sources; `differs` (bool) tells whether it came out otherwise."""
+        self._derived[number] = differs
+
+    def _can_derive(self, number: int, entry: Entry) -> bool:
+        """It came out the same, and loses no bits that it must not lose if its sources do."""
+        lossy = {self._entries[source].lossy for source in entry.sources or ()} - {None}
+        permitted = not lossy or (lossy == {entry.lossy} and entry.lossy != BOUNDED)
+        return permitted and number in self._derived and not bool(self._derived[number])
 
     def shown(self) -> Shown | None:
         """What a timed trip has shown that has `ended`."""

@@ -64,6 +64,7 @@ class Stash:
         self.device = source.device
         # Its address is not reused while this lives.
         self._source = StorageWeakRef(source.untyped_storage())  # type: ignore[no-untyped-call]
+        self.widened = False  # its packet has the upper halves of float32
         self.users = Holders()  # tickets
         self.wire = 0  # bytes of the packet, once it was decoded
         self._decoded: _Decoded | None = None
@@ -112,13 +113,15 @@ class _Decoded:
         self.flat = keep
         self.moment = moment
         self.version = flat._version
+        self._nbytes = flat.nbytes  # its storage may have more
         self._storage = StorageWeakRef(flat.untyped_storage())  # type: ignore[no-untyped-call]
 
     def reopen(self) -> Tensor | None:
         storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
         if storage is None:
             return None
-        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        octets = torch.empty(0, dtype=torch.uint8, device=storage.device)
+        return octets.set_(storage, 0, (self._nbytes,), (1,))
 
 
 def _holders(flat: Tensor) -> int:

@@ -6,8 +6,8 @@ trips of a plan are timed, since a trip that learns computes with pauses, and sh
 plan takes over if it is predicted to be faster by `GAIN`, a few times at most. From then on nothing is timed
 or planned, until steps take another time than they did, and each time that happens it has to last longer.
 A trip that is not the step of its script goes on as one that learns would, and the next of its kind learns
-again. Kinds are told apart by the first tensor they save, so that batches of other shapes have plans of their
-own.
+again. Kinds are told apart by the first tensor they save and by which blocks are in training mode, so that
+batches of other shapes, and evaluation, have plans of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
-from functools import partial
 from math import inf
 from statistics import median
 from typing import Any
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from sidelane.pipeline.blocks import Blocks, fingerprint, is_plain, modes, run_again_later
 from sidelane.pipeline.budget import Budget
+from sidelane.pipeline.derive import Recipe, is_distributed, is_widened, same_bits
 from sidelane.pipeline.entries import Visit
 from sidelane.pipeline.lanes import undisturbed
 from sidelane.pipeline.lesson import Entry, Lesson, Script
@@ -50,14 +50,16 @@ KINDS = 16  # of trips that are remembered
 
 
 class Tracked:
-    """What autograd keeps in place of a tensor, and which one of which trip it is."""
+    """What autograd keeps in place of a tensor, which one of which trip it is, and how it was made if that
+    has still to be tried."""
 
-    __slots__ = ("inner", "number", "trip")
+    __slots__ = ("inner", "number", "recipe", "trip")
 
-    def __init__(self, inner: Ticket | Kept, trip: Trip, number: int) -> None:
+    def __init__(self, inner: Ticket | Kept, trip: Trip, number: int, recipe: Recipe | None = None) -> None:
         self.inner = inner
         self.trip = trip
         self.number = number
+        self.recipe = recipe
 
 
 class _Kind:
@@ -67,8 +69,8 @@ class _Kind:
         self.pending: deque[Trip] = deque(maxlen=4)
         self.script: Script | None = None
         self.lesson: Lesson | None = None  # that of the script, and what its timed trips have shown
-        self.timed = 0  # trips to time
-        self.seen = 0  # timed trips of this plan
+        self.timed = 0  # trips of this plan to time
+        self.seen = 0  # those that have shown something
         self.rounds = 0  # plans that may take over
         self.fresh = False  # the next timed trip counts alone
         self.short = 0  # trips in a row that ended early
@@ -80,6 +82,11 @@ class _Kind:
     @property
     def measured(self) -> float | None:
         return median(self.recent) if self.recent else None
+
+    @property
+    def underway(self) -> int:
+        """Timed trips of this plan that may still show something."""
+        return sum(trip.timed and trip.script is self.script for trip in self.pending)
 
     def begin(self, script: Script, timed: int) -> None:
         """Follow a plan; `timed`: trips to time, 0 for a plan with choices that were followed before."""
@@ -170,7 +177,13 @@ class Auto:
                 self._local.trip = None
             blocks.install(user)
 
-        return Visit(arrive, partial(blocks.remove, user))
+        def leave(failed: bool) -> None:
+            blocks.remove(user)
+            trip: Trip | None = getattr(self._local, "trip", None)
+            if failed and trip is not None and trip.end is None:  # a forward pass that was left half-way
+                trip.lost = trip.failed = True
+
+        return Visit(arrive, leave)
 
     def save(self, tensor: Tensor, nbytes: int) -> tuple[Trip, int, Choice | None]:
         """The trip of a tensor that is saved now, its number, and what to do with it; None: nobody knows.
@@ -183,11 +196,29 @@ class Auto:
             return trip, -1, None
         return trip, *trip.save(nbytes, tensor.dtype)
 
-    def learn(self, trip: Trip, stash: Stash, tensor: Tensor, nbytes: int) -> int:
+    def learn(
+        self, trip: Trip, stash: Stash, tensor: Tensor, nbytes: int, recipe: Recipe | None = None
+    ) -> int:
         """The number of a tensor that a trip that learns saved as `stash`."""
         if not trip.learning or tensor.device != trip.device:
             return -1
-        return trip.learn(stash, self._entry(tensor, nbytes))
+        entry = self._entry(tensor, nbytes)
+        entry.widened = is_widened(tensor)
+        if recipe is not None:
+            tracked = [source for source in recipe.sources if isinstance(source, Tracked)]
+            entry.sources, entry.moved = tuple(source.number for source in tracked), recipe.moved
+        return trip.learn(stash, entry)
+
+    def try_out(self, tracked: Tracked, tensor: Tensor, open_source: Callable[[Any], Tensor]) -> None:
+        """Make a tensor again that was unpacked, and remember whether it comes out the same."""
+        recipe, tracked.recipe = tracked.recipe, None
+        if recipe is None:
+            return
+        try:
+            made = recipe.run([open_source(source) for source in recipe.sources])
+            tracked.trip.derived(tracked.number, ~same_bits(made, tensor))
+        except torch.OutOfMemoryError:
+            pass  # it is stored, as if it could not be derived
 
     def expect_gradient(self, nbytes: int) -> None:
         """A weight of `nbytes` was saved: backward makes its gradient."""
@@ -214,7 +245,7 @@ class Auto:
         local = self._local
         trip: Trip | None = getattr(local, "trip", None)
         if trip is None or local.uses != self._uses or trip.played:
-            trip = local.trip = self._depart(device, (device, kind))
+            trip = local.trip = self._depart(device, (device, kind, self._blocks.training))
             local.uses = self._uses
         trip.last = self.moves.count + 1
         return trip
@@ -227,8 +258,7 @@ class Auto:
                 self._kinds.popitem(last=False)
             with undisturbed(device):
                 self._learn_from(kind)
-            timed = kind.timed > 0
-            kind.timed -= timed
+            timed = kind.timed > kind.seen + kind.underway
             before: Trip | None = getattr(self._local, "latest", None)
             level = before is None or before.ended()
             trip = self._local.latest = Trip(device, kind.script, timed, self.moves.count, level)
@@ -308,29 +338,35 @@ class Auto:
     ) -> Any:
         """A call of a block."""
         leaves = tree_leaves((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        # Nested tensors stay in any case, and have no shape to know them by.
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_nested]
         if not tensors or not self._watches(tensors[0].device):
             return forward(*args, **kwargs)
         local, first = self._local, tensors[0]
-        repeatable = is_plain(leaves) and not _is_distributed()
+        # Processes plan for themselves: a block that only some run again would leave the others waiting in
+        # its collectives.
+        repeatable = is_plain(leaves) and not is_distributed()
         trip = self._trip(first.device, ("block", first.dtype, first.shape))
-        again = trip.enter(lambda: self._inputs(tensors), repeatable, modes(module))
-        before = fingerprint(module, (args, kwargs)) if trip.learning else []
         try:
             local.inside = True
+            again = trip.enter(lambda: self._inputs(tensors), repeatable, modes(module))
+            before = fingerprint(module, (args, kwargs)) if trip.learning else []
             if again:
                 result = run_again_later(forward, args, kwargs)
             elif trip.passes:
                 result = Passage(trip, self.moves, self._min_bytes, self.used).run(forward, args, kwargs)
             else:
                 result = forward(*args, **kwargs)
+            if trip.learning:  # a block that left hooks behind must not do so twice
+                trip.leave(before == fingerprint(module, (args, kwargs)) and self._innermost())
+            else:
+                trip.leave(True)
+            return result
         except BaseException:
             trip.lost = trip.failed = True
             raise
         finally:
             local.inside = False
-        trip.leave(not trip.learning or before == fingerprint(module, (args, kwargs)))
-        return result
 
     def _watches(self, device: torch.device) -> bool:
         """A block is called in a forward pass that this context packs, outside of other blocks."""
@@ -355,10 +391,3 @@ class Auto:
 
 def _seconds_of(script: Script) -> float:
     return max(script.plan.forecast.seconds, 1e-9)
-
-
-def _is_distributed() -> bool:
-    """Processes plan for themselves, and a block that only some of them run again would leave the others
-    waiting in its collectives."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1

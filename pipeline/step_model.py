@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 AHEAD = 256 << 20  # bytes that may always be fetched ahead
 KEEP, HERE, AWAY = "keep", "here", "away"
+DERIVED, UPPER = "derived", "upper halves"  # as names of lanes, see `derive`
 NO_HOST = 0.0, 0.0
 
 _FREE, _SAVE, _USE, _AGAIN, _FREE_AT_ONCE = range(5)  # in this order where times are equal
@@ -36,7 +37,8 @@ def allowed_ahead(limit: float, gradients: float, again: float, left: float) -> 
 
 @dataclass(frozen=True)
 class Code:
-    """One way to encode a tensor: its bytes then, and the seconds that the compute stream spends on it."""
+    """One way to encode a tensor: its bytes then, and the seconds that the compute stream spends on it. A
+    code of no bytes: others make the tensor again."""
 
     lane: str
     nbytes: int
@@ -308,6 +310,6 @@ def _options(step: Step, saved: Saved) -> Iterator[Option]:
         if code.nbytes < saved.nbytes:
             here = Choice(HERE, code.lane)
             yield Option(here, code.nbytes, code.encode, code.decode, 0.0, 0.0, host(here))
-        if step.out is not None and step.back is not None:
+        if code.nbytes and step.out is not None and step.back is not None:
             away, wires = Choice(AWAY, code.lane), (step.out(code.nbytes), step.back(code.nbytes))
             yield Option(away, code.nbytes, code.encode, code.decode, *wires, host(away))

@@ -4,6 +4,7 @@ GPU, no torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,9 +14,11 @@ from typing import NamedTuple
 
 from sidelane.pipeline.step_model import (
     AWAY,
+    DERIVED,
     HERE,
     KEEP,
     KEPT,
+    UPPER,
     Choice,
     Code,
     Forecast,
@@ -28,12 +31,14 @@ from sidelane.pipeline.step_model import (
 
 PARTS = 64  # into which the bytes of a step are cut for the search, at least
 EVENTS = 16_000  # of all simulations of a search, about: what it may take
-STARTS = 16  # mixtures that are simulated
+STARTS = 20  # mixtures that are simulated
+ALIKE = 2  # of the same policies among these: what they are estimated to take may be far from what they do
 CLIMBS = 2  # of these that are changed
 SPACINGS = (1, 2, 3, 4)  # of items under the first policy of a mixture
 GOLDEN = 0.618034
 WHOLE = 1000  # simulations of a step of which everything is tried, at most
 REPAIRS = 3  # searches with less room, where that of single tensors did not suffice
+SMALL = 0.03  # share of the bytes of a step that its smallest tensors have
 SECONDS_PER_BYTE = 5e-14  # what a byte that leaves must save at least: host memory is not free
 SECONDS_PER_WORKING_BYTE = 3e-13  # the same for a byte of `Forecast.working` above the limit
 
@@ -155,7 +160,7 @@ class _Search:
         self._step = step
         self._limits = limit, host_limit
         self._left = EVENTS // max(1, 3 * len(step.saved))  # simulations
-        self._policies = _policies(step, self._simulator.options)
+        self._policies = _policies(step, self._simulator.options, limit)
         inside: dict[int, list[int]] = {}
         for i, saved in enumerate(step.saved):
             inside.setdefault(saved.block if saved.block >= 0 else -1 - i, []).append(i)
@@ -191,18 +196,26 @@ class _Search:
         return _Item(block, members, ways)
 
     def _starts(self) -> Iterator[_State]:
-        """Plain policies, and mixtures of two with as few items as need be."""
+        """Plain policies, and mixtures of two with as few items as need be, the others kept or derived."""
         for label, name in enumerate(self._policies, 1):
             state = self._laid([label] * len(self._items))
             self.plain[name] = self._simulator.run(state[1], state[2])
             yield state
         found: dict[tuple[int, ...], tuple[float, list[int]]] = {}
+        rests = [0, *(label for label, name in enumerate(self._policies, 1) if name == DERIVED)]
         for mixture in self._mixtures():
-            length, seconds = self._estimate(mixture)
-            found.setdefault(tuple(mixture[:length]), (seconds, mixture))
-        for prefix, (_, mixture) in sorted(found.items(), key=lambda item: item[1][0])[:STARTS]:
+            for rest in rests:
+                length, seconds = self._estimate(mixture, rest)
+                found.setdefault((rest, *mixture[:length]), (seconds, mixture))
+        alike: Counter[tuple[int, frozenset[int]]] = Counter()
+        for (rest, *prefix), (_, mixture) in sorted(found.items(), key=lambda item: item[1][0]):
+            kind = rest, frozenset(prefix)
+            alike[kind] += 1
+            if alike[kind] > ALIKE or alike.total() > STARTS:
+                alike[kind] -= 1
+                continue
             for length in range(len(prefix), min(len(prefix) + 3, len(mixture)) + 1):
-                state = self._laid([*mixture[:length], *[0] * (len(mixture) - length)])
+                state = self._laid([*mixture[:length], *[rest] * (len(mixture) - length)])
                 yield state
                 if state[0][0] == 0:
                     break
@@ -222,21 +235,28 @@ class _Search:
                 for spacing, most in product(SPACINGS, {*range(fitting - 1, fitting + 3), count}):
                     yield [a if n % spacing == 0 and n < most * spacing else b for n in range(count)]
 
-    def _estimate(self, labels: Sequence[int]) -> tuple[int, float]:
-        """How many items need these policies until all fits, and about the seconds that it takes."""
-        held = sum(item.ways[0].held for item in self._items)
-        out = back = up = down = 0.0
+    def _estimate(self, labels: Sequence[int], rest: int) -> tuple[int, float]:
+        """How many items need these policies, and not `rest`, until all fits, and about the seconds that it
+        takes."""
+        held, out, back, up, down = self._sums[rest]
         length = 0
         for label, item in zip(labels, self._items, strict=True):
             if held <= self._limits[0]:
                 break
-            way = item.ways[label]
-            held += way.held - item.ways[0].held
-            out, back, up, down = out + way.out, back + way.back, up + way.up, down + way.down
+            way, old = item.ways[label], item.ways[rest]
+            held += way.held - old.held
+            out, back = out + way.out - old.out, back + way.back - old.back
+            up, down = up + way.up - old.up, down + way.down - old.down
             length += 1
         forward, backward = self._turn + up, self._step.seconds - self._turn + down
         seconds = max(forward, out) + max(backward, back)
         return length, inf if held > self._limits[0] else seconds
+
+    @cached_property
+    def _sums(self) -> list[tuple[float, ...]]:
+        """Of all items under each policy."""
+        ways = zip(*(item.ways for item in self._items), strict=True)
+        return [tuple(map(sum, zip(*(way[2:] for way in mine), strict=True))) for mine in ways]
 
     @cached_property
     def _turn(self) -> float:
@@ -323,19 +343,30 @@ class _Search:
         return _judged(self._simulator, picks, recompute, *self._limits)
 
 
-def _policies(step: Step, options: Sequence[Sequence[Option]]) -> dict[str, _Policy]:
-    def chosen(good: Callable[[Option], bool]) -> list[int]:
+def _policies(step: Step, options: Sequence[Sequence[Option]], limit: float) -> dict[str, _Policy]:
+    """With codes, what can be derived is; what is small is kept where there is room for it."""
+    small = _small(step.saved)
+    if 4 * sum(step.saved[i].nbytes for i in small) > limit:
+        small = set()
+
+    def chosen(good: Callable[[Option], bool], derive: bool = True) -> list[int]:
         out = []
-        for mine in options:
-            fitting = [n for n, option in enumerate(mine) if n and good(option)]
+        for i, mine in enumerate(options):
+            derived = [n for n, option in enumerate(mine) if n and derive and not option.nbytes]
+            fitting = derived or [n for n, option in enumerate(mine) if n and good(option) and i not in small]
             out.append(min(fitting, key=lambda n: mine[n].nbytes, default=0))
         return out
 
-    raw = chosen(lambda o: o.choice == Choice(AWAY, "raw"))
+    derived = chosen(lambda o: o.choice == Choice(HERE, UPPER))
+    raw = chosen(lambda o: o.choice == Choice(AWAY, "raw"), derive=False)
+    rest = chosen(lambda o: o.choice in (Choice(AWAY, "raw"), Choice(AWAY, UPPER)))
     away = chosen(lambda o: o.choice.place == AWAY)
     here = chosen(lambda o: o.choice.place == HERE)
     leave = [r or a or h for r, a, h in zip(raw, away, here, strict=True)]
-    policies = {"raw away": raw, "codes away": away, "codes here": here}
+    policies = {"raw away": raw, DERIVED: derived, "derived, raw away": rest}
+    if rest == raw:
+        policies = {"raw away": raw}
+    policies |= {"codes away": away, "codes here": here}
     found = {name: _Policy(False, picks) for name, picks in policies.items() if any(picks)}
     if any(block.repeatable for block in step.blocks):
         stay = [0 if saved.block >= 0 else pick for saved, pick in zip(step.saved, leave, strict=True)]
@@ -360,11 +391,12 @@ def _over(forecast: Forecast, limit: float, host_limit: float) -> float:
 def _parts(step: Step) -> list[list[int]]:
     """Neighbours that are alike, together: same block, same codes with about the same ratios."""
     cap = sum(saved.nbytes for saved in step.saved if not saved.boundary) / PARTS
+    small = _small(step.saved)
     parts: list[list[int]] = []
     last: dict[tuple[object, ...], tuple[list[int], int]] = {}
     for i, saved in enumerate(step.saved):
-        kinds = ((c.lane, c.nbytes < saved.nbytes, round(8 * saved.nbytes / c.nbytes)) for c in saved.codes)
-        kind = saved.block, saved.boundary, *kinds
+        kinds = ((c.lane, c.nbytes < saved.nbytes, _ratio(saved, c)) for c in saved.codes)
+        kind = saved.block, saved.boundary, i in small, *kinds
         part, nbytes = last.get(kind, ([], 0))
         if not part or nbytes + saved.nbytes > cap:
             part, nbytes = [], 0
@@ -372,6 +404,24 @@ def _parts(step: Step) -> list[list[int]]:
         part.append(i)
         last[kind] = part, nbytes + saved.nbytes
     return parts
+
+
+def _ratio(saved: Saved, code: Code) -> int:
+    """In eighths; 0 for a code of no bytes."""
+    return round(8 * saved.nbytes / code.nbytes) if code.nbytes else 0
+
+
+def _small(saved: Sequence[Saved]) -> set[int]:
+    """Those up to a size, which are `SMALL` of all bytes together at most: to keep them costs little, and to
+    send them as much of the host as large ones."""
+    inner = [s.nbytes for s in saved if not s.boundary]
+    most, size = SMALL * sum(inner), -1
+    for nbytes, count in sorted(Counter(inner).items()):
+        most -= nbytes * count
+        if most < 0:
+            break
+        size = nbytes
+    return {i for i, s in enumerate(saved) if s.nbytes <= size and not s.boundary}
 
 
 def _spread(parts: Sequence[Sequence[int]], picks: Sequence[int]) -> list[int]:

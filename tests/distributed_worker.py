@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from models import MIN_BYTES, Decoder, assert_same, build, loss_of
+from models import MIN_BYTES, Decoder, assert_same, build, loss_of, settled
 from sidelane.pipeline.offload import offload
 
 exact = partial(offload, min_bytes=MIN_BYTES, checker=True)
@@ -63,8 +63,7 @@ def compare(model: nn.Module, tokens: Tensor, **options) -> offload:
     context = exact()
     for _ in range(2):
         assert_same(step(model, tokens, context, **options), expected)
-    report = context.report()
-    assert (report.host_bytes, report.device_bytes, report.tickets) == (0, 0, 0)
+    assert settled(context)
     return context
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,3 +99,9 @@ def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
     assert len(actual) == len(expected)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert a.dtype == e.dtype and torch.equal(a, e), f"tensor {i} differs by {(a - e).abs().max()}"
+
+
+def settled(context: Any) -> bool:
+    """Nothing that an offload context packed is held."""
+    report = context.report()
+    return (report.host_bytes, report.device_bytes, report.tickets) == (0, 0, 0)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from latch import LIMIT, Latch
+from races import garbage
 from samples import bits_of
 from sidelane.errors import OffloadError
 from sidelane.pipeline.chain import Chain
@@ -54,13 +55,6 @@ class Slow:
 
 def tensors(device, count=12, shape=SHAPE):
     return [torch.randn(shape, device=device).bfloat16() for _ in range(count)]
-
-
-def garbage(device) -> None:
-    """Overwrite memory that the pool of the current stream has free."""
-    for size in (1 << 10, 1 << 14, 1 << 18):
-        for block in [torch.empty(size, device=device) for _ in range(16)]:
-            block.fill_(torch.nan)
 
 
 def same(a, b) -> bool:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import models
 from interrupt import interrupted
-from models import MIN_BYTES, assert_same, build, gradients, loss_of
+from models import MIN_BYTES, assert_same, build, gradients, loss_of, settled
 from plans import force, places
 from sidelane.errors import LaneError, OffloadError
 from sidelane.pipeline import blocks as blocks_module
@@ -32,11 +32,6 @@ automatic = partial(offload, "auto", min_bytes=MIN_BYTES, checker=True)
 @pytest.fixture(autouse=True)
 def _four_blocks(monkeypatch):
     monkeypatch.setattr(models, "LAYERS", 4)
-
-
-def settled(context: offload) -> bool:
-    report = context.report()
-    return (report.host_bytes, report.device_bytes, report.tickets) == (0, 0, 0)
 
 
 def runs_of(blocks) -> list[int]:
@@ -240,6 +235,37 @@ def test_passes_without_backward_leave_the_plan_alone(monkeypatch):
         assert_same(gradients(model, tokens, context), expected)
     del loss
     assert context.plan.script.lesson.rows == script.lesson.rows and settled(context)
+
+
+def test_steps_in_training_and_evaluation_take_turns(monkeypatch):
+    plans = force(monkeypatch, "keep raw")
+    model, tokens = build()
+    context = automatic(gpu_budget=1 << 30, blocks=model.blocks)
+    for turn in range(2 * STEPS):
+        model.train(turn % 2 == 0)
+        expected = gradients(model, tokens)
+        assert_same(gradients(model, tokens, context), expected)
+        assert (context.plan is None) == (turn < 2), "each learns once"
+    assert settled(context) and len({id(plan.choices) for plan in plans}) >= 2
+
+
+def test_timed_steps_that_come_to_nothing_are_made_up(monkeypatch):
+    plans = force(monkeypatch, "keep raw")
+    made = timed_trips(monkeypatch)
+    model, tokens = build()
+    context = automatic(gpu_budget=1 << 30, blocks=model.blocks)
+    gradients(model, tokens, context)
+    with context:
+        loss = loss_of(model, tokens)  # without a backward pass
+    del loss
+    handle = model.blocks[2].norm2.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gradients(model, tokens, context)
+    handle.remove()
+    for _ in range(auto_module.TIMED + 2):
+        gradients(model, tokens, context)
+    assert made == [True] * (3 + auto_module.TIMED) + [False] * 2
+    assert len(plans) == 2, "what they showed was looked at"
 
 
 def test_an_exception_in_a_block(monkeypatch):
@@ -626,9 +652,63 @@ def test_an_interrupt_leaves_no_block_replaced():
     assert at > 100
 
 
+def test_a_step_that_was_interrupted_teaches_nothing(monkeypatch):
+    """Though its graph lives on, as the traceback of an interactive session keeps it."""
+    force(monkeypatch, "keep raw")
+    blocks = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+    x, held = torch.randn(64, 64), []
+
+    def forward():
+        with context:
+            y = x
+            for block in blocks:
+                y = block(y).exp()
+                held.append(y)
+        return y.sum()
+
+    at = 0
+    context = automatic(gpu_budget=1 << 20, blocks=blocks)
+    while interrupted(forward, at, auto_module):
+        for _ in range(3):
+            forward().backward()
+        assert len(context.plan.recompute) == 2, f"at point {at}"
+        held.clear()
+        context = automatic(gpu_budget=1 << 20, blocks=blocks)
+        at += 1
+    assert at > 100
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_arguments_are_passed_through(monkeypatch):
+    force(monkeypatch, "keep raw", recompute=1.0)
+
+    class Ragged(nn.Linear):
+        def forward(self, x, dense=None):
+            y = torch.nested.to_padded_tensor(x, 0.0)
+            return super().forward(y if dense is None else y * dense.sin()).exp()
+
+    blocks = nn.ModuleList(Ragged(32, 32) for _ in range(2))
+    rows = [torch.randn(n, 32) for n in (16, 9)]
+
+    def step(around, dense):
+        blocks.zero_grad()
+        with around:
+            ragged = torch.nested.nested_tensor(rows, layout=torch.strided)
+            y = sum(block(ragged, dense) for block in blocks)
+        y.sum().backward()
+        return [p.grad.clone() for p in blocks.parameters()]
+
+    for dense in (None, torch.randn(2, 16, 32)):
+        context = automatic(gpu_budget=1 << 20, blocks=blocks)
+        expected = step(torch.enable_grad(), dense)
+        for _ in range(STEPS):
+            assert_same(step(context, dense), expected)
+        assert context.plan is not None and settled(context)
+
+
 def test_processes_do_not_decide_alone_to_run_blocks_again(monkeypatch):
     force(monkeypatch, None, 1.0)
-    monkeypatch.setattr(auto_module, "_is_distributed", lambda: True)
+    monkeypatch.setattr(auto_module, "is_distributed", lambda: True)
     model, tokens = build()
     expected = gradients(model, tokens)
     context = automatic(gpu_budget=1 << 20, blocks=model.blocks)

@@ -6,11 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import models
-from models import MIN_BYTES, assert_same, build, gradients, loss_of
+from models import MIN_BYTES, assert_same, build, gradients, loss_of, settled
 from plans import force, places
+from races import SLEEP, garbage
 from sidelane.errors import OffloadError
 from sidelane.pipeline import moves as moves_module
 from sidelane.pipeline import offload as offload_module
@@ -18,37 +18,17 @@ from sidelane.pipeline.offload import offload
 from sidelane.pipeline.streams import side_stream
 from sidelane.pipeline.tiers import HostCopy
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("math_attention")]
 
-SLEEP = 100_000_000  # cycles, 50 ms at 2 GHz
 STEPS = 4
 automatic = partial(offload, "auto", min_bytes=MIN_BYTES)
-CHOICES = ("keep raw", "away raw", "away exact", "here exact", None)
+CHOICES = ("keep raw", "away raw", "away exact", "here exact", "here derived", None)
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     monkeypatch.setattr(offload_module, "EXACT_BYTES", 0)
     monkeypatch.setattr(models, "LAYERS", 4)
-
-
-@pytest.fixture(autouse=True)
-def _math_attention():
-    """The one attention whose backward repeats bit for bit."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-def garbage(device) -> None:
-    """Overwrite memory that the current stream's pool has free."""
-    for size in (1 << 12, 1 << 14, 1 << 16, 1 << 20):
-        for block in [torch.empty(size, device=device) for _ in range(16)]:
-            block.fill_(torch.nan)
-
-
-def settled(context) -> bool:
-    report = context.report()
-    return (report.host_bytes, report.device_bytes, report.tickets) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("prefer", CHOICES)

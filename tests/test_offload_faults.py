@@ -16,7 +16,7 @@ from torch import Tensor
 
 from faults import Countdown, Flaky
 from interrupt import interrupted
-from models import MIN_BYTES, assert_same, build, gradients, loss_of
+from models import MIN_BYTES, assert_same, build, gradients, loss_of, settled
 from sidelane.errors import BudgetError, OffloadError
 from sidelane.pipeline import disk as disk_module
 from sidelane.pipeline import offload as offload_module
@@ -26,18 +26,13 @@ from sidelane.pipeline.offload import offload
 KIB = 1 << 10
 
 
-def held(context: offload) -> tuple[int, int, int]:
-    report = context.report()
-    return report.host_bytes, report.device_bytes, report.tickets
-
-
 def assert_settled(context: offload) -> None:
     """Nothing is held, nothing installed, no mode of the thread is changed."""
     # The autograd engine keeps what was queued in a failed pass until the next pass of the thread.
     torch.ones((), requires_grad=True).backward()
-    if any(held(context)):
+    if not settled(context):
         gc.collect()  # the traceback of the failure may be part of a cycle
-    assert held(context) == (0, 0, 0)
+    assert settled(context)
     assert offload.current() is None
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     before = context.report()

@@ -8,10 +8,10 @@ from itertools import count
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from faults import Countdown, Flaky
-from models import MIN_BYTES, assert_same, build, gradients, loss_of
+from models import MIN_BYTES, assert_same, build, gradients, loss_of, settled
+from races import SLEEP
 from sidelane.errors import OffloadError
 from sidelane.pipeline import disk as disk_module
 from sidelane.pipeline import offload as offload_module
@@ -21,18 +21,10 @@ from sidelane.pipeline.late import LatePacket
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.tiers import HostCopy
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("math_attention")]
 
 MIB = 1 << 20
-SLEEP = 100_000_000  # cycles, 50 ms at 2 GHz
 TIGHT = {"min_bytes": MIN_BYTES, "gpu_budget": 20_000}
-
-
-@pytest.fixture(autouse=True)
-def _math_attention():
-    """The one attention whose backward repeats bit for bit."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 def assert_settled(context: offload, pinned: int) -> None:
@@ -41,8 +33,7 @@ def assert_settled(context: offload, pinned: int) -> None:
     torch.ones((), requires_grad=True, device="cuda").backward()
     torch.ones((), requires_grad=True).backward()
     gc.collect()
-    report = context.report()
-    assert (report.host_bytes, report.device_bytes, report.tickets) == (0, 0, 0)
+    assert settled(context)
     assert offload.current() is None and shared().held == pinned
 
 

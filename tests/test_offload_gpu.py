@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latch import LIMIT, Latch
-from models import MIN_BYTES, assert_same, build, gradients, loss_of
+from models import MIN_BYTES, assert_same, build, gradients, loss_of, settled
+from races import SLEEP, garbage
 from sidelane.errors import BudgetError
 from sidelane.pipeline import offload as offload_module
 from sidelane.pipeline.checkpoint import checkpoint
@@ -19,9 +19,8 @@ from sidelane.pipeline.offload import offload
 from sidelane.pipeline.streams import side_stream
 from sidelane.pipeline.tiers import HostCopy
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("math_attention")]
 
-SLEEP = 100_000_000  # cycles, 50 ms at 2 GHz
 EXACT_BYTES = offload_module.EXACT_BYTES
 exact = partial(offload, min_bytes=MIN_BYTES)
 
@@ -31,37 +30,19 @@ def _small_tensors_are_coded(monkeypatch):
     monkeypatch.setattr(offload_module, "EXACT_BYTES", 0)
 
 
-@pytest.fixture(autouse=True)
-def _math_attention():
-    """The one attention whose backward repeats bit for bit."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-def step(model, tokens, context=None, **options):
-    return gradients(model, tokens, context, **options)
-
-
-def garbage(device) -> None:
-    """Overwrite memory that the current stream's pool has free."""
-    for size in (1 << 12, 1 << 14, 1 << 16, 1 << 20):
-        for block in [torch.empty(size, device=device) for _ in range(16)]:
-            block.fill_(torch.nan)
-
-
 @pytest.mark.parametrize("lane", ["raw", "exact"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("gpu_budget", [None, 200_000, 20_000, 0])
 def test_gradients_are_bitwise_unchanged(cuda, lane, autocast, gpu_budget):
     model, tokens = build(cuda)
-    expected = step(model, tokens, autocast=autocast)
-    assert_same(step(model, tokens, autocast=autocast), expected)  # the step repeats
+    expected = gradients(model, tokens, autocast=autocast)
+    assert_same(gradients(model, tokens, autocast=autocast), expected)  # the step repeats
     context = exact(lane, gpu_budget=gpu_budget)
     for inside in (False, True):
-        assert_same(step(model, tokens, context, autocast=autocast, backward_inside=inside), expected)
+        assert_same(gradients(model, tokens, context, autocast=autocast, backward_inside=inside), expected)
     report = context.report()
     assert report.total.count > 40
-    assert (report.host_bytes, report.device_bytes, report.tickets) == (0, 0, 0)
+    assert settled(context)
     assert gpu_budget is None or report.device_peak <= gpu_budget
     if gpu_budget is None:
         assert report.host_peak == report.fetched == 0
@@ -73,7 +54,7 @@ def test_gradients_are_bitwise_unchanged(cuda, lane, autocast, gpu_budget):
 @pytest.mark.parametrize("gpu_budget", [None, 200_000, 20_000, 0])
 def test_no_order_of_streams_changes_gradients(cuda, monkeypatch, where, gpu_budget):
     model, tokens = build(cuda)
-    expected = step(model, tokens)
+    expected = gradients(model, tokens)
     write, read = HostCopy.write, HostCopy.read
     copies = iter(range(1 << 30))
 
@@ -107,13 +88,13 @@ def test_no_order_of_streams_changes_gradients(cuda, monkeypatch, where, gpu_bud
 
 def test_model_on_another_stream(cuda):
     model, tokens = build(cuda)
-    expected = step(model, tokens)
+    expected = gradients(model, tokens)
     context = exact(gpu_budget=20_000)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(SLEEP)
-        got = step(model, tokens, context)
+        got = gradients(model, tokens, context)
     torch.cuda.current_stream().wait_stream(stream)
     assert_same(got, expected)
 
@@ -190,7 +171,7 @@ def test_a_change_in_place_after_packing_does_not_reach_the_gradient(cuda):
 def test_device_memory_returns_to_its_level(cuda):
     model, tokens = build(cuda)
     context = exact()
-    step(model, tokens, context)
+    gradients(model, tokens, context)
     torch.cuda.synchronize()
     level = torch.cuda.memory_allocated()
     for i in range(20):
@@ -246,10 +227,10 @@ def test_spill(cuda, tmp_path):
 @pytest.mark.parametrize("inside", [False, True])
 def test_checkpoint_restores_device_random_state(cuda, inside):
     model, tokens = build(cuda, wrap=lambda block, x, **kw: checkpoint(block, x, **kw))
-    expected = step(build(cuda)[0], tokens)
+    expected = gradients(build(cuda)[0], tokens)
     context = exact(gpu_budget=0)
     state = torch.cuda.get_rng_state()
-    assert_same(step(model, tokens, context, backward_inside=inside), expected)
+    assert_same(gradients(model, tokens, context, backward_inside=inside), expected)
     assert context.report().total.count > 0 and state.shape == torch.cuda.get_rng_state().shape
 
 
@@ -310,9 +291,9 @@ def test_graph_capture_keeps_tensors(cuda):
 def test_lossy_gradients_equal_those_of_a_synchronous_round_trip(cuda):
     model, tokens = build(cuda)
     options = {"max_rel_error": 0.05, "min_bytes": MIN_BYTES}
-    kept_on_device = step(model, tokens, offload(host_budget=0, **options))
+    kept_on_device = gradients(model, tokens, offload(host_budget=0, **options))
     context = offload(gpu_budget=0, **options)
-    assert_same(step(model, tokens, context), kept_on_device)
+    assert_same(gradients(model, tokens, context), kept_on_device)
     assert 0 < context.report().total.worst_error <= 0.05
 
 
@@ -328,7 +309,7 @@ def test_small_tensors_of_the_exact_lane_cross_raw(cuda, monkeypatch):
 
 def test_the_host_does_not_wait_for_the_sizes_of_exact_codes(cuda):
     model, tokens = build(cuda)
-    expected = step(model, tokens)
+    expected = gradients(model, tokens)
     context = exact(gpu_budget=64 << 20)
     for seconds in (0, 0, LIMIT):  # first, compile, pin and learn
         model.zero_grad()
@@ -345,10 +326,10 @@ def test_the_host_does_not_wait_for_the_sizes_of_exact_codes(cuda):
 def test_backward_may_be_enqueued_before_any_size_is_known(cuda, gpu_budget):
     """The host waits then, on the thread of backward."""
     model, tokens = build(cuda)
-    expected = step(model, tokens)
+    expected = gradients(model, tokens)
     context = exact(gpu_budget=gpu_budget)
     for _ in range(2):
-        step(model, tokens, context)
+        gradients(model, tokens, context)
     model.zero_grad()
     with Latch(0.5), context:
         loss_of(model, tokens).backward()

@@ -11,17 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from models import MIN_BYTES, assert_same, build, gradients, loss_of
+from models import MIN_BYTES, assert_same, build, gradients, loss_of, settled
 from sidelane.errors import LaneError
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.wrap import wrap
 
 exact = partial(offload, min_bytes=MIN_BYTES, checker=True)
-
-
-def settled(context: offload) -> bool:
-    report = context.report()
-    return (report.host_bytes, report.device_bytes, report.tickets) == (0, 0, 0)
 
 
 # A wrapped module

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from models import MIN_BYTES, assert_same, build, gradients, loss_of
+from models import MIN_BYTES, assert_same, build, gradients, loss_of, settled
 from sidelane.errors import OffloadError
 from sidelane.pipeline.compress import compress, decompress
 from sidelane.pipeline.lanes import open_lane
@@ -26,11 +26,6 @@ from sidelane.pipeline.offload import offload
 from sidelane.pipeline.policy import may_lose_bits, why_kept
 
 exact = partial(offload, min_bytes=MIN_BYTES, checker=True)
-
-
-def settled(context: offload) -> bool:
-    report = context.report()
-    return (report.host_bytes, report.device_bytes, report.tickets) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("lane", ["raw", "exact"])

@@ -8,19 +8,24 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import models
 from interrupt import interrupted
-from models import MIN_BYTES, assert_same, build, gradients, loss_of
+from models import MIN_BYTES, assert_same, build, gradients, loss_of, settled
 from plans import force
 from sidelane.errors import OffloadError
 from sidelane.pipeline import passage as passage_module
 from sidelane.pipeline import step_auto as auto_module
 from sidelane.pipeline.offload import offload
-from sidelane.pipeline.passage import Passed
+from sidelane.pipeline.passage import Passage, Passed
+from sidelane.pipeline.recorder import Trip
 
 automatic = partial(offload, "auto", min_bytes=MIN_BYTES)
 SETTLED = 3  # steps: one learns, two are timed
+top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
+push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +47,6 @@ def passed(monkeypatch) -> list[Passed]:
 
     monkeypatch.setattr(passage_module, "Passed", Counted)
     return made
-
-
-def settled(context: offload) -> bool:
-    report = context.report()
-    return (report.host_bytes, report.device_bytes, report.tickets) == (0, 0, 0)
 
 
 def below(monkeypatch) -> list[torch.Size]:
@@ -169,19 +169,106 @@ def test_no_hooks_are_left_behind(monkeypatch, passed):
     context = automatic(gpu_budget=1 << 30, blocks=model.blocks)
     for _ in range(SETTLED):
         gradients(model, tokens, context)
-    top = torch._C._autograd._top_saved_tensors_default_hooks
     handle = model.blocks[2].norm2.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         gradients(model, tokens, context)
     handle.remove()
-    assert top(True) is None
+    assert top_hooks(True) is None
     at = 0
     while interrupted(lambda: gradients(model, tokens, context), at, passage_module):
-        assert top(True) is None, f"at point {at}"
+        assert top_hooks(True) is None, f"at point {at}"
         assert_same(gradients(model, tokens, context), expected)
         assert settled(context)
         at += 1 if at < 40 else 97
     assert at > 500 and passed
+
+
+class Grouped(nn.Linear):
+    """Blocks of which the first hands what is saved, up to the end of the last, to hooks of its own."""
+
+    first = last = False
+
+    def __init__(self, packed):
+        super().__init__(64, 64)
+        self.packed = packed
+
+    def forward(self, x):
+        if self.first:
+            Grouped.hooks = saved_tensors_hooks(lambda x: self.packed.append(x.shape) or x, lambda x: x)
+            Grouped.hooks.__enter__()
+        y = super().forward(x).sin()
+        if self.last:
+            Grouped.hooks.__exit__()
+        return y
+
+
+def test_hooks_that_a_block_leaves_behind_stay_until_another_removes_them(monkeypatch, passed):
+    force(monkeypatch, "keep raw", recompute=1.0)
+    packed: list = []
+    blocks = nn.ModuleList(Grouped(packed) for _ in range(4))
+    blocks[1].first = blocks[2].last = True
+    x = torch.ones(64, 64)
+
+    def step(around):
+        blocks.zero_grad()
+        with around:
+            y = x
+            for block in blocks:
+                y = block(y)
+        assert top_hooks(True) is None
+        y.sum().backward()
+        return [p.grad.clone() for p in blocks.parameters()]
+
+    expected = step(nullcontext())
+    grouped = len(packed)
+    context = automatic(gpu_budget=1 << 30, blocks=blocks)
+    for _ in range(SETTLED + 2):
+        packed.clear(), passed.clear()
+        assert_same(step(context), expected)
+        assert len(packed) == grouped > 0
+        assert settled(context)
+    # The second block left its hooks, and the context never saw the third.
+    assert context.plan.recompute == (True, False, True)
+    force(monkeypatch, "keep raw")
+    context = automatic(gpu_budget=1 << 30, blocks=blocks)
+    for _ in range(SETTLED + 2):
+        packed.clear(), passed.clear()
+        assert_same(step(context), expected)
+        assert len(packed) == grouped
+    assert passed and settled(context)
+
+
+def installed_after(below, pushed, at=1 << 30):
+    """The hooks above none after a block that pushes some, in order; and whether an interrupt came."""
+
+    def forward():
+        for pair in pushed:
+            push_hooks(*pair)
+
+    push_hooks(*below)
+    trip = Trip(torch.device("cpu"), None, False, 0)
+    hit = interrupted(lambda: Passage(trip, None, 0, None).run(forward, (), {}), at, passage_module)
+    left = []
+    while (found := top_hooks(True)) is not None:
+        left.insert(0, found)
+        pop_hooks()
+    return left, hit
+
+
+def test_interrupts_while_hooks_change_places():
+    """Ours go, those on top of them and below stay in their order."""
+    below, *pushed = [(lambda x: x, lambda x: x) for _ in range(3)]
+    hit, at = True, 0
+    while hit:
+        left, hit = installed_after(below, pushed, at)
+        assert left in ([below], [below, *pushed]), f"at point {at}"
+        at += 1
+    assert at > 20 and len(left) == 3
+
+
+def test_hooks_may_be_installed_twice():
+    below, pair = [(lambda x: x, lambda x: x) for _ in range(2)]
+    assert installed_after(below, [pair, pair]) == ([below, pair, pair], False)
 
 
 class Aggregate(nn.Module):

@@ -12,7 +12,7 @@ from sidelane.pipeline import recorder
 from sidelane.pipeline.lesson import Entry, Script
 from sidelane.pipeline.marks import SAVE
 from sidelane.pipeline.recorder import Trip
-from sidelane.pipeline.step_model import AWAY, KEPT, Choice
+from sidelane.pipeline.step_model import AWAY, DERIVED, KEPT, Choice
 from sidelane.pipeline.step_plan import StepPlan, plan_step
 
 CPU = torch.device("cpu")
@@ -249,3 +249,20 @@ def test_a_trip_that_is_another_step_is_lost(clock):
     assert trip.save(999, torch.float32) == (-1, None) and trip.lost
     assert trip.save(100, torch.float32) == (-1, None), "and stays so"
     assert not trip.complete and trip.lesson() is None
+
+
+def test_what_makes_others_again_is_needed_when_they_are(clock):
+    lesson = drive(clock, Trip(CPU, None, False, 0)).lesson()
+    before = lesson.step().saved
+    # Of one block: its table's neighbour makes the other one again, and that one the first of the next block.
+    a, b = (i for i, entry in enumerate(lesson.entries) if entry.block == 1 and not entry.boundary)
+    c = next(i for i, entry in enumerate(lesson.entries) if entry.block == 2 and not entry.boundary)
+    lesson.entries[b].sources, lesson.entries[c].sources = (a,), (b,)
+    lesson.entries[b].moved = 20_000_000
+    after = lesson.step().saved
+    assert before[c].used < before[b].used < before[a].used
+    assert after[a].used == after[b].used == after[c].used == before[c].used
+    assert (after[a].saved, after[a].freed) == (before[a].saved, before[a].freed)
+    derived = next(code for code in after[b].codes if code.lane == DERIVED)
+    assert derived.nbytes == 0 and derived.encode == 0 and derived.decode == pytest.approx(2e-3)
+    assert all(code.lane != DERIVED for code in after[a].codes)

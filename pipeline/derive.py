@@ -1,0 +1,167 @@
+"""Saved tensors that need not be stored, since others that are saved make them again.
+
+Note: [Derived tensors]
+The output of an operation that works element by element follows from its inputs, and where backward of that
+operation needs these, they are saved too: the product of gate and value in a feed-forward layer, the
+activation of the gate, a norm before and after its weight. Such a tensor is made again from what autograd
+keeps in place of the inputs, by the same operation, so with the same bits. What the graph does not tell is
+whether the program changed something in between without autograd (an intermediate, say): a trip that learns
+compares, and only what it found equal is derived later.
+
+A float32 tensor that was cast from bfloat16, as norms do, has nothing in its lower halves: the upper ones are
+all that has to be stored.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from sidelane.codec.packet import Packet, flatten
+from sidelane.errors import OffloadError
+from sidelane.pipeline.extent import distinct_bytes
+from sidelane.pipeline.stash import Kept
+
+
+class Recipe(NamedTuple):
+    """How a tensor that spans its storage was made.
+
+    Attributes:
+        make: the operations, without autograd.
+        sources: what autograd keeps in place of their arguments.
+        cast: the result is cast to `dtype`.
+        shape, stride, dtype: of the result.
+        moved: bytes that the operations read and write, as a rule of thumb.
+    """
+
+    make: Callable[..., Tensor]
+    sources: tuple[Any, ...]
+    cast: bool
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    moved: int
+
+    def run(self, sources: Sequence[Tensor]) -> Tensor:
+        """The elements, flat in the order of memory, at the start of a storage of their own."""
+        if self.make is torch.mul and self.cast and self.dtype.is_floating_point:
+            # In one kernel, which rounds as two do.
+            made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=sources[0].device)
+            torch.mul(*sources, out=made)
+        else:
+            made = self.make(*sources).to(self.dtype)
+        if made.shape != self.shape or made.stride() != self.stride:
+            made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=made.device).copy_(
+                made
+            )
+        return flatten(made).detach()  # the only tensor over its storage
+
+
+class Remade:
+    """The home of a tensor that is derived.
+
+    Args:
+        sources: in place of those of the recipe, to be opened.
+    """
+
+    def __init__(self, recipe: Recipe, sources: tuple[Any, ...]) -> None:
+        self._recipe = recipe
+        self._sources = sources
+
+    def make(self, open_source: Callable[[Any], Tensor]) -> Tensor:
+        """The elements, flat."""
+        return self._recipe.run([open_source(source) for source in self._sources])
+
+    def use(self) -> AbstractContextManager[Packet]:
+        raise OffloadError("a tensor that is derived has no packet")
+
+
+def recipe_of(tensor: Tensor) -> Recipe | None:
+    """How a tensor that is being saved was made from others that are; None where that is not known."""
+    made = tensor if tensor._base is None else tensor._base
+    node = made.grad_fn
+    # A version counts changes since the operation.
+    if node is None or made._version or distinct_bytes(tensor) != made.nbytes:
+        return None
+    if made.nbytes != made.untyped_storage().nbytes() or made.is_conj() or made.is_neg():
+        return None
+    cast = node.name() == "ToCopyBackward0"
+    inner = node.next_functions[0][0] if cast else node
+    names, operation = ((), None) if inner is None else _OPERATIONS.get(inner.name(), ((), None))
+    if inner is None or operation is None:
+        return None
+    sources = tuple(_packed(inner, name) for name in names)
+    if any(source is None for source in sources):
+        return None
+    if inner.name() == "GeluBackward0":
+        operation = partial(operation, approximate=inner._saved_approximate)  # type: ignore[attr-defined]
+    parts = len(names) + 1
+    if cast or any(isinstance(source, Kept) for source in sources):
+        parts = _CAST if cast else _BROADCAST
+    return Recipe(operation, sources, cast, made.shape, made.stride(), made.dtype, parts * made.nbytes)
+
+
+def stays_usable(kept: Kept, device: torch.device) -> bool:
+    """What is kept can be a source for a tensor on `device`. Processes that train together may free weights
+    between forward and backward, and bring them back for their own operations alone."""
+    try:
+        tensor = kept.open()
+    except OffloadError:
+        return False
+    return tensor.device == device and not (tensor.is_leaf and tensor.requires_grad and is_distributed())
+
+
+def is_widened(tensor: Tensor) -> bool:
+    """A tensor that is being saved was cast from bfloat16 to float32."""
+    made = tensor if tensor._base is None else tensor._base
+    node = made.grad_fn
+    if made._version or node is None or node.name() != "ToCopyBackward0":
+        return False
+    if not made.dtype == tensor.dtype == torch.float32 or made.nbytes != made.untyped_storage().nbytes():
+        return False
+    parent, output = node.next_functions[0]
+    return parent is not None and parent._input_metadata[output].dtype == torch.bfloat16
+
+
+def upper_halves(flat: Tensor) -> Tensor:
+    """Those of float32 [N], as bfloat16 [N]."""
+    return flat.view(torch.bfloat16)[1 if sys.byteorder == "little" else 0 :: 2].contiguous()
+
+
+# Times the bytes of its result, what an operation could move on an H200 in its time, where it casts, and where
+# it broadcasts a weight or a column, which stay in any case.
+_CAST, _BROADCAST = 8, 5
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_OPERATIONS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor] | None]] = {
+    "MulBackward0": (("self", "other"), torch.mul),
+    "SiluBackward0": (("self",), F.silu),
+    "GeluBackward0": (("self",), F.gelu),
+}
+
+
+def same_bits(made: Tensor, tensor: Tensor) -> Tensor:
+    """Whether `made`, flat, has the elements of `tensor` in the order of memory; bool, on their device."""
+    parts = [flatten(part).view(torch.uint8) for part in (made, tensor)]
+    width = next(n for n in (8, 4, 2, 1) if all(part.numel() % n == 0 for part in parts))
+    a, b = (part.view(_WHOLE[width]) for part in parts)
+    return (a == b).all()
+
+
+def _packed(node: Node, name: str) -> Any:
+    """What autograd keeps in place of a saved tensor; None where there is none, or none that is ours."""
+    saved = getattr(node, f"_raw_saved_{name}", None)
+    return getattr(saved, "data", None)
+
+
+def is_distributed() -> bool:
+    """Processes train together."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
