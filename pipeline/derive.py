@@ -136,8 +136,8 @@ def upper_halves(flat: Tensor) -> Tensor:
     return flat.view(torch.bfloat16)[1 if sys.byteorder == "little" else 0 :: 2].contiguous()
 
 
-# Times the bytes of its result, what an operation could move on an H200 in its time, where it casts, and where
-# it broadcasts a weight or a column, which stay in any case.
+# Times the bytes of its result, what an operation could move on an H200 in its time: one that casts, and
+# one that broadcasts a weight or a column, which stay in any case.
 _CAST, _BROADCAST = 8, 5
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OPERATIONS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor] | None]] = {
