@@ -32,8 +32,8 @@ class Trial:
 
 
 def longest(setting: Setting, shape: Shape, head: bool) -> dict[str, Any]:
-    """Row of the longest sequence. `limit` names the memory that a longer one would not fit in, or "tried" where
-    MOST tokens fit."""
+    """Row of the longest sequence. `limit` names the memory that a longer one would not fit in; "tried": MOST
+    tokens fit."""
     torch.cuda.set_per_process_memory_fraction(SHARE)
     total = int(SHARE * torch.cuda.get_device_properties(0).total_memory)
     model = Llama(shape, device(), head)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sidelane.codec.packet import Packet
 from sidelane.pipeline.choice import choose
+from sidelane.pipeline.decision import Residuals
 from sidelane.pipeline.lanes import decode_packet
 from sidelane.pipeline.machine import MAX_SIZE, Curve
-from sidelane.pipeline.planner import Residuals, crossover
+from sidelane.pipeline.planner import crossover
 from sidelane.pipeline.prediction import speed_of
 from sidelane.pipeline.samples import Kind, Probes, Sample, kind_of, lane_named
 

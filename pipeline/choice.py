@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sidelane.errors import LaneError, ProfileError
 from sidelane.pipeline.compress import check_bound
+from sidelane.pipeline.decision import RAW, Residuals, best_lane, least_gain
 from sidelane.pipeline.extent import distinct_bytes
 from sidelane.pipeline.machine import HOST_TIMES, WIRES, Curve, Machine
-from sidelane.pipeline.planner import RAW, Residuals, best_lane, least_gain
 from sidelane.pipeline.prediction import TABLES, Candidate, Described, Prediction, Task, short
 from sidelane.pipeline.samples import EXACT, LANES, SHARED, Probes, Sample
 

@@ -8,8 +8,8 @@ Nothing here touches torch or a device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import ceil, exp, floor, inf, log, log2, sqrt
+from dataclasses import dataclass
+from math import ceil, floor, inf, sqrt
 
 import numpy as np
 
@@ -18,16 +18,8 @@ from sidelane.pipeline.linear import minimise
 
 Seconds = Callable[[float], float]  # of so many bytes
 
-RAW = "raw"
 MAX_CHUNKS = 256
-MIN_GAIN = 0.05  # predicted, below which raw is taken
-SWITCH_GAIN = 0.08  # by which another lane must be better, so many times in a row:
-SWITCH_AFTER = 3
-EWMA = 0.2
-FADE = 0.01
-FAR = log(2.0)
-SCATTER = 8.0
-NO_DOUBTS: Mapping[str, float] = {}
+SCATTER = 8.0  # order of the norm of stages that overlap: their times scatter, so the busiest is not all
 
 
 @dataclass(frozen=True)
@@ -159,10 +151,12 @@ def step_time(compute: float, stolen: float, wire: float) -> float:
 
 @dataclass(frozen=True)
 class Split:
-    """`tokens` in front are recomputed and the others loaded, in `seconds`."""
+    """`tokens` in front are recomputed, and of the piece behind them the first `layers` layers; all else is
+    loaded, in `seconds`."""
 
     tokens: int
     seconds: float
+    layers: int = 0
 
 
 def kv_split_time(
@@ -243,12 +237,15 @@ def meeting_point(
     wire_rate: float,
     compute_rate: float,
     multiple: int = 512,
+    layers: int = 1,
 ) -> Split:
     """How many tokens in front to recompute while those behind are loaded, both at the same time (Cake).
 
     Attention makes each token dearer than the one before, so the front is the cheap end. The time
     max(F(m) / v, (n - m) k / beta) is least where both are equal: bisected over multiples of `multiple`,
-    with `tokens` as the last.
+    with `tokens` as the last. With `layers`, all alike, the piece in which they meet is divided by layers
+    (HCache): the first ones of a token follow from those before it, the keys and values of the others are
+    loaded.
     """
 
     def compute(m: int) -> float:
@@ -264,8 +261,14 @@ def meeting_point(
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if compute(place(middle)) <= load(place(middle)) else (low, middle - 1)
-    candidates = {place(low), place(low + 1)}
-    return min((Split(m, max(compute(m), load(m))) for m in sorted(candidates)), key=lambda s: s.seconds)
+    m, end = place(low), place(low + 1)
+    if m == end:
+        return Split(m, compute(m))
+    more, less = (compute(end) - compute(m)) / layers, (load(m) - load(end)) / layers  # a layer of the piece
+    level = min(int((load(m) - compute(m)) / (more + less)), layers - 1)
+    seconds = {j: max(compute(m) + j * more, load(m) - j * less) for j in (level, level + 1)}
+    best = min(seconds, key=lambda j: (seconds[j], j))
+    return Split(end, seconds[best]) if best == layers else Split(m, seconds[best], best)
 
 
 # Several lanes at once
@@ -354,142 +357,3 @@ def split_lanes(
     used = np.array([ahead.get(p, 0.0) for p in resources]) + work @ fractions
     binding = tuple(p for p, t, f in zip(resources, used, free, strict=True) if t >= f * seconds * (1 - 1e-6))
     return Shares(dict(zip(lanes, fractions.tolist(), strict=True)), float(seconds), binding)
-
-
-# The decision
-
-
-@dataclass
-class _Seen:
-    """Of log(actual / predicted): the moving mean, what part of it its beginning still is, the variance
-    around it, how many times count, and how far from the mean the last one was."""
-
-    mean: float = 0.0
-    begin: float = 1.0
-    variance: float = 0.0
-    count: float = 0.0
-    last: float = 0.0
-
-    def add(self, value: float) -> None:
-        off = value - self.mean
-        most = max(FAR, min(abs(self.last), abs(off)) if self.last * off > 0 else 0.0)
-        self.last = off
-        off = min(max(off, -most), most)
-        self.count += 1
-        weight = max(EWMA, 1 / (self.count + 1))
-        self.mean += weight * off
-        self.begin *= 1 - weight
-        self.variance = (1 - weight) * (self.variance + weight * off**2)
-
-
-@dataclass
-class Residuals:
-    """What measured times were beside predicted ones, by name (of a lane or wire) and size class.
-
-    The mean of log(actual / predicted), beginning as if one time had been as predicted, becomes a moving
-    one. A time far from it counts as one that is off by `FAR` unless the one before was as far off, so that
-    a hiccup does not decide.
-    """
-
-    _seen: dict[tuple[str, int], _Seen] = field(default_factory=dict)
-
-    def factor(self, name: str, nbytes: float, begin: float = 1.0) -> float:
-        """What a prediction for so many bytes is to be multiplied by: by what was observed at that size, else
-        at sizes up to 16 times smaller or larger; `begin` where nothing was."""
-        seen = self._near(name, nbytes)
-        return exp(seen.mean + seen.begin * log(begin)) if seen else begin
-
-    def error(self, name: str, nbytes: float, unknown: float) -> float:
-        """By how much of itself a prediction with `factor` may be off: `unknown` where nothing was observed,
-        else the standard error of the mean, `unknown` being one of the times."""
-        seen = self._near(name, nbytes)
-        if seen is None:
-            return unknown
-        variance = (unknown**2 + seen.count * seen.variance) / (seen.count + 1)
-        return sqrt(variance / min(seen.count + 1, 2 / EWMA - 1))
-
-    def known(self, name: str, nbytes: float) -> bool:
-        """Whether a time of this name and size was observed."""
-        return (name, _size_class(nbytes)) in self._seen
-
-    def fade(self) -> None:
-        """Forget a little of everything, so that a lane that was given up is tried again some time."""
-        for seen in self._seen.values():
-            seen.mean *= 1 - FADE
-            seen.begin += FADE * (1 - seen.begin)
-            seen.count *= 1 - FADE
-
-    def observe(self, name: str, nbytes: float, predicted: float, actual: float) -> None:
-        """Learn from a measured time. `predicted` is without `factor`; times that are not above 0 say
-        nothing."""
-        if predicted > 0 and actual > 0:
-            seen = self._seen.setdefault((name, _size_class(nbytes)), _Seen())
-            seen.add(log(actual / predicted))
-
-    def _near(self, name: str, nbytes: float) -> _Seen | None:
-        middle = _size_class(nbytes)
-        for size in (middle, middle - 1, middle + 1, middle - 2, middle + 2):
-            if (name, size) in self._seen:
-                return self._seen[name, size]
-        return None
-
-
-def _size_class(nbytes: float) -> int:
-    """Sizes within a factor of four share a class."""
-    return int(log2(max(nbytes, 1.0)) / 2)
-
-
-def best_lane(seconds: Mapping[str, float], doubts: Mapping[str, float] = NO_DOUBTS) -> str:
-    """The fastest of the lanes that save enough of the time of raw, which is `MIN_GAIN` of it and more where
-    predictions are known to be less exact; raw if none does.
-
-    Args:
-        seconds: predicted, by lane.
-        doubts: by how much of the time of raw the time that a lane saves may be off.
-
-    Raises LaneError without "raw" among the lanes.
-    """
-    if RAW not in seconds:
-        raise LaneError("raw is not among the lanes: every choice is made beside it")
-    raw = seconds[RAW]
-    enough = [lane for lane, time in seconds.items() if time <= (1 - least_gain(lane, doubts)) * raw]
-    return min(enough, key=seconds.__getitem__, default=RAW)
-
-
-def least_gain(lane: str, doubts: Mapping[str, float] = NO_DOUBTS) -> float:
-    """The part of the time of raw that `lane` has to save."""
-    return max(MIN_GAIN, doubts.get(lane, 0.0))
-
-
-@dataclass
-class Hysteresis:
-    """Keeps a choice until another lane is better by `SWITCH_GAIN`, `SWITCH_AFTER` times in a row.
-
-    A lane that is no faster than raw is left at once.
-    """
-
-    lane: str | None = None
-    _rival: str | None = None
-    _times: int = 0
-
-    @property
-    def settled(self) -> bool:
-        """Nothing better was seen the last time."""
-        return self._rival is None
-
-    def update(self, seconds: Mapping[str, float], doubts: Mapping[str, float] = NO_DOUBTS) -> str:
-        """The lane to take after these predictions, see `best_lane`. A lane that is no longer among them is
-        left at once."""
-        best = best_lane(seconds, doubts)
-        current = self.lane
-        if current is None or (current != RAW and seconds.get(current, inf) >= seconds[RAW]):
-            current = best
-        if best == current or seconds[best] > (1 - SWITCH_GAIN) * seconds[current]:
-            self._rival, self._times = None, 0
-        else:
-            self._times = self._times + 1 if best == self._rival else 1
-            self._rival = best
-            if self._times >= SWITCH_AFTER:
-                current, self._rival, self._times = best, None, 0
-        self.lane = current
-        return current

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from sidelane.errors import LaneUnavailable
 from sidelane.pipeline.compress import CHUNK
+from sidelane.pipeline.decision import MIN_GAIN, RAW, Residuals
 from sidelane.pipeline.extent import distinct_bytes
 from sidelane.pipeline.machine import Curve, LaneSpeed, Machine
-from sidelane.pipeline.planner import MIN_GAIN, RAW, Residuals, Stage, overlapped_time, serial_time
+from sidelane.pipeline.planner import Stage, overlapped_time, serial_time
 from sidelane.pipeline.samples import EXACT, Kind, Probes, Sample, kind_of
 
 WAITING = ("exact", "video")  # the host waits in their encoders, so that the next one starts later

@@ -12,8 +12,8 @@ from time import perf_counter
 import torch
 
 from sidelane.pipeline.chain import Chain
+from sidelane.pipeline.decision import RAW
 from sidelane.pipeline.machine import CHAIN_LANES, CHAIN_TIMES, MAX_SIZE, Curve
-from sidelane.pipeline.planner import RAW
 from sidelane.pipeline.samples import lane_named
 
 NBYTES = 8 << 10  # of a tensor, so that neither kernels nor wires count

@@ -16,8 +16,8 @@ from sidelane.codec.lane import Lane
 from sidelane.codec.packet import Packet, flatten
 from sidelane.errors import LaneError
 from sidelane.pipeline.compress import relative_error
+from sidelane.pipeline.decision import RAW
 from sidelane.pipeline.lanes import decode_packet, open_lane, plain, undisturbed
-from sidelane.pipeline.planner import RAW
 from sidelane.pipeline.sampling import stream_seconds
 from sidelane.pipeline.streams import current_stream, on, side_stream
 from sidelane.pipeline.tiers import HostCopy

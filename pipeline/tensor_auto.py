@@ -31,9 +31,9 @@ from sidelane.pipeline.choice import (
     raw_decision,
 )
 from sidelane.pipeline.compress import check_bound, compress
+from sidelane.pipeline.decision import RAW, Hysteresis, Residuals
 from sidelane.pipeline.lanes import decode_packet
 from sidelane.pipeline.machine import Curve, LaneSpeed, Machine
-from sidelane.pipeline.planner import RAW, Hysteresis, Residuals
 from sidelane.pipeline.prediction import Candidate, speed_of
 from sidelane.pipeline.samples import EXACT, SHARED, Kind, Probes, kind_of, lane_named, name_of
 from sidelane.pipeline.streams import Stream

@@ -21,8 +21,9 @@ from sidelane.pipeline import machine as machine_module
 from sidelane.pipeline.chain import Chain
 from sidelane.pipeline.choice import LOADS, NO_PROFILE, choose
 from sidelane.pipeline.compress import relative_error
+from sidelane.pipeline.decision import EWMA, FADE, MIN_GAIN, SWITCH_AFTER, Residuals
 from sidelane.pipeline.machine import LOAD_SIDE, Curve, LaneSpeed, Machine
-from sidelane.pipeline.planner import EWMA, FADE, MIN_GAIN, SCATTER, SWITCH_AFTER, Residuals
+from sidelane.pipeline.planner import SCATTER
 from sidelane.pipeline.prediction import MARGIN
 from sidelane.pipeline.samples import LANES, SAMPLE, Probes, Sample, kind_of, lane_named, probe, sample_of
 from sidelane.pipeline.tensor_auto import (

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidelane.pipeline.choice import LOADS, choose
+from sidelane.pipeline.decision import MIN_GAIN, Residuals
 from sidelane.pipeline.machine import Curve, LaneSpeed, Machine
-from sidelane.pipeline.planner import MIN_GAIN, Residuals
 from sidelane.pipeline.prediction import KERNEL_ERRORS, WIRE_ERROR
 from sidelane.pipeline.samples import Probes, Sample
 from sidelane.pipeline.tensor_auto import LEARN, AutoLane

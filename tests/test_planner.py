@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import product
+from itertools import pairwise, product
 from math import ceil, exp, log
 from random import Random
 
@@ -14,21 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidelane.errors import LaneError
-from sidelane.pipeline.linear import MAX_VERTICES, minimise
-from sidelane.pipeline.planner import (
+from sidelane.pipeline.decision import (
     EWMA,
     FADE,
     FAR,
     MIN_GAIN,
-    SCATTER,
     SWITCH_AFTER,
     Hysteresis,
-    LaneLoad,
     Residuals,
+    best_lane,
+)
+from sidelane.pipeline.linear import MAX_VERTICES, minimise
+from sidelane.pipeline.planner import (
+    SCATTER,
+    LaneLoad,
     Split,
     Stage,
     best_chunks,
-    best_lane,
     break_even_rate,
     busiest,
     chunks_estimate,
@@ -210,7 +212,7 @@ def test_kv_split_is_the_best_of_all(
     allowed = {*range(0, most + 1, multiple), most}
     split = kv_split(tokens, a, k, f, wire, v, limit, multiple)
     times = {m: kv_split_time(m, tokens, a, k, f, wire, v) for m in allowed}
-    assert split.tokens in allowed
+    assert split.tokens in allowed and not split.layers
     assert split.seconds == pytest.approx(min(times.values()), rel=1e-9)
     assert split.seconds == times[split.tokens]
 
@@ -249,8 +251,35 @@ def test_meeting_point_is_the_best_of_all(
     allowed = {*range(0, tokens + 1, multiple), tokens}
     times = {m: max(prefill_flops(m, f, attention) / v, (tokens - m) * k / wire) for m in allowed}
     split = meeting_point(tokens, k, f, attention, wire, v, multiple)
-    assert split.tokens in allowed
+    assert split.tokens in allowed and not split.layers
     assert split.seconds == pytest.approx(min(times.values()), rel=1e-9)
+
+
+@settings(max_examples=200)
+@given(
+    st.integers(0, 3000),
+    st.floats(1, 1e5),
+    st.floats(1, 1e10),
+    st.floats(0, 1e6),
+    RATES,
+    st.floats(1e11, 1e15),
+    st.sampled_from((64, 512)),
+    st.sampled_from((1, 2, 32)),
+)
+def test_meeting_point_by_layers_is_the_best_of_all(
+    tokens: int, k: float, f: float, attention: float, wire: float, v: float, multiple: int, layers: int
+) -> None:
+    pieces = [*range(0, tokens, multiple), tokens]
+    flops = [prefill_flops(m, f, attention) / v for m in pieces]
+    times = {(tokens, 0): flops[-1]}
+    for i, (m, end) in enumerate(pairwise(pieces)):
+        for j in range(layers):
+            left = tokens - m - (end - m) * j / layers
+            times[m, j] = max(flops[i] + (flops[i + 1] - flops[i]) * j / layers, left * k / wire)
+    split = meeting_point(tokens, k, f, attention, wire, v, multiple, layers)
+    assert split.seconds == pytest.approx(min(times.values()), rel=1e-9)
+    assert split.seconds == pytest.approx(times[split.tokens, split.layers], rel=1e-9)
+    assert split.seconds <= meeting_point(tokens, k, f, attention, wire, v, multiple).seconds * (1 + 1e-9)
 
 
 def test_meeting_point_without_attention_divides_in_proportion() -> None:
