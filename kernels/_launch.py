@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache, reduce
+from itertools import accumulate
 from operator import itemgetter, or_
 from typing import Any
 
@@ -121,7 +122,7 @@ def span(sizes: tuple[int, ...]) -> int:
 @lru_cache(maxsize=4096)
 def starts(sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Where `carve` puts the parts of `sizes`."""
-    return tuple(span(sizes[:i]) for i in range(len(sizes)))
+    return tuple(accumulate((size + -size % ALIGNMENT for size in sizes[:-1]), initial=0))[: len(sizes)]
 
 
 @lru_cache(maxsize=4096)

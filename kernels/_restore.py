@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,7 +14,6 @@ from triton.language.extra import cuda
 
 from sidelane.kernels._center import center_kernel
 from sidelane.kernels._launch import cdiv, device_of
-from sidelane.kernels._restore_hopper import restore_hopper, runs_here
 from sidelane.kernels._surface import Geometry, load_codes
 from sidelane.kernels._tiles import (
     PASS_PER_SM,
@@ -266,11 +267,21 @@ def restore(
         w = weights[:, :channels]
         if channels <= NARROW:
             _restore_narrow(a, w, unit, constant, out, parts, sms)
-        elif runs_here(out, parts):
-            restore_hopper(a, w, unit, constant, out, sms)
+        elif (hopper := _hopper()) is not None and hopper.runs_here(out, parts):
+            hopper.restore_hopper(a, w, unit, constant, out, sms)
         else:
             _restore(a, w, unit, constant, out, parts, sms)
     return out
+
+
+@cache
+def _hopper() -> ModuleType | None:
+    """`_restore_hopper` with a Triton that it was written for."""
+    if not triton.__version__.startswith(("3.6.", "3.7.")):
+        return None
+    from sidelane.kernels import _restore_hopper
+
+    return _restore_hopper
 
 
 def _restore(

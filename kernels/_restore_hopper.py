@@ -1,6 +1,6 @@
 """The GEMM of _restore.py for compute capability 9.0, with a role for every warp.
 
-In Gluon, whose interface changes between versions of Triton: `runs_here` names those it was written for.
+In Gluon, whose interface changes between versions of Triton: `_restore` names those this was written for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -180,7 +179,6 @@ def runs_here(out: Tensor, parts: int) -> bool:
         and out.shape[1] % 8 == 0
         and _tiles(out) >= MIN_TILES
         and not interpreted()
-        and triton.__version__.startswith(("3.6.", "3.7."))
         and driver.active.get_current_target().arch == 90
     )
 

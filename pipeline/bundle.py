@@ -113,7 +113,7 @@ class Bundles:
     def __init__(self, carrier: Carrier, limit: int | None) -> None:
         self._carrier = carrier
         self._nbytes = 0 if limit is None else min(MOST, limit // SHARE)
-        self._open: tuple[Bundle, ref[Home]] | None = None
+        self._open: tuple[ref[Bundle], ref[Home]] | None = None  # its memory is not ours
         self._lock = RLock()
 
     def send(self, packet: Packet) -> Home | None:
@@ -127,25 +127,26 @@ class Bundles:
 
     def close(self) -> None:
         """Add to the open bundle no longer, before a packet that goes by itself."""
-        if self._open is not None:
-            self._open[0].close()
+        with self._lock:
+            bundle = None if self._open is None else self._open[0]()
             self._open = None
+            if bundle is not None:
+                bundle.close()
 
     def _add(self, packet: Packet, sections: Sections) -> Part | None:
         """To the open bundle, or to a new one; None where there is no room for one."""
         owner = current_stream(sections.buffer.device)
         if self._open is not None:
-            bundle, found = self._open
-            home = found()
-            if home is not None and bundle.owner == owner:
-                number = bundle.add(sections.buffer)
+            last, its_home = self._open[0](), self._open[1]()
+            if last is not None and its_home is not None and last.owner == owner:
+                number = last.add(sections.buffer)
                 if number is not None:
-                    return Part(home, number, packet, sections)
+                    return Part(its_home, number, packet, sections)
             self.close()
         bundle = Bundle(owner, self._nbytes)
         home = self._carrier.send_late(bundle)
         number = None if home is None else bundle.add(sections.buffer)
         if home is None or number is None:  # closed already: another thread needed its room
             return None
-        self._open = bundle, ref(home)
+        self._open = ref(bundle), ref(home)
         return Part(home, number, packet, sections)

@@ -6,7 +6,8 @@ operation needs these, they are saved too: the product of gate and value in a fe
 activation of the gate, a norm before and after its weight. Such a tensor is made again from what autograd
 keeps in place of the inputs, by the same operation, so with the same bits. What the graph does not tell is
 whether the program changed something in between without autograd (an intermediate, say): a trip that learns
-compares, and only what it found equal is derived later.
+compares, and only what it found equal, and not all zero, is derived later. A program that changes such
+intermediates in some steps and not in others is beyond this.
 
 A float32 tensor that was cast from bfloat16, as norms do, has nothing in its lower halves: the upper ones are
 all that has to be stored.
@@ -27,8 +28,14 @@ from torch.autograd.graph import Node
 
 from sidelane.codec.packet import Packet, flatten
 from sidelane.errors import OffloadError
-from sidelane.pipeline.extent import distinct_bytes
+from sidelane.pipeline.extent import distinct_bytes, geometry, without_flags
 from sidelane.pipeline.stash import Kept
+
+Place = tuple[int, int]  # address, and bytes of the storage
+
+
+def place_of(tensor: Tensor) -> Place:
+    return tensor.data_ptr(), tensor.untyped_storage().nbytes()
 
 
 class Recipe(NamedTuple):
@@ -40,6 +47,7 @@ class Recipe(NamedTuple):
         cast: the result is cast to `dtype`.
         shape, stride, dtype: of the result.
         moved: bytes that the operations read and write, as a rule of thumb.
+        places: of the sources that stay, where they lie and how many bytes their storage has; None of others.
     """
 
     make: Callable[..., Tensor]
@@ -49,10 +57,21 @@ class Recipe(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
     moved: int
+    places: tuple[Place | None, ...]
 
     def run(self, sources: Sequence[Tensor]) -> Tensor:
-        """The elements, flat in the order of memory, at the start of a storage of their own."""
-        if self.make is torch.mul and self.cast and self.dtype.is_floating_point:
+        """The elements, flat in the order of memory, at the start of a storage of their own.
+
+        Raises OffloadError when the memory of a source that stays is not what it was.
+        """
+        for source, place in zip(sources, self.places, strict=True):
+            if place is not None and place != place_of(source):
+                raise OffloadError(
+                    "a weight that saved tensors are made again from was moved between forward and backward: "
+                    "leave it where it is, or use another lane than 'auto'"
+                )
+        floats = self.make is torch.mul and torch.result_type(*sources).is_floating_point
+        if floats and self.cast and self.dtype.is_floating_point:
             # In one kernel, which rounds as two do.
             made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=sources[0].device)
             torch.mul(*sources, out=made)
@@ -106,7 +125,9 @@ def recipe_of(tensor: Tensor) -> Recipe | None:
     parts = len(names) + 1
     if cast or any(isinstance(source, Kept) for source in sources):
         parts = _CAST if cast else _BROADCAST
-    return Recipe(operation, sources, cast, made.shape, made.stride(), made.dtype, parts * made.nbytes)
+    places = tuple(place_of(source.open()) if isinstance(source, Kept) else None for source in sources)
+    moved = parts * made.nbytes
+    return Recipe(operation, sources, cast, made.shape, made.stride(), made.dtype, moved, places)
 
 
 def stays_usable(kept: Kept, device: torch.device) -> bool:
@@ -116,7 +137,9 @@ def stays_usable(kept: Kept, device: torch.device) -> bool:
         tensor = kept.open()
     except OffloadError:
         return False
-    return tensor.device == device and not (tensor.is_leaf and tensor.requires_grad and is_distributed())
+    end = (tensor.storage_offset() + geometry(tensor).span) * tensor.itemsize
+    there = tensor.untyped_storage().nbytes() >= end
+    return there and tensor.device == device and not (kept.weight and is_distributed())
 
 
 def is_widened(tensor: Tensor) -> bool:
@@ -131,9 +154,15 @@ def is_widened(tensor: Tensor) -> bool:
     return parent is not None and parent._input_metadata[output].dtype == torch.bfloat16
 
 
+def has_lower_halves(tensor: Tensor) -> Tensor:
+    """Whether an element of float32 `tensor` has a bit set that bfloat16 has not; bool, on its device."""
+    return (without_flags(tensor).view(torch.int32) & 0xFFFF).any()
+
+
 def upper_halves(flat: Tensor) -> Tensor:
     """Those of float32 [N], as bfloat16 [N]."""
-    return flat.view(torch.bfloat16)[1 if sys.byteorder == "little" else 0 :: 2].contiguous()
+    upper = flat.view(torch.bfloat16)[1 if sys.byteorder == "little" else 0 :: 2]
+    return upper.clone(memory_format=torch.contiguous_format)  # of a single element too
 
 
 # Times the bytes of its result, what an operation could move on an H200 in its time: one that casts, and
@@ -149,7 +178,7 @@ _OPERATIONS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor] | None]] = {
 
 def same_bits(made: Tensor, tensor: Tensor) -> Tensor:
     """Whether `made`, flat, has the elements of `tensor` in the order of memory; bool, on their device."""
-    parts = [flatten(part).view(torch.uint8) for part in (made, tensor)]
+    parts = [flatten(without_flags(part)).view(torch.uint8) for part in (made, tensor)]
     width = next(n for n in (8, 4, 2, 1) if all(part.numel() % n == 0 for part in parts))
     a, b = (part.view(_WHOLE[width]) for part in parts)
     return (a == b).all()

@@ -46,6 +46,8 @@ class Held(Kept):
 class _Local:
     """A packet on the device, in memory of the stream `owner`; filled when `ready` is reached."""
 
+    _opened = True  # until all is set
+
     def __init__(self, packet: Packet, owner: torch.cuda.Stream, ready: torch.cuda.Event | None) -> None:
         self.packet = packet
         self.owner = owner
@@ -175,11 +177,16 @@ class Parcel:
         buffer = torch.empty(self._host.nbytes, dtype=torch.uint8, device=self.device)
         stream.wait_event(owner.record_event())
         stream.wait_event(self._copied)
-        with on(stream):
-            packet = self._host.over(buffer.copy_(slot.tensor, non_blocking=True))
-        ready = stream.record_event()
-        slot.released = ready
-        local = _Local(packet, owner, ready)
+        try:
+            with on(stream):
+                packet = self._host.over(buffer.copy_(slot.tensor, non_blocking=True))
+            ready = stream.record_event()
+            slot.released = ready
+            local = _Local(packet, owner, ready)
+        except BaseException:  # an interrupt: the copy may be under way
+            slot.released = stream.record_event()
+            owner.wait_event(slot.released)
+            raise
         if claim is not None:
             self._local, self.claim = local, claim
         return local
@@ -198,9 +205,10 @@ class Crate:
     """The home of a bundle: a parcel once it is closed, or where there is no room for one, memory of the
     device."""
 
-    def __init__(self, moves: Moves, bundle: Bundle, claim: Claim) -> None:
+    def __init__(self, moves: Moves, bundle: Bundle, claim: Claim, promise: object) -> None:
         self._moves = moves
         self._open: tuple[Bundle, Claim] | None = (bundle, claim)
+        self._promise: object | None = promise  # of room off the device
         self._home: Parcel | DeviceCopy | None = None
 
     @property
@@ -219,6 +227,7 @@ class Crate:
     def close(self) -> Parcel | DeviceCopy:
         """Send the bundle off, once. May be repeated after an error."""
         if self._open is not None:
+            self._promise = None  # which is taken now
             self._home = self._home or self._moves.send_bundle(*self._open)
             self._open = None  # its memory and the claim are those of the parcel
         if self._home is None:
@@ -235,9 +244,15 @@ class Moves:
     Args:
         budget: of device memory.
         take: room for so many bytes off the device, or None when there is none.
+        promise: a claim on such room, to be dropped before it is taken, or None.
     """
 
-    def __init__(self, budget: Budget, take: Callable[[int], Memory | None]) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        take: Callable[[int], Memory | None],
+        promise: Callable[[int], object | None],
+    ) -> None:
         self.lock = RLock()
         self.count = 0  # number of the next parcel
         self.fetched = 0
@@ -245,6 +260,7 @@ class Moves:
         self.bundles = Bundles(self, budget.limit)
         self._budget = budget
         self._take = take
+        self._promise = promise
         self._leaving: deque[ref[Parcel]] = deque()  # copied out and on the device, oldest first
         self._away: list[tuple[int, ref[Parcel]]] = []  # those that are not on the device, by number
         self._crates: deque[ref[Crate]] = deque()  # not sent yet, oldest first
@@ -302,13 +318,14 @@ class Moves:
             return self._part_with(packet, host, memory, stream, source, self.room(host.nbytes))
 
     def send_late(self, bundle: Bundle) -> Crate | None:
-        """A home for a bundle that is filled later; None where there is no room for it on the device."""
+        """A home for a bundle that is filled later; None where there may be no room for it."""
         with self.lock:
             self._close_crates()
-            claim = self.room(bundle.nbytes)
-            if claim is None:
+            promise = self._promise(bundle.nbytes)
+            claim = None if promise is None else self.room(bundle.nbytes)
+            if promise is None or claim is None:
                 return None
-            crate = Crate(self, bundle, claim)
+            crate = Crate(self, bundle, claim, promise)
             self._crates.append(ref(crate))
             return crate
 
@@ -361,7 +378,7 @@ class Moves:
             if local is None:
                 self.fetched += 1
                 self._forget(parcel.number)
-                local = parcel.fetch(self._budget.claim(parcel.nbytes))
+                local = parcel.fetch(self.room(parcel.nbytes))
             return local
 
     def fetch_ahead(self, end: int, gradients: int, again: int, left: float) -> None:

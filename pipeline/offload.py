@@ -114,6 +114,8 @@ class offload(HookContext):
             device, and `blocks` are recomputed, so that the step is short within the budgets. Gradients stay
             exact unless `max_rel_error` or options of the packed lane (`bits`) permit lossy codes. As without
             offload, a tensor must not be changed in place after it was saved.
+            Some are made again from others (see `derive`): what autograd is not told of (under no_grad,
+            through `.data`) must not be done to these in some steps only; `checker` finds it.
             Lossy lanes apply to activations alone (see `policy.may_lose_bits`); everything else takes the
             exact lane. Without a bound, tensors of four dimensions take 8 bits at least (see
             `policy.for_heads`).
@@ -194,6 +196,7 @@ class offload(HookContext):
                 self._device,
                 self._host,
                 self._tiers.take,
+                self._tiers.promise,
                 min_bytes,
                 None if lossy is None else self._name_lossy(lossy),
                 blocks,
@@ -259,7 +262,7 @@ class offload(HookContext):
                 self._wire.expect_gradient(nbytes)
                 if self._auto is not None:
                     self._auto.expect_gradient(nbytes)
-            return Kept(tensor)
+            return Kept(tensor, reason == WEIGHT)
         view = View.of_kind(tensor, kind)
         key = self._key(tensor, view, kind)
         stash = self._index.find(key)
@@ -278,6 +281,8 @@ class offload(HookContext):
         nbytes = _weight(tensor, view, key)
         trip, number, choice = auto.save(tensor, nbytes)
         before = trip.before()
+        if stash is not None and not self._in_order(stash, tensor, trip):
+            stash = None
         if stash is not None:
             self._reuse(stash, tensor, view)
         found = stash or self._carry_out(auto.moves, choice, tensor, view, key, trip)
@@ -313,9 +318,19 @@ class offload(HookContext):
             return self._encode(tensor, view, key)
         return self._send(moves, choice, tensor, view, key)
 
+    @staticmethod
+    def _in_order(stash: Stash, tensor: Tensor, trip: Trip) -> bool:
+        """The node that saves `tensor` runs before those that the stash may be derived from: it follows them
+        in the graph. A detached head does not, and its backward may come after an optimizer step."""
+        derived = isinstance(stash.home, Remade)
+        if not (derived or trip.learning) or recipe_of(tensor) is not None:
+            return True
+        trip.store(stash)
+        return not derived
+
     def _recipe(self, tensor: Tensor, trip: Trip) -> Recipe | None:
         """How it was made from others of the trip, or from what stays in any case; None where it was not."""
-        recipe = recipe_of(tensor)
+        recipe = recipe_of(tensor) if tensor.device == trip.device else None
         if recipe is None:
             return None
         for source in recipe.sources:
@@ -398,7 +413,7 @@ class offload(HookContext):
             before = packed.trip.before()
             tensor = self._unpack(packed.inner)
             if self._auto is not None:
-                if packed.recipe is not None:
+                if packed.trip.learning:
                     with undisturbed(tensor.device):
                         self._auto.try_out(packed, tensor, self._unpack_source)
                 wire = packed.inner.stash.wire if isinstance(packed.inner, Ticket) else 0

@@ -25,6 +25,8 @@ from sidelane.pipeline.stash import Stash
 from sidelane.pipeline.step_model import Choice
 from sidelane.pipeline.streams import current_stream, timed_event
 
+DEPTH = 6  # of a chain of derived tensors: each makes those before it again, unless they are still decoded
+
 
 class _Work(NamedTuple):
     """What a stream did for us at a mark, between two events."""
@@ -87,6 +89,7 @@ class Trip:
         self._entries: list[Entry] = []
         self._numbers: WeakKeyDictionary[Stash, int] = WeakKeyDictionary()
         self._derived: dict[int, Tensor] = {}  # by number, whether it came out otherwise
+        self._widened: dict[int, Tensor] = {}  # by number, whether it has lower halves
         self._inputs: dict[Any, int] = {}
 
     @property
@@ -170,6 +173,12 @@ class Trip:
             self._entries[number].block = -1  # no one block saves it: a table that all of them use
         self._rows[-1].append(Call(number, entry.weight, entry.dtype))
         return number
+
+    def store(self, stash: Stash) -> None:
+        """Do not derive a tensor: something uses it that is not behind it in its graph."""
+        number = self._numbers.get(stash)
+        if number is not None:
+            self._entries[number].sources = None
 
     def enter(
         self, inputs: Callable[[], list[tuple[Any, Entry]]], repeatable: bool, modes: tuple[bool, ...] = ()
@@ -257,9 +266,19 @@ class Trip:
             return None  # a backward pass that failed shows only a part of the step
         rows, blocks = tuple(map(tuple, self._rows)), tuple(self._blocks)
         known = tuple(map(replace, self._entries))  # later passes over this graph change them
+        depths = [0] * len(known)  # of what is derived from what is derived
         for number, entry in enumerate(known):
-            if entry.sources is not None and not self._can_derive(number, entry):
+            if entry.sources is None:
+                continue
+            if not self._can_derive(number, entry):
                 entry.sources = None
+                continue
+            depths[number] = 1 + max((depths[source] for source in entry.sources), default=0)
+            if depths[number] > DEPTH:
+                entry.sources, depths[number] = None, 0
+        for number, entry in enumerate(known):
+            differs = self._widened.get(number)
+            entry.widened = entry.widened and differs is not None and not bool(differs)
         gaps, host = shown.device.gaps, shown.host.gaps
         return Lesson(
             self.device, known, rows, blocks, shown.marks, gaps, host, self.gradients, self._exact_speed()
@@ -269,9 +288,22 @@ class Trip:
         """A tensor was made again from its sources; `differs` (bool) tells whether it came out otherwise."""
         self._derived[number] = differs
 
+    def widened(self, number: int, differs: Tensor) -> None:
+        """A tensor that the graph says has empty lower halves was unpacked; `differs` (bool) tells whether it
+        has not."""
+        self._widened[number] = differs
+
+    def is_widened(self, number: int) -> bool:
+        """The graph says that a tensor of a trip that learns has empty lower halves, and none has looked."""
+        return number >= 0 and self._entries[number].widened and number not in self._widened
+
     def _can_derive(self, number: int, entry: Entry) -> bool:
-        """It came out the same, and loses no bits that it must not lose if its sources do."""
-        lossy = {self._entries[source].lossy for source in entry.sources or ()} - {None}
+        """It came out the same, loses no bits that it must not lose if its sources do, and these are there
+        when its block runs again."""
+        sources = [self._entries[source] for source in entry.sources or ()]
+        if not all(source.block in (-1, entry.block) for source in sources):
+            return False
+        lossy = {source.lossy for source in sources} - {None}
         permitted = not lossy or (lossy == {entry.lossy} and entry.lossy != BOUNDED)
         return permitted and number in self._derived and not bool(self._derived[number])
 

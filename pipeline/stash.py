@@ -159,9 +159,10 @@ class Kept:
     rely on it.
     """
 
-    __slots__ = ("_tensor", "_version")
+    __slots__ = ("_tensor", "_version", "weight")
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, weight: bool = False) -> None:
+        self.weight = weight  # or a view of one
         self._tensor = tensor if tensor.is_leaf else tensor.detach()
         self._version = None if tensor.is_inference() else tensor._version
 

@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sidelane.errors import OffloadError
 from sidelane.pipeline.blocks import Blocks, fingerprint, is_plain, modes, run_again_later
 from sidelane.pipeline.budget import Budget
-from sidelane.pipeline.derive import Recipe, is_distributed, is_widened, same_bits
+from sidelane.pipeline.derive import Recipe, has_lower_halves, is_distributed, is_widened, same_bits
 from sidelane.pipeline.entries import Visit
+from sidelane.pipeline.extent import distinct_bytes
 from sidelane.pipeline.lanes import undisturbed
 from sidelane.pipeline.lesson import Entry, Lesson, Script
 from sidelane.pipeline.moves import Moves
@@ -111,7 +113,7 @@ class Auto:
 
     Args:
         budget, host: of device and of host memory.
-        take: room off the device.
+        take, promise: room off the device, and a claim on it.
         min_bytes: smaller tensors are kept.
         lossy: lanes that may take activations: for tensors of four dimensions, for others; None for none.
         blocks: modules that may be recomputed; None to let `wrap` find them.
@@ -125,6 +127,7 @@ class Auto:
         budget: Budget,
         host: Budget,
         take: Callable[[int], Memory | None],
+        promise: Callable[[int], object | None],
         min_bytes: int,
         lossy: tuple[str, str] | None,
         blocks: Iterable[nn.Module] | None,
@@ -132,7 +135,7 @@ class Auto:
         innermost: Callable[[], bool],
         alive: Callable[[], int],
     ) -> None:
-        self.moves = Moves(budget, take)
+        self.moves = Moves(budget, take, promise)
         self.blocks_given = blocks is not None
         self._blocks = Blocks(blocks or (), self._around)
         self._budget = budget
@@ -210,15 +213,19 @@ class Auto:
         return trip.learn(stash, entry)
 
     def try_out(self, tracked: Tracked, tensor: Tensor, open_source: Callable[[Any], Tensor]) -> None:
-        """Make a tensor again that was unpacked, and remember whether it comes out the same."""
+        """Look at a tensor that was unpacked while a trip learns: is it what its sources make, and has it the
+        lower halves that the graph says it has not?"""
         recipe, tracked.recipe = tracked.recipe, None
+        trip, number = tracked.trip, tracked.number
+        if trip.is_widened(number) and distinct_bytes(tensor) == trip.entry(number).weight:
+            trip.widened(number, has_lower_halves(tensor))
         if recipe is None:
             return
         try:
             made = recipe.run([open_source(source) for source in recipe.sources])
-            tracked.trip.derived(tracked.number, ~same_bits(made, tensor))
-        except torch.OutOfMemoryError:
-            pass  # it is stored, as if it could not be derived
+            trip.derived(number, ~same_bits(made, tensor) | ~made.any())  # zeros tell nothing
+        except (OffloadError, RuntimeError):
+            pass  # it is stored, as what cannot be derived
 
     def expect_gradient(self, nbytes: int) -> None:
         """A weight of `nbytes` was saved: backward makes its gradient."""
@@ -247,7 +254,7 @@ class Auto:
         if trip is None or local.uses != self._uses or trip.played:
             trip = local.trip = self._depart(device, (device, kind, self._blocks.training))
             local.uses = self._uses
-        trip.last = self.moves.count + 1
+        trip.last = self.moves.count + 2  # this one, and a bundle that is open
         return trip
 
     def _depart(self, device: torch.device, key: Hashable) -> Trip:

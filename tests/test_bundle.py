@@ -36,7 +36,7 @@ def bundles(limit=FOUR, host=None):
 
 def moves(limit=FOUR, host=None):
     device, memory = Budget(limit), Budget(host)
-    carrier = Moves(device, lambda nbytes: Pinned.take(memory, nbytes))
+    carrier = Moves(device, lambda nbytes: Pinned.take(memory, nbytes), lambda n: Pinned.promise(memory, n))
     return carrier.bundles, carrier, device, memory
 
 
@@ -94,7 +94,9 @@ def test_parcels_of_bundles_are_fetched_in_reverse_order():
 
 
 def test_a_bundle_that_finds_no_room_on_the_host_stays_on_the_device():
-    through, carrier, device, memory = moves(host=0)
+    """The budget has room, the machine has none."""
+    through, carrier, device, memory = moves()
+    carrier._take = lambda nbytes: None
     sent = tensors(3)
     parts = [through.send(LANE.encode(x)) for x in sent]
     carrier.room(FOUR)  # asks for more than there is: closes the bundle
@@ -133,10 +135,11 @@ def test_without_room_for_two_packets_there_are_no_bundles(limit):
     assert isinstance(through.send(LANE.encode(tensors(1)[0])), Transit)
 
 
-def test_without_room_in_the_host_budget_a_packet_is_refused():
-    through, _, device, memory = bundles(host=4096)
+@pytest.mark.parametrize("carrier", [bundles, moves])
+def test_without_room_in_the_host_budget_a_packet_is_refused(carrier):
+    through, _, device, memory = carrier(host=4096)
     alone = through.send(LANE.encode(tensors(1)[0]))
-    assert isinstance(alone, Transit)  # a bundle would not fit
+    assert isinstance(alone, Transit | Parcel)  # a bundle would not fit
     assert through.send(LANE.encode(tensors(1)[0])) is None
     assert device.held == NBYTES and memory.held == 4096
 
@@ -213,3 +216,49 @@ def test_what_has_left_frees_the_memory_that_it_was_encoded_to(carrier):
     packets.clear()
     alive = sum(buffer() is not None for buffer in buffers)
     assert len(parts) == 80 and 0 < alive * NBYTES <= device.held <= FOUR
+
+
+@pytest.mark.parametrize("carrier", [bundles, moves])
+@pytest.mark.parametrize("left", [False, True])
+def test_nobody_holds_the_memory_of_a_dead_bundle(carrier, left):
+    through, where, device, _ = carrier()
+    packets = [LANE.encode(x) for x in tensors(3)]
+    parts = [through.send(packet) for packet in packets]
+    buffers = [ref(packet.sections.buffer) for packet in packets]
+    packets.clear()
+    if left:
+        (where.room if carrier is moves else where._make_room)(FOUR)
+    else:
+        parts.clear()
+    assert not any(buffer() is not None for buffer in buffers)
+
+
+@pytest.mark.parametrize("carrier", [bundles, moves])
+def test_a_bundle_opened_while_another_is_closed_is_not_lost(carrier):
+    """A thread sends while another is about to close what was open before."""
+    through, _, _, _ = carrier()
+    first, later = through.send(LANE.encode(tensors(1)[0])), []
+    bundle = through._open[0]()
+    close = bundle.close
+
+    def slow():
+        bundle.close = close
+        close()
+        thread.start()
+        thread.join(0.2)  # it comes to its end only after us
+
+    thread = threading.Thread(target=lambda: later.append(through.send(LANE.encode(tensors(1)[0]))))
+    bundle.close = slow
+    through.close()
+    thread.join()
+    last = through.send(LANE.encode(tensors(1)[0]))
+    assert transit_of(later[0]) is transit_of(last) is not transit_of(first)
+
+
+def test_what_is_fetched_on_demand_stays_within_the_budget():
+    through, carrier, device, _ = moves()
+    parts = [through.send(LANE.encode(x)) for x in tensors(32)]
+    carrier.room(FOUR)
+    for part in parts:  # in the order that fetching ahead does not help
+        opened(part)
+    assert carrier.fetched == 8 and device.held <= FOUR

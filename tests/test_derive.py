@@ -339,3 +339,227 @@ def test_backward_twice(monkeypatch, blocks):
 
     assert_same(grads(context), grads(torch.enable_grad()))
     assert settled(context)
+
+
+def train(model, forward, around, steps=5, rate=0.5):
+    """Weights after each step of a model, bit for bit."""
+    optimizer, found = torch.optim.SGD(model.parameters(), rate), []
+    for number in range(steps):
+        torch.manual_seed(number)
+        x = torch.randn(256, 64).requires_grad_()
+        with around:
+            losses = forward(model, x)
+        for loss in losses:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        found += [p.detach().clone() for p in model.parameters()]
+    return found
+
+
+def test_a_result_of_zeros_is_no_proof(monkeypatch):
+    """A gate begins at zero: all products are zero while the step is learned, whatever happens to them."""
+    plans = force(monkeypatch, f"here {DERIVED}")
+
+    def model():
+        torch.manual_seed(0)
+        made = nn.Linear(64, 32).bfloat16()
+        made.gate = nn.Parameter(torch.zeros(64))
+        return made
+
+    def forward(m, x):
+        y = x.sin() * m.gate
+        with torch.no_grad():
+            y.mul_(1.5)
+        return [(m(y.bfloat16()) - 1).float().square().mean()]
+
+    expected = train(model(), forward, torch.enable_grad())
+    assert_same(train(model(), forward, automatic(checker=False)), expected)
+    assert all(choice.lane != DERIVED for plan in plans for choice in plan.choices)
+
+
+@pytest.mark.parametrize("prefer", [f"here {UPPER}", f"away {UPPER}"])
+def test_lower_halves_that_the_graph_does_not_show_are_found(monkeypatch, prefer):
+    plans = force(monkeypatch, prefer)
+
+    def forward(m, x):
+        y = x.bfloat16().float()
+        y.data.mul_(1.1)
+        return [m(y).square().mean()]
+
+    expected = train(nn.Linear(64, 32), forward, torch.enable_grad(), rate=0.0)
+    model = nn.Linear(64, 32)
+    model.load_state_dict(dict(zip(("weight", "bias"), expected, strict=False)))
+    context = automatic(checker=False)
+    assert_same(train(model, forward, context, rate=0.0), expected)
+    assert plans and all(choice.lane != UPPER for plan in plans for choice in plan.choices)
+
+
+@pytest.mark.parametrize("first", ["main", "probe"])
+def test_a_detached_head_may_run_after_the_optimizer(monkeypatch, first):
+    """It shares the memory of a tensor whose own backward is over, and whose weight has changed by then."""
+    force(monkeypatch, f"here {DERIVED}")
+
+    def model():
+        torch.manual_seed(0)
+        made = nn.ModuleDict({"main": nn.Linear(64, 32), "probe": nn.Linear(64, 8)})
+        made.gate = nn.Parameter(torch.randn(64))
+        return made
+
+    def forward(m, x):
+        h = (x * 1).sin() * m.gate
+        calls = {"main": lambda: m["main"](h), "probe": lambda: m["probe"](h.detach())}
+        order = sorted(calls, key=lambda name: name != first)
+        losses = {name: calls[name]().square().mean() for name in order}
+        return [losses["main"], losses["probe"]]
+
+    expected = train(model(), forward, torch.enable_grad())
+    context = automatic(checker=False)
+    assert_same(train(model(), forward, context), expected)
+    assert settled(context)
+
+
+def product(a, b):
+    return ((a * 1) * (b * 1)).conj()
+
+
+def cast(a, b):
+    return ((a * 1) * (b * 1)).to(torch.float32)
+
+
+@pytest.mark.parametrize("make", [product, cast])
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+def test_complex_products(monkeypatch, make):
+    force(monkeypatch, f"here {DERIVED}")
+
+    def run(around):
+        torch.manual_seed(0)
+        a, b = (torch.randn(64, 64, dtype=torch.complex64).requires_grad_() for _ in range(2))
+        with around:
+            z = make(a, b)
+            loss = (z * b).abs().sum() + z.exp().abs().sum()
+        loss.backward()
+        return [a.grad, b.grad]
+
+    expected, context = run(torch.enable_grad()), automatic(checker=False)
+    for _ in range(4):
+        assert_same(run(context), expected)
+
+
+class Weighted(nn.Module):
+    """A product with a weight, or with a view of it."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.w = nn.Parameter(torch.rand(64) + 0.5)
+        self.view = view
+
+    def forward(self, x):
+        return x.sin() * (self.w[None] if self.view else self.w)
+
+
+def move(freed):
+    """Takes the weights of a module away, and gives what brings them back."""
+
+    def away(module):
+        kept = {p: p.data.clone() for p in module.parameters(recurse=False)}
+        for p in kept:
+            if freed:
+                p.untyped_storage().resize_(0)
+            else:
+                p.data = torch.empty(0)
+
+        def back(*_):
+            for p, data in kept.items():
+                if freed:
+                    p.untyped_storage().resize_(data.nbytes)
+                    p.data.copy_(data)
+                else:
+                    p.data = data
+
+        return back
+
+    return away
+
+
+@pytest.mark.parametrize("freed", [True, False], ids=["freed", "exchanged"])
+@pytest.mark.parametrize("view", [True, False], ids=["view", "leaf"])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_weights_that_are_away_until_their_own_backward(monkeypatch, freed, view, distributed):
+    """As wrappers have it that keep a part of the weights on each GPU, or all on the host."""
+    monkeypatch.setattr(derive_module, "is_distributed", lambda: distributed)
+    force(monkeypatch, f"here {DERIVED}")
+
+    def run(around):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 64), Weighted(view), nn.Linear(64, 32))
+        x = torch.randn(128, 64)
+        with around:
+            y = net[0](x)
+            y = net[1](y)
+            back = move(freed)(net[1])
+            y.register_hook(back)
+            loss = net[2](y).square().mean()
+        loss.backward()
+        return [p.grad for p in net.parameters()]
+
+    expected, context = run(torch.enable_grad()), automatic(checker=False)
+    for _ in range(4):
+        assert_same(run(context), expected)
+
+
+def test_a_long_chain_is_stored_in_between(monkeypatch):
+    force(monkeypatch, f"here {DERIVED}")
+    layer = nn.Linear(16, 16)
+
+    def run(around):
+        layer.zero_grad()
+        with around:
+            h = layer(torch.ones(64, 16))
+            for _ in range(60):
+                h = F.gelu(h)
+        h.sum().backward()
+        return [p.grad.clone() for p in layer.parameters()]
+
+    expected, context = run(torch.enable_grad()), automatic(checker=False)
+    for _ in range(3):
+        assert_same(run(context), expected)
+    before = context.report().decodes
+    run(context)
+    derived = sum(choice.lane == DERIVED for choice in context.plan.choices)
+    assert 40 <= derived < 60 and context.report().decodes - before <= 2 * 61
+
+
+def test_sources_are_of_the_same_block_or_of_none(monkeypatch):
+    """What another block saved is not there when that one runs again."""
+    force(monkeypatch, f"here {DERIVED}")
+
+    class First(nn.Module):
+        def forward(self, x):
+            return (x * 1).sin() * (x * 1).cos()
+
+    class Second(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    torch.manual_seed(0)
+    pair, x = nn.ModuleList([First(), Second()]), torch.randn(64, 64)
+
+    def run(around):
+        pair.zero_grad()
+        inputs = x.clone().requires_grad_()
+        with around:
+            y = pair[1](pair[0](inputs * 1))
+        y.square().sum().backward()
+        return [inputs.grad, *(p.grad.clone() for p in pair.parameters())]
+
+    expected, context = run(torch.enable_grad()), automatic(blocks=pair, checker=False)
+    for _ in range(4):
+        assert_same(run(context), expected)
+    lesson = context.plan.script.lesson
+    for entry in lesson.entries:
+        assert all(lesson.entries[s].block in (-1, entry.block) for s in entry.sources or ())
