@@ -220,7 +220,7 @@ def test_every_use_reads_what_was_sent_in_any_order_of_work(model, limit, slots,
         assert not device.torn and budget.peak <= limit
         homes.clear()
         assert (budget.held, host.budget.held, len(host.free)) == (0, 0, 4 * slots)
-    assert parts and (fetched or limit == 36 * SIZE)
+    assert parts and (fetched or limit == 36 * SIZE or slots == 1)
 
 
 def test_an_interrupt_at_any_point_of_a_fetch_tears_nothing(model):
