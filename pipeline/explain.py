@@ -19,17 +19,15 @@ class Plan:
     Attributes:
         script: the step and the choices.
         measured: seconds from the first save to the end of backward, median of the last steps; None before.
-        residual: by what forecasts are multiplied, since steps of this kind took so much more than those say.
     """
 
     script: Script
     measured: float | None
-    residual: float
 
     @property
     def predicted(self) -> float:
-        """Seconds of what `measured` measures."""
-        return self.script.plan.forecast.seconds * self.residual
+        """Seconds of what `measured` measures, as forecast when the plan was made."""
+        return self.script.plan.forecast.seconds
 
     @property
     def recompute(self) -> tuple[bool, ...]:
@@ -54,9 +52,9 @@ class Plan:
         argument that is not built of tensors, numbers, tuples, lists and dicts.
         """
         plan, measured = self.script.plan, self.measured
-        real = "not measured" if measured is None else f"{measured * 1e3:.1f} ms"
+        real = "not measured yet" if measured is None else f"measured {measured * 1e3:.1f} ms"
         lines = [
-            f"plan: predicted {self.predicted * 1e3:.1f} ms, measured {real}; "
+            f"plan: predicted {self.predicted * 1e3:.1f} ms, {real}; "
             f"held {_mib(plan.forecast.held)} MiB of {_mib(plan.limit)}; bound by {self.binding}"
         ]
         lines += _rows(self._table())
@@ -65,7 +63,7 @@ class Plan:
         return "\n".join(lines)
 
     def _other(self, name: str, forecast: Forecast) -> tuple[str, ...]:
-        ms = f"{forecast.seconds * self.residual * 1e3:.1f}"
+        ms = f"{forecast.seconds * 1e3:.1f}"
         fits = "yes" if self.script.plan.allows(forecast) else "no"
         return name, ms, _mib(forecast.held), _mib(forecast.away), fits
 

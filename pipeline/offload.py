@@ -242,7 +242,7 @@ class offload(HookContext):
         auto = self._auto
         if auto is None or (script := auto.plan) is None:
             return None
-        return Plan(script, auto.measured, auto.residual)
+        return Plan(script, auto.measured)
 
     def _visit(self) -> Visit | None:
         return None if self._auto is None else self._auto.visit()

@@ -161,12 +161,6 @@ class Auto:
         """Seconds from the first save to the end of backward, the median of the last trips; None before."""
         return None if self._latest is None else self._latest.measured
 
-    @property
-    def residual(self) -> float:
-        """By what forecasts have to be multiplied."""
-        script, measured = self.plan, self.measured
-        return 1.0 if script is None or measured is None else measured / _seconds_of(script)
-
     def use_blocks(self, modules: Iterable[nn.Module]) -> None:
         """Modules that may be recomputed from the next entering on."""
         self._blocks = Blocks(modules, self._around)
@@ -394,7 +388,3 @@ class Auto:
             if why_kept(tensor, self._min_bytes) is None:
                 out.append((data_key(tensor), self._entry(tensor, self._weigh(tensor))))
         return out
-
-
-def _seconds_of(script: Script) -> float:
-    return max(script.plan.forecast.seconds, 1e-9)
