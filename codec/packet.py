@@ -348,6 +348,8 @@ class Packet:
     def _check(self) -> None:
         """Raise PacketError for a field that the format cannot hold or that is not in its one form."""
         shape, strides = self.shape, self.strides
+        if not isinstance(self.dtype, torch.dtype):
+            raise PacketError("dtype", f"{self.dtype!r} is no torch.dtype")
         if len(shape) > MAX_NDIM or len(strides) != len(shape):
             raise PacketError(
                 "ndim", f"{len(shape)} sizes and {len(strides)} strides; at most {MAX_NDIM} and equal"

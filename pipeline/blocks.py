@@ -41,6 +41,8 @@ class Blocks:
     """
 
     def __init__(self, modules: Iterable[nn.Module], around: Around) -> None:
+        if not isinstance(modules, Iterable):
+            raise LaneError(f"blocks={modules!r} is no list of modules: pass model.layers, say")
         self._modules = tuple(dict.fromkeys(modules))
         for module in self._modules:
             if not isinstance(module, nn.Module):

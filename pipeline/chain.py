@@ -116,6 +116,11 @@ class Chain:
         for name, value, least in (("depth", depth, 1), ("workers", workers, 0), ("streams", streams, 1)):
             if type(value) is not int or value < least:
                 raise LaneError(f"{name}={value!r} is not a whole number from {least} up")
+        for name, function in (("kernel", kernel), ("inverse", inverse)):
+            if function is not None and not callable(function):
+                raise LaneError(f"{name}={function!r} is no function of a tensor")
+        if type(priority) is not int:
+            raise LaneError(f"priority={priority!r} is not a whole number, such as -1 or 0")
         if lane == "auto":
             if basis is not None:
                 lane_options["basis"] = basis

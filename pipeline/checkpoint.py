@@ -42,10 +42,15 @@ def checkpoint(
         preserve_rng_state: run again with the random states of the first run (CPU, and the CUDA devices of
             the inputs).
 
-    Raises OffloadError when `fn` changes an input in place; in backward for `torch.autograd.grad`, `inputs=`
-    and double backward: use `torch.utils.checkpoint.checkpoint(use_reentrant=False)` inside `offload` there.
+    Options of a lane (`bits`, say) are those of an enclosing `offload`: here they would go to `fn`.
+
+    Raises LaneError for a bad argument, OffloadError when `fn` changes an input in place; in backward for
+    `torch.autograd.grad`, `inputs=` and double backward: use
+    `torch.utils.checkpoint.checkpoint(use_reentrant=False)` inside `offload` there.
     """
     check_bound(max_rel_error)
+    if not callable(fn):
+        raise LaneError(f"fn={fn!r} cannot be called: pass the function first, then its arguments")
     if not torch.is_grad_enabled():
         return fn(*args, **kwargs)
     if "use_reentrant" in kwargs:

@@ -183,7 +183,8 @@ def dual_share(wire: float, lane: float, ratio: float) -> float:
 
 def _check_rates(wire: float, lane: float, ratio: float) -> None:
     for name, value, least in (("wire", wire, 0.0), ("lane", lane, 0.0), ("ratio", ratio, 1.0)):
-        if not (isfinite(value) and value >= least and value > 0):
+        number = isinstance(value, (int, float)) and isfinite(value)
+        if not (number and value >= least and value > 0):
             raise LaneError(f"{name}={value!r} is not a finite number {'from 1 up' if least else 'above 0'}")
 
 

@@ -113,6 +113,8 @@ class DualWire:
     ) -> None:
         if not isinstance(lane, DualLane):
             raise LaneError(f"lane={lane!r} is no DualLane: make one of the lane and its share")
+        if wire is not None and not isinstance(wire, TokenBucket):
+            raise LaneError(f"wire={wire!r} is no TokenBucket: leave it out for the wire that there is")
         for name, value in (("block", block), ("workers", workers), ("depth", depth)):
             if name == "block" and value is None:
                 continue
@@ -183,6 +185,8 @@ class DualWire:
         that does not fit. Then `out` is undefined.
         """
         self._check()
+        if not isinstance(parcel, Parcel):
+            raise LaneError(f"{type(parcel).__name__} is no Parcel: pass what send returned")
         like = parcel.like
         if sum(packet.flat_numel for packet in parcel.packets) != like.flat_numel:
             raise PacketError("shape", f"the packets do not hold {like.flat_numel} elements")

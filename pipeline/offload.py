@@ -167,6 +167,8 @@ class offload(HookContext):
         _check_size("min_bytes", min_bytes)
         if on_full not in POLICIES:
             raise LaneError(f"on_full={on_full!r} is not one of {', '.join(POLICIES)}")
+        if not isinstance(checker, bool):
+            raise LaneError(f"checker={checker!r} is neither True nor False")
         automatic = isinstance(lane, str) and lane == "auto"
         asked = max_rel_error, basis, lane_options
         permitted = max_rel_error is not None or basis is not None or bool(lane_options)

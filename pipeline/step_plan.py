@@ -87,7 +87,7 @@ class StepPlan:
         seconds, what = max(
             (f.waited_out, "the wire out"),
             (f.waited_back, "the wire back"),
-            (f.coding, "codes"),
+            (f.coding, "storing and restoring"),
             (f.again, "recompute"),
             (f.waited_host, "the host"),
         )

@@ -26,10 +26,12 @@ def wrap(module: M, context: AbstractContextManager[object]) -> M:
     With `lane="auto"` the context may recompute the blocks of `module`, if none were given to it: the members
     of its longest `nn.ModuleList`.
 
-    Raises LaneError when `module` is no module.
+    Raises LaneError when `module` is no module or `context` no context.
     """
     if not isinstance(module, nn.Module):
         raise LaneError(f"{type(module).__name__} is no torch.nn.Module: wrap the model itself")
+    if isinstance(context, type) or not isinstance(context, AbstractContextManager):
+        raise LaneError(f"context={context!r} is no context: pass offload(...), with its arguments")
     if isinstance(context, offload):
         context.find_blocks(module)
     inner: Any = module.forward

@@ -633,6 +633,9 @@ def test_bad_arguments_are_refused():
         ({"host_budget": -1}, "host_budget"),
         ({"device": "nope"}, "device"),
         ({"max_rel_error": -1}, "max_rel_error"),
+        ({"kernel": 5}, "kernel=5 is no function"),
+        ({"inverse": "x"}, "inverse='x' is no function"),
+        ({"priority": "x"}, "priority='x'"),
     ):
         with pytest.raises(LaneError, match=text):
             Chain(**options)

@@ -239,6 +239,11 @@ def test_a_parameter_among_the_outputs_stays_a_leaf():
     assert torch.equal(w.grad, torch.full((3,), 5.0)) and torch.equal(x.grad, torch.ones(3))
 
 
+def test_what_cannot_be_called_is_refused():
+    with pytest.raises(LaneError, match="fn=None cannot be called"):
+        checkpoint(None, torch.ones(3))
+
+
 def test_the_keyword_of_another_checkpoint_is_refused():
     with pytest.raises(LaneError, match="use_reentrant"):
         checkpoint(lambda x: x, torch.ones(3), use_reentrant=False)

@@ -51,7 +51,7 @@ def test_the_formula_in_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    "numbers", [(0, 1, 2), (1, -1, 2), (1, 1, 0.9), (inf, 1, 2), (1, nan, 2), (1, 1, nan)]
+    "numbers", [(0, 1, 2), (1, -1, 2), (1, 1, 0.9), (inf, 1, 2), (1, nan, 2), (1, 1, nan), ("a", 1, 2)]
 )
 def test_rates_that_are_none(numbers) -> None:
     with pytest.raises(LaneError, match="finite number"):
@@ -453,12 +453,16 @@ def test_destinations_that_do_not_fit(out) -> None:
         wire.receive(wire.send(torch.randn(512, 64)), out)
 
 
-@pytest.mark.parametrize("options", [{"block": 0}, {"workers": 0}, {"depth": 1.5}, {"device": "nope"}])
+@pytest.mark.parametrize(
+    "options", [{"block": 0}, {"workers": 0}, {"depth": 1.5}, {"device": "nope"}, {"wire": 5}]
+)
 def test_bad_options_of_the_wire(options) -> None:
     with pytest.raises(SidelaneError, match=next(iter(options))):
         DualWire(DualLane(), **({"device": "cpu"} | options))
     with pytest.raises(LaneError, match="DualLane"):
         DualWire(ExactLane(), "cpu")
+    with DualWire(DualLane(), "cpu") as wire, pytest.raises(LaneError, match="NoneType is no Parcel"):
+        wire.receive(None)
 
 
 def test_a_closed_wire() -> None:

@@ -216,6 +216,8 @@ def test_the_innermost_context_applies_and_contexts_can_be_entered_again():
         ({"gpu_budget": True}, "gpu_budget=True"),
         ({"gpu_budget": -1}, "gpu_budget=-1 is not a whole number from 0 up or None"),
         ({"on_full": "wait"}, "on_full='wait' is not one of keep, spill, error"),
+        ({"checker": "yes"}, "checker='yes' is neither True nor False"),
+        ({"lane": "auto", "blocks": 5}, "blocks=5 is no list of modules"),
     ],
 )
 def test_bad_arguments_are_one_clear_error(arguments, problem):

@@ -95,6 +95,12 @@ def test_only_modules_are_wrapped():
         wrap(lambda x: x, exact())
 
 
+@pytest.mark.parametrize("context", [None, "auto", offload])
+def test_only_contexts_are_wrapped_around(context):
+    with pytest.raises(LaneError, match="is no context: pass offload"):
+        wrap(torch.nn.Linear(2, 2), context)
+
+
 # Dynamo looks for .grad on the inputs of a block and filters the warning only under default filters.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("wrapped_first", [True, False])

@@ -282,6 +282,7 @@ def test_a_lying_header_length(size):
         ("ndim", {"strides": (1,)}),
         ("ndim", {"shape": (1,) * 65, "strides": (1,) * 65}),
         ("strides", {"strides": (4, 1)}),
+        ("dtype", {"dtype": "float32"}),
         ("section name", {"sections": {"far_too_long_": torch.empty(0, dtype=torch.uint8)}}),
         ("codes", {"sections": {"codes": torch.zeros(4)}}),
         ("codes", {"sections": {"codes": torch.zeros(8, dtype=torch.uint8)[::2]}}),
