@@ -170,7 +170,7 @@ class Packet:
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    sections: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    sections: Mapping[str, Tensor] = field(default_factory=dict)
     params: tuple[int, ...] = ()
     bits: int = 0
     surface: str = ""
@@ -185,6 +185,21 @@ class Packet:
         return _EMPTY.with_(
             lane=lane, dtype=tensor.dtype, shape=shape, strides=compact(shape, tensor.stride()), sections={}
         )
+
+    def __repr__(self) -> str:
+        """Without the payload, and without what is not used."""
+        used = {
+            "params": self.params if any(self.params) else (),
+            "bits": self.bits,
+            "surface": self.surface,
+            "mapping": self.mapping,
+        }
+        parts = [f"{name}={getattr(self, name)!r}" for name in ("lane", "dtype", "shape", "strides")]
+        parts += [f"{name}={value!r}" for name, value in used.items() if value]
+        if self.digest != NO_DIGEST:
+            parts.append(f"digest={self.digest[:8].hex()}")
+        parts += [f"rel_error={self.rel_error!r}", f"nbytes={self.nbytes}"]
+        return f"Packet({', '.join(parts)})"
 
     def with_(self, **changes: object) -> Packet:
         """A packet with other values in these attributes."""

@@ -58,22 +58,30 @@ def calibrate(
         raise BasisError(f"bits {bits} is outside 0..{MAX_CODE_BITS}")
     if not 0 < heldout <= 0.5:
         raise BasisError(f"heldout {heldout} is not above 0 and at most 0.5")
+    if rank is not None and type(rank) is not int:
+        raise BasisError(f"rank {rank!r} is no whole number")
+    try:
+        batches = iter(samples)
+    except TypeError as error:
+        raise BasisError(
+            f"samples is a {type(samples).__name__}: pass an iterable of tensors [..., D]"
+        ) from error
     rows = _Rows(heldout)
-    for batch in samples:
+    for batch in batches:
         if not isinstance(batch, Tensor) or batch.is_meta:
             raise BasisError(f"a sample is a {type(batch).__name__} without data: pass tensors [..., D]")
         with undisturbed(batch.device):
             rows.add(batch)
+    dim = rows.mean.numel()
+    if rank is not None and dim and not 1 <= rank <= dim:
+        raise BasisError(f"rank {rank} is outside 1..{dim}, the width of the samples")
     rows.check()
     with undisturbed(rows.mean.device):
-        return _fit(rows, rank, bits)
+        return _fit(rows, dim if rank is None else rank, bits)
 
 
-def _fit(rows: _Rows, rank: int | None, bits: float) -> Basis:
+def _fit(rows: _Rows, rank: int, bits: float) -> Basis:
     dim = rows.mean.numel()
-    rank = dim if rank is None else rank
-    if not 1 <= rank <= dim:
-        raise BasisError(f"rank {rank} is outside 1..{dim}")
     if not rows.scatter.isfinite().all():
         raise BasisError("the samples are too large for a covariance in float64: scale them down")
     spectrum, components = _principal_components(rows.scatter / rows.fitted)

@@ -71,7 +71,7 @@ class Chain:
     raised by `receive` of its ticket, else by `flush` or `close`; the chain goes on with the next tensor.
 
     Args:
-        lane: name for `open_lane`, or a lane, whose packets and tensors own their memory. Default: "exact",
+        lane: name of a lane, or a lane, whose packets and tensors own their memory. Default: "exact",
             or "packed" when `max_rel_error` is given. "auto" takes for each tensor the lane that is predicted
             to be fastest, and learns from the times that the stages take; its options are those of
             `AutoLane`, `wire` from "d2h" out and "h2d" back.
@@ -91,7 +91,7 @@ class Chain:
         host_budget: bytes of packets in host memory; None for no limit.
         priority: of the streams of kernels; -1 puts them before those of the program.
         trace: record the spans that `trace` returns.
-        basis, lane_options: for `open_lane`.
+        basis, lane_options: of the lane that is named.
 
     Raises LaneError for a bad argument.
     """

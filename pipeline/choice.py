@@ -15,7 +15,7 @@ from sidelane.pipeline.compress import check_bound
 from sidelane.pipeline.decision import RAW, Residuals, best_lane, least_gain
 from sidelane.pipeline.extent import distinct_bytes
 from sidelane.pipeline.machine import HOST_TIMES, WIRES, Curve, Machine
-from sidelane.pipeline.prediction import TABLES, Candidate, Described, Prediction, Task, short
+from sidelane.pipeline.prediction import Candidate, Described, Prediction, Task, idle_figures, short
 from sidelane.pipeline.samples import EXACT, LANES, SHARED, Probes, Sample
 
 LOADS = ("idle", "busy")
@@ -64,6 +64,7 @@ class Decision:
         lines = [
             f"{short(self.dtype)}, {self.nbytes / 1e6:.3g} MB over "
             f"{', '.join(self.wires)}, {self.load}, {how}: {self.lane}",
+            *[self.note] * bool(self.note),
             f"{'lane':9} {'ratio':>6} {'error':>8} {'predicted ms':>12} {'measured ms':>12}  "
             "slowest stage; why not",
         ]
@@ -75,7 +76,7 @@ class Decision:
             words = "; ".join(part for part in (each.binds, self._why_not(each)) if part)
             times = f"{_milliseconds(each.seconds):>12} {_milliseconds(known):>12}"
             lines.append(f"{lane:9} {ratio:>6} {error:>8} {times}  {words}".rstrip())
-        return "\n".join(lines + [self.note] * bool(self.note))
+        return "\n".join(lines)
 
     def _why_not(self, each: Candidate) -> str:
         if each.why or each.lane == self.lane:
@@ -144,7 +145,7 @@ def choose(
             candidates[lane] = Candidate(lane, inf, why="not exact: give max_rel_error")
         else:
             candidates[lane] = prediction.candidate(lane, candidates[RAW].seconds)
-    beside = f"{RAW}|{TABLES.get(task.dtype, TABLES[torch.bfloat16])}|{load}"
+    permitted = [lane for lane in LANES if lane in EXACT or not exact]
     return Decision(
         best_lane(*compared(candidates)),
         task.dtype,
@@ -154,7 +155,7 @@ def choose(
         together,
         candidates,
         probes.seconds - begun,
-        "" if load == "idle" or beside in machine.lanes else f"no tables for load '{load}': those of idle",
+        idle_figures(machine, permitted, task.dtype, load),
     )
 
 

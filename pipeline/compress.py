@@ -13,9 +13,18 @@ from sidelane.codec.packet import Packet, flatten
 from sidelane.errors import LaneError, PacketError
 from sidelane.kernels.reference import GROUP_BITS
 from sidelane.pipeline.basis import Basis
-from sidelane.pipeline.lanes import check_plain, decode_packet, open_lane, plain, undisturbed
+from sidelane.pipeline.lanes import (
+    LANE_CLASSES,
+    check_plain,
+    decode_packet,
+    open_lane,
+    plain,
+    undisturbed,
+    unknown_lane,
+)
 
 CHUNK = 1 << 20  # elements measured at a time, in float64
+EXAMPLE = "sidelane.pipeline.lanes.PackedLane(bits=4)"
 
 
 def compress(
@@ -29,13 +38,14 @@ def compress(
     """Encode a strided tensor of any dtype and layout.
 
     Args:
-        lane: name for `open_lane`, or a lane. Default: "exact", or "packed" when `max_rel_error` is given.
-            "auto" takes the lane that is predicted to be fastest over `wire=`; its options are those of
-            `AutoLane`.
+        lane: "raw", "exact", "packed", "video-cpu", "video", "dual", or a lane such as
+            `sidelane.pipeline.lanes.PackedLane(bits=4)`. Default: "exact", or "packed" when `max_rel_error`
+            is given. "auto" takes the lane that is predicted to be fastest over `wire=`; its options are
+            those of `AutoLane`.
         max_rel_error: bound on ||decoded - tensor|| / ||tensor|| over the finite elements; NaN and Inf are
             restored bit for bit. Every attempt is decoded and measured, and finer lanes are tried until the
             bound holds, so it holds for every input. Without `bits` the packed lane starts at 2 bits.
-        basis, options: for `open_lane`.
+        basis, options: of the lane that is named.
 
     Raises LaneError for an unknown lane or option, a bound below 0, and tensors without dense elements.
     """
@@ -78,13 +88,15 @@ def choose_lane(
 
         return shared_auto_lane(max_rel_error=max_rel_error, **options)
     if isinstance(lane, str):
+        if lane not in LANE_CLASSES:
+            raise unknown_lane(lane, *LANE_CLASSES, "auto")
         if lane == "packed" and max_rel_error is not None:
             options = {"bits": min(GROUP_BITS)} | options
         return open_lane(lane, **options)
     if isinstance(lane, type) or not (hasattr(lane, "encode") and hasattr(lane, "decode")):
-        raise LaneError(f"lane={lane!r} is neither the name of a lane nor a lane that open_lane returned")
+        raise LaneError(f"lane={lane!r} is neither the name of a lane nor a lane such as {EXAMPLE}")
     if options:
-        raise LaneError(f"{', '.join(options)} cannot be set on a lane that is open: set them in open_lane")
+        raise LaneError(f"{', '.join(options)} cannot be set on a lane that is open: pass its name instead")
     return lane
 
 

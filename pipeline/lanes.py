@@ -204,13 +204,17 @@ def open_lane(name: str, **options: Any) -> Lane:
     Raises LaneError for an unknown name or option, LaneUnavailable when this machine cannot run the lane.
     """
     if name not in LANE_CLASSES:
-        raise LaneError(f"unknown lane {name!r}: use one of {', '.join(LANE_CLASSES)}")
+        raise unknown_lane(name, *LANE_CLASSES)
     factory = LANE_CLASSES[name]()
     known = list(inspect.signature(factory).parameters)
     for option in options:
         if option not in known:
             raise LaneError(f"lane '{name}' has no option '{option}': it has {', '.join(known) or 'none'}")
     return factory(**options)
+
+
+def unknown_lane(name: str, *known: str) -> LaneError:
+    return LaneError(f"unknown lane {name!r}: use one of {', '.join(known)}")
 
 
 def decode_packet(packet: Packet, basis: Basis | None = None) -> Tensor:

@@ -41,7 +41,8 @@ HOST_TIMES = (  # tables among those of wires that nothing can be sent over
     *(f"{name} {lane}" for name in CHAIN_TIMES for lane in CHAIN_LANES),
 )
 LOAD_SIDE = 4096  # of the matrices beside whose products lanes are timed, see Note: [Busy]
-MACHINE_KEYS = ("gpu", "cpu", "cores")  # the other keys are versions
+MACHINE_KEYS = ("gpu", "cpu", "cores")  # the other keys are versions, but for
+DISK_FOLDER = "disk"  # the folder whose disk was measured
 
 T = TypeVar("T")
 
@@ -135,7 +136,7 @@ class Machine:
     """Tables of one machine.
 
     Attributes:
-        key: what they hold for, see `current_key`.
+        key: what they hold for, see `current_key`; "disk": the folder whose disk was measured, if one was.
         wires: "d2h", "h2d": GPU to pinned memory and back; "d2h both", "h2d both": the same while the other
             direction is full; "disk write", "disk read": the disk tier; "tcp": loopback; "peer": to the next
             GPU. Those of `WIRES` that the machine has. "chain out", "chain back": host time of a `Chain` of

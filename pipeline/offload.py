@@ -108,7 +108,7 @@ class offload(HookContext):
     entered: forward passes in other threads enter the context themselves.
 
     Args:
-        lane: name for `open_lane`, or a lane. Default: "exact", or "packed" when `max_rel_error` is given.
+        lane: name of a lane, or a lane. Default: "exact", or "packed" when `max_rel_error` is given.
             "auto" learns the step in its first pass, through the exact lane, and plans it from the second on
             (see DESIGN.md): tensors are kept, made again from others, encoded in place or sent off the
             device, and `blocks` are recomputed, so that the step is short within the budgets. Gradients stay
@@ -140,7 +140,7 @@ class offload(HookContext):
             change none of these, whose tensor arguments stay as they are until backward. Those that autograd,
             buffers or arguments show to do otherwise are not recomputed, nor are any where several processes
             train together. Default: none; `wrap` finds them in a model.
-        basis, lane_options: for `open_lane`.
+        basis, lane_options: of the lane that is named.
 
     Raises LaneError for a bad argument. Inside, packing raises BudgetError when the budgets are full and the
     policy knows no way around; unpacking raises OffloadError when a tensor cannot be given back as it was

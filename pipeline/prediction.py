@@ -18,7 +18,7 @@ and the wires faster, which favours raw. How far that is was measured for the ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil, inf
@@ -84,9 +84,15 @@ class Candidate:
 
 def speed_of(machine: Machine, lane: str, dtype: torch.dtype, load: str) -> LaneSpeed | None:
     """The table of a lane, that of an idle machine where there is none for `load`; None without both."""
-    table = _table(lane, dtype) or (TABLES[torch.bfloat16] if lane == RAW else None)
-    found = machine.lanes.get(f"{lane}|{table}|{load}")
-    return found or machine.lanes.get(f"{lane}|{table}|idle")
+    return _measured(machine, lane, dtype, load) or _measured(machine, lane, dtype, "idle")
+
+
+def idle_figures(machine: Machine, lanes: Sequence[str], dtype: torch.dtype, load: str) -> str:
+    """Which of `lanes` `speed_of` knows only from an idle machine, in words; "" if there is none."""
+    known = [lane for lane in lanes if speed_of(machine, lane, dtype, load) is not None]
+    idle = [lane for lane in known if _measured(machine, lane, dtype, load) is None]
+    which = "" if idle == known else f" for {', '.join(idle)}"
+    return f"{load} was not measured{which}: idle figures" if idle else ""
 
 
 @dataclass(frozen=True)
@@ -255,6 +261,11 @@ class Prediction:
         if self.together > 1:
             return sum(overlapped_time(phase, n) for phase in phases)
         return sum(serial_time(phase, n) for phase in phases)
+
+
+def _measured(machine: Machine, lane: str, dtype: torch.dtype, load: str) -> LaneSpeed | None:
+    table = _table(lane, dtype) or (TABLES[torch.bfloat16] if lane == RAW else None)
+    return machine.lanes.get(f"{lane}|{table}|{load}")
 
 
 def _table(lane: str, dtype: torch.dtype) -> str | None:

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -35,7 +36,7 @@ from sidelane.errors import DriverError, LaneUnavailable, ProfileError
 from sidelane.layout import FORMATS
 from sidelane.pipeline import probe_chain, probe_wires
 from sidelane.pipeline.lanes import decode_packet, open_lane
-from sidelane.pipeline.machine import LOAD_SIDE, Curve, LaneSpeed, Machine, current_key
+from sidelane.pipeline.machine import DISK_FOLDER, LOAD_SIDE, Curve, LaneSpeed, Machine, current_key
 from sidelane.pipeline.sampling import (
     FAILURES,
     Load,
@@ -116,7 +117,8 @@ def measure(
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     tables = Tables()
     left_out: dict[str, str] = {}
-    steps = list(_steps(tables, device, tuple(sizes), spill_dir))
+    folder = tempfile.gettempdir() if spill_dir is None else spill_dir
+    steps = list(_steps(tables, device, tuple(sizes), folder))
     for i, step in enumerate(steps):
         progress(step.name, i, len(steps))
         limit = min(step.seconds, end - perf_counter())
@@ -135,7 +137,8 @@ def measure(
         raise ProfileError(f"no matrix product runs here ({left_out['products']}): see sidelane doctor")
     # Copies, as a step that stalled may go on and add to its tables.
     found = dict(tables.wires), dict(tables.lanes), tables.gemm, dict(tables.engines)
-    return Machine(current_key(), *found, left_out=left_out)
+    disk = {DISK_FOLDER: str(Path(folder).resolve())} if "disk write" in found[0] else {}
+    return Machine(current_key() | disk, *found, left_out=left_out)
 
 
 def activations(nbytes: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
@@ -155,13 +158,12 @@ def activations(nbytes: int, dtype: torch.dtype, device: torch.device | None = N
 
 
 def _steps(
-    tables: Tables, device: torch.device | None, sizes: tuple[int, ...], spill_dir: str | None
+    tables: Tables, device: torch.device | None, sizes: tuple[int, ...], folder: str
 ) -> Iterator[Step]:
     """Those without which planning makes no sense come first."""
     yield Step("products", 0.8, partial(_gemm, tables, device), slack=COMPILE)
     if device is not None:
         yield Step("d2h, h2d", 2.4, lambda limit: tables.wires.update(probe_wires.pcie(device, sizes, limit)))
-    folder = tempfile.gettempdir() if spill_dir is None else spill_dir
     some = tuple(size for size in DISK if sizes[0] <= size <= sizes[-1]) or sizes[-1:]
     yield Step("disk", 2.5, lambda limit: tables.wires.update(probe_wires.disk(folder, some, limit, device)))
     yield Step("tcp", 1.0, lambda limit: tables.wires.update(probe_wires.tcp(sizes, limit)))

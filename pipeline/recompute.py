@@ -37,6 +37,7 @@ from sidelane.codec.lane import Lane
 from sidelane.errors import BudgetError, LaneError
 from sidelane.pipeline.arena import Arena, shared
 from sidelane.pipeline.budget import Budget
+from sidelane.pipeline.compress import choose_lane
 from sidelane.pipeline.planner import Split, kv_split
 from sidelane.pipeline.streams import Event, HostEvent, Ring, Slot, current_stream, on, side_stream
 from sidelane.pipeline.ticket import Stored
@@ -84,13 +85,15 @@ class StoredKV:
     tensors may be changed or dropped at once.
 
     Args:
-        x: [tokens, ..., width], what `keys` and `values` were applied to.
+        x: [tokens, ..., width], the inputs that `keys` and `values` made `kv` of. This is not checked: with
+            others, what is recomputed is not what was stored.
         kv: [2, tokens, ..., heads, dim], of the dtype of the weights, on any device.
         keys, values: the projections, [width, heads * dim] each. `restore` gives tensors on their device.
         rotate: keys [n, ..., heads, dim] and positions [n] of a piece to the keys that are stored: RoPE, a
             norm before it. None where keys are stored as projected.
         positions: [tokens], what `rotate` gets; default 0, 1, 2, ...
-        lane, x_lane: for keys and values, for inputs; packets of `block` tokens. Default: as they are.
+        lane, x_lane: for keys and values, for inputs, by name or a lane as for `compress`; packets of `block`
+            tokens. Default: as they are.
         limit: inputs of so many tokens in front are kept, and no more are recomputed. Default: all, or none
             when they are no smaller than keys and values and `x_lane` is None.
         block: tokens.
@@ -101,7 +104,8 @@ class StoredKV:
         copy: (to, from), enqueues a copy from host memory on the current stream, for what has no lane;
             another one may imitate another wire, but may not wait.
 
-    Raises LaneError for shapes, dtypes and numbers that do not fit, BudgetError without room in host memory.
+    Raises LaneError for types, shapes, dtypes and numbers that do not fit, LaneUnavailable for a lane that
+    does not run here, BudgetError without room in host memory.
     """
 
     def __init__(
@@ -113,8 +117,8 @@ class StoredKV:
         *,
         rotate: Rotate | None = None,
         positions: Tensor | None = None,
-        lane: Lane | None = None,
-        x_lane: Lane | None = None,
+        lane: str | Lane | None = None,
+        x_lane: str | Lane | None = None,
         limit: int | None = None,
         block: int = BLOCK,
         pieces: int | None = None,
@@ -122,7 +126,9 @@ class StoredKV:
         arena: Arena | None = None,
         copy: Copy | None = None,
     ) -> None:
+        _check_types(x, kv, keys, values, rotate, positions)
         _check_shapes(x, kv, keys, values)
+        lane, x_lane = _opened(lane), _opened(x_lane)
         self.tokens = kv.shape[1]
         self.device = keys.weight.device
         self.block = _whole("block", block, 1)
@@ -387,11 +393,29 @@ def _whole(name: str, value: Any, least: int) -> int:
     return value
 
 
+def _opened(lane: str | Lane | None) -> Lane | None:
+    return None if lane is None else choose_lane(lane, None, None, {})
+
+
+def _check_types(x: Any, kv: Any, keys: Any, values: Any, rotate: Any, positions: Any) -> None:
+    for name, value in (("x", x), ("kv", kv), ("positions", positions)):
+        if not isinstance(value, Tensor) and (name != "positions" or value is not None):
+            raise LaneError(f"{name} is a {type(value).__name__}, no tensor")
+    for name, value in (("keys", keys), ("values", values)):
+        if not isinstance(value, Linear):
+            raise LaneError(f"{name} is a {type(value).__name__}, no torch.nn.Linear: pass the projection")
+    if rotate is not None and not callable(rotate):
+        raise LaneError(f"rotate={rotate!r} is no function of keys and positions")
+
+
 def _check_shapes(x: Tensor, kv: Tensor, keys: Linear, values: Linear) -> None:
     if kv.ndim < 4 or kv.shape[0] != 2 or not kv.numel():
         raise LaneError(f"kv {tuple(kv.shape)} is not [2, tokens, ..., heads, dim]")
     if x.ndim < 2 or x.shape[:-1] != kv.shape[1:-2]:
-        raise LaneError(f"x {tuple(x.shape)} and kv {tuple(kv.shape)} differ in tokens or batch")
+        raise LaneError(
+            f"x {tuple(x.shape)} and kv {tuple(kv.shape)} differ in tokens or batch: "
+            "kv is [2, tokens, batch, heads, dim] and x [tokens, batch, width], tokens first"
+        )
     for name, linear in (("keys", keys), ("values", values)):
         shape = kv.shape[-2] * kv.shape[-1], x.shape[-1]
         if linear.weight.shape != shape:

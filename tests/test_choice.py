@@ -172,9 +172,21 @@ def test_tensors_together_share_the_wait_for_products() -> None:
 
 def test_a_load_without_tables_is_said() -> None:
     decision = choose(described(), "d2h", made(), "busy")
-    assert "no tables for load 'busy'" in decision.explain()
+    assert decision.explain().splitlines()[1] == "busy was not measured: idle figures"
     assert decision.seconds == choose(described(), "d2h", made()).seconds
     assert choose(described(), "d2h", made(busy=0.0), "busy").note == ""
+    assert choose(described(), "d2h", made(), "idle").note == ""
+
+
+def test_a_lane_without_tables_for_the_load_is_named() -> None:
+    """Beside lanes that wait for products its idle figures look better than they are."""
+    machine = made(busy=1e-3)
+    for lane in ("exact", "packed:4"):
+        del machine.lanes[f"{lane}|bfloat16|busy"]
+    found = choose(described(), "d2h", machine, "busy", exact=False)
+    assert found.note == "busy was not measured for exact, packed:4: idle figures"
+    assert choose(described(), "d2h", machine, "busy").note == "busy was not measured for exact: idle figures"
+    assert choose(described(dtype=torch.float32), "d2h", machine, "busy").note == ""
 
 
 def test_exact_lanes_only_without_a_bound() -> None:
@@ -786,6 +798,14 @@ def test_plan_prints_a_table_for_each_wire_and_size(
     assert len(re.findall(r"^raw ", text, re.M)) == 4
     assert "33.6 MB over d2h, h2d, idle, one at a time: packed:4" in text
     assert "over 0.125 GB/s" in text
+
+
+def test_plan_says_that_a_load_was_not_measured(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--profile", str(profile), "--wire", "d2h", "--mib", "1", "--load"]
+    assert cli.run([*arguments, "busy"]) == 0
+    assert "\nbusy was not measured: idle figures\n" in capsys.readouterr().out
+    assert cli.run([*arguments, "idle"]) == 0
+    assert "not measured" not in capsys.readouterr().out
 
 
 def test_plan_reads_tensors(profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,15 +178,19 @@ def test_gradients_do_not_flow():
         ({"max_rel_error": inf}, "max_rel_error=inf is not a number from 0 up"),
         ({"max_rel_error": "0.1"}, "max_rel_error='0.1' is not a number from 0 up"),
         ({"max_rel_error": True}, "max_rel_error=True is not a number from 0 up"),
-        ({"lane": 5}, "lane=5 is neither the name of a lane nor a lane that open_lane returned"),
+        (
+            {"lane": 5},
+            "lane=5 is neither the name of a lane nor a lane such as "
+            "sidelane.pipeline.lanes.PackedLane(bits=4)",
+        ),
         ({"lane": "packed", "bits": 4.0}, "bits=4.0 is not one of (2, 4, 8)"),
         ({"lane": "packed", "symmetric": "x"}, "symmetric='x' is neither True nor False"),
-        ({"lane": "zip"}, "unknown lane 'zip': use one of raw, exact, packed, video-cpu, video, dual"),
+        ({"lane": "zip"}, "unknown lane 'zip': use one of raw, exact, packed, video-cpu, video, dual, auto"),
         ({"bits": 4}, "lane 'exact' has no option 'bits': it has none"),
         ({"basis": hadamard_basis()}, "lane 'exact' has no option 'basis': it has none"),
         (
             {"lane": PackedLane(), "bits": 4},
-            "bits cannot be set on a lane that is open: set them in open_lane",
+            "bits cannot be set on a lane that is open: pass its name instead",
         ),
     ],
 )

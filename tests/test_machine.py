@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from math import inf, nan
+from pathlib import Path
 from threading import Event
 
 import pytest
@@ -450,6 +451,7 @@ def test_a_machine_without_a_gpu(on_cpu, tmp_path):
     sizes = (8 * KIB, 64 * KIB)
     found = probe.measure(str(tmp_path), sizes=sizes, progress=lambda *step: steps.append(step))
     assert set(found.wires) == {"disk write", "disk read", "tcp"}
+    assert found.key == current_key() | {"disk": str(tmp_path.resolve())}
     assert set(found.lanes) == {f"{lane}|{dtype}|idle" for lane in probe.LANES for dtype in probe.DTYPES}
     assert found.lanes["packed:4|bfloat16|idle"].decode.sizes == sizes
     assert found.engines == {"nvenc": 0, "nvdec": 0}
@@ -527,7 +529,9 @@ def measured(tables, monkeypatch):
     def measure(spill_dir, progress):
         calls.append(spill_dir)
         progress("products", 0, 1)
-        return tables
+        if spill_dir is None:
+            return tables
+        return replace(tables, key=tables.key | {"disk": str(Path(spill_dir).resolve())})
 
     monkeypatch.setattr(profile, "measure", measure)
     return calls
@@ -543,8 +547,43 @@ def test_the_command_measures_once(tables, measured, capsys):
     assert cli.run(["profile"]) == 0
     assert "--force measures again" in capsys.readouterr().out.replace("\n", " ")
     assert measured == [None]
-    assert cli.run(["profile", "--force", "--spill-dir", "/somewhere"]) == 0
-    assert measured == [None, "/somewhere"]
+
+
+def test_the_command_measures_the_disk_that_is_asked_for(tables, measured, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    for arguments, expected in (
+        (["--spill-dir", str(first)], 1),
+        (["--spill-dir", str(first / ".." / "first")], 1),
+        ([], 1),
+        (["--spill-dir", str(second)], 2),
+        (["--spill-dir", str(second)], 2),
+        (["--spill-dir", str(second), "--force"], 3),
+    ):
+        assert cli.run(["profile", *arguments]) == 0
+        assert len(measured) == expected
+    assert measured == [str(first), str(second), str(second)]
+    assert f"measuring again: the disk of {second} is not in" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_the_command_refuses_a_spill_folder_that_is_none(tables, measured, cache, tmp_path, capsys, force):
+    tables.save(cache_path())
+    (tmp_path / "file").touch()
+    for name in ("absent", "file"):
+        assert cli.run(["profile", "--spill-dir", str(tmp_path / name), *force]) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(rf"sidelane: --spill-dir [^\n]+{name} is no folder: make it first\n", error)
+    assert measured == []
+
+
+def test_the_command_makes_no_folder_for_out(measured, tmp_path, capsys):
+    for folder in (tmp_path / "absent", tmp_path / "absent" / "deeper"):
+        assert cli.run(["profile", "--out", str(folder / "tables.json"), "--force"]) == 2
+        expected = rf"sidelane: [^\n]+tables.json: {folder} is no folder: make it first\n"
+        assert re.fullmatch(expected, capsys.readouterr().err)
+    assert measured == [] and list(tmp_path.glob("absent*")) == []
 
 
 def test_the_command_writes_a_file_and_does_not_replace_one(tables, measured, tmp_path, capsys):
@@ -561,8 +600,8 @@ def test_the_command_writes_a_file_and_does_not_replace_one(tables, measured, tm
 
 
 def test_the_command_keeps_what_it_measured_when_out_cannot_be_written(tables, measured, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    assert cli.run(["profile", "--out", str(tmp_path / "file" / "tables.json")]) == 2
+    (tmp_path / "tables.json").mkdir()
+    assert cli.run(["profile", "--out", str(tmp_path / "tables.json"), "--force"]) == 2
     assert re.fullmatch(r"sidelane: [^\n]+ cannot be written: [^\n]+\n", capsys.readouterr().err)
     assert Machine.cached() == tables
 

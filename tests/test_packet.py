@@ -351,3 +351,13 @@ def test_ratio_counts_the_whole_packet():
 
 def test_repr_leaves_payload_out():
     assert "sections" not in repr(sample())
+
+
+def test_repr_shows_the_size_and_what_is_used():
+    packet = Packet.like("raw", torch.zeros(2, 3))
+    text = f"shape=(2, 3), strides=(3, 1), rel_error=0.0, nbytes={packet.nbytes})"
+    assert repr(packet) == f"Packet(lane='raw', dtype=torch.float32, {text}"
+    assert repr(Packet.from_bytes(packet.to_bytes())) == repr(packet)
+    shown = repr(sample())
+    assert f"nbytes={sample().nbytes}" in shown and "digest=0001020304050607," in shown
+    assert f"bits={sample().bits}" in shown and "params=" in shown

@@ -280,6 +280,44 @@ def test_what_does_not_fit_is_refused():
             Rates(*rates)
 
 
+def test_the_order_of_dimensions_is_said():
+    """What a batch first needs: 4 sequences of 128 tokens."""
+    x, kv = torch.randn(4, 128, 64), torch.randn(2, 4, 128, 64)
+    order = r"kv is \[2, tokens, batch, heads, dim\] and x \[tokens, batch, width\]"
+    for given in (kv, torch.randn(2, 128, 4, 4, 16)):
+        with pytest.raises(LaneError, match=order):
+            StoredKV(x, given, Linear(64, 64), Linear(64, 64))
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"x": "a"}, "x is a str, no tensor"),
+        ({"kv": None}, "kv is a NoneType, no tensor"),
+        ({"keys": None}, "keys is a NoneType, no torch.nn.Linear"),
+        ({"values": torch.ones(64, 64)}, "values is a Tensor, no torch.nn.Linear"),
+        ({"rotate": 3}, "rotate=3 is no function of keys and positions"),
+        ({"positions": [1, 2]}, "positions is a list, no tensor"),
+        ({"lane": "zip"}, "unknown lane 'zip'"),
+        ({"x_lane": 3}, "lane=3 is neither the name of a lane nor a lane"),
+    ],
+)
+def test_arguments_of_another_type(change, text):
+    layer = Layer(8, (), heads=4, kv_heads=4, dtype=torch.float32)
+    with pytest.raises(LaneError) as caught:
+        layer.store(**change)
+    assert str(caught.value).startswith(text) and "\n" not in str(caught.value)
+
+
+def test_lanes_by_name():
+    layer = Layer(TOKENS, (), heads=4, kv_heads=4, dtype=torch.bfloat16)
+    for lane in ("raw", "exact"):
+        by_name = layer.store(rates=RATES, lane=lane, x_lane=lane)
+        assert by_name.nbytes == layer.store(rates=RATES, lane=open_lane(lane), x_lane=open_lane(lane)).nbytes
+        assert torch.equal(by_name.restore(0), layer.kv)
+        assert within_rounding(layer, by_name.restore(64), 64)
+
+
 def test_host_memory_goes_back():
     arena = Arena(1 << 20, pinned=False)
     layer = Layer(TOKENS, (), heads=4, kv_heads=4, dtype=torch.float32)

@@ -84,7 +84,9 @@ def doctor() -> None:
 @app.command()
 def profile(
     out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file too.")] = None,
-    spill_dir: Annotated[Path | None, typer.Option(help="Folder whose disk is measured.")] = None,
+    spill_dir: Annotated[
+        Path | None, typer.Option(help="Folder whose disk is measured, again if it is another one.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again, and replace OUT.")] = False,
 ) -> None:
     """Measure wires, lanes and matrix products of this machine once, in half a minute, for planning."""

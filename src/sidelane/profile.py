@@ -12,22 +12,27 @@ from rich.table import Table
 from rich.text import Text
 
 from sidelane.errors import ProfileError
-from sidelane.pipeline.machine import HOST_TIMES, Curve, Machine, cache_path
+from sidelane.pipeline.machine import DISK_FOLDER, HOST_TIMES, Curve, Machine, cache_path
 from sidelane.pipeline.probe import measure
 
 COLUMNS = {"1 MiB": 1 << 20, "16 MiB": 16 << 20, "256 MiB": 256 << 20}
 
 
 def run_profile(out: Path | None, spill_dir: Path | None, force: bool) -> None:
-    """Show the tables of this machine, measured unless they are in the cache folder, and write them to `out`.
+    """Show the tables of this machine, measured unless they are in the cache folder with the disk of
+    `spill_dir`, and write them to `out`.
 
-    Raises ProfileError when `out` exists and not `force`, when nothing can be measured, and when `out` or the
-    cache folder cannot be written, after all else is done.
+    Raises ProfileError when `out` exists and not `force`, when its folder or `spill_dir` is not there, when
+    nothing can be measured, and when `out` or the cache folder cannot be written, after all else is done.
     """
     if out is not None and out.exists() and not force:
         raise ProfileError(f"{out} exists: --force replaces it")
+    if out is not None and not out.parent.is_dir():
+        raise ProfileError(f"{out}: {out.parent} is no folder: make it first")
+    if spill_dir is not None and not spill_dir.is_dir():
+        raise ProfileError(f"--spill-dir {spill_dir} is no folder: make it first")
     console = Console()
-    machine = None if force else _cached(console)
+    machine = None if force else _cached(console, spill_dir)
     fresh = machine is None
     if machine is None:
         begin = perf_counter()
@@ -81,14 +86,18 @@ def _rates(curves: Sequence[Curve], size: int) -> str:
     return text if all(curve.sizes[0] <= size <= curve.sizes[-1] for curve in curves) else f"({text})"
 
 
-def _cached(console: Console) -> Machine | None:
+def _cached(console: Console, spill_dir: Path | None) -> Machine | None:
     try:
         machine = Machine.cached()
     except ProfileError as error:
         console.print(f"measuring again: {error}")
         return None
-    if machine is not None:
-        console.print(f"from {cache_path()}; --force measures again")
+    if machine is None:
+        return None
+    if spill_dir is not None and machine.key.get(DISK_FOLDER) != str(spill_dir.resolve()):
+        console.print(f"measuring again: the disk of {spill_dir} is not in {cache_path()}")
+        return None
+    console.print(f"from {cache_path()}; --force measures again")
     return machine
 
 
