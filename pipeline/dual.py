@@ -50,7 +50,7 @@ class DualLane:
 
     def __post_init__(self) -> None:
         if isinstance(self.lane, (str, type, DualLane)) or not hasattr(self.lane, "encode"):
-            raise LaneError(f"lane={self.lane!r} is no lane: name one, or pass one such as PackedLane(bits=4)")
+            raise LaneError(f"lane={self.lane!r} is no lane: pass one, such as ExactLane()")
         if isinstance(self.share, bool) or not isinstance(self.share, (int, float)):
             raise LaneError(f"share={self.share!r} is not a number from 0 to 1")
         if not 0 <= self.share <= 1:
