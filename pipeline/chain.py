@@ -36,11 +36,10 @@ from sidelane.errors import LaneError, OffloadError
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.compress import choose_lane, compress, present_device
-from sidelane.pipeline.extent import distinct_bytes
+from sidelane.pipeline.extent import describe, distinct_bytes
 from sidelane.pipeline.lanes import ExactLane, decode_packet, plain, undisturbed
 from sidelane.pipeline.late import LatePacket, encode_exact
 from sidelane.pipeline.stages import Stages
-from sidelane.pipeline.stash import describe
 from sidelane.pipeline.streams import Event, Slot, current_stream
 from sidelane.pipeline.tensor_auto import AutoLane, auto_lane
 from sidelane.pipeline.ticket import ChainReport, Stored, Ticket

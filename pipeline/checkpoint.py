@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from sidelane.errors import LaneError, OffloadError
 from sidelane.pipeline.compress import check_bound
+from sidelane.pipeline.extent import describe
 from sidelane.pipeline.offload import offload
-from sidelane.pipeline.stash import describe
 
 Out = TypeVar("Out")
 

@@ -185,3 +185,8 @@ def whole_storage(tensor: Tensor) -> Tensor:
     dtype = tensor.dtype if storage.nbytes() % tensor.dtype.itemsize == 0 else torch.uint8
     numel = storage.nbytes() // dtype.itemsize
     return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, 0, (numel,), (1,))
+
+
+def describe(tensor: Tensor | View) -> str:
+    shape = tensor.geometry.size if isinstance(tensor, View) else tuple(tensor.shape)
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(shape)}"

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from functools import partial
-from math import inf
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 
 from sidelane.codec.lane import Lane
@@ -17,14 +15,15 @@ from sidelane.codec.packet import Packet, Sections, flatten
 from sidelane.errors import BudgetError, LaneError, OffloadError
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.blocks import find_blocks
-from sidelane.pipeline.budget import Budget, Claim, Holders
+from sidelane.pipeline.budget import Budget, Holders
 from sidelane.pipeline.bundle import Bundles
-from sidelane.pipeline.compress import choose_lane, compress, relative_error
+from sidelane.pipeline.checker import Truth, same_bits
+from sidelane.pipeline.compress import choose_lane, compress
 from sidelane.pipeline.derive import Recipe, Remade, is_widened, recipe_of, stays_usable, upper_halves
 from sidelane.pipeline.disk import Disk
 from sidelane.pipeline.entries import HookContext, Visit
 from sidelane.pipeline.explain import Plan
-from sidelane.pipeline.extent import WHOLE_SHARE, Kind, View, whole_storage, without_flags
+from sidelane.pipeline.extent import WHOLE_SHARE, Kind, View, describe, whole_storage, without_flags
 from sidelane.pipeline.lanes import ExactLane, decode_packet, open_lane, undisturbed
 from sidelane.pipeline.late import LatePacket, encode_late
 from sidelane.pipeline.lesson import BOUNDED
@@ -49,14 +48,12 @@ from sidelane.pipeline.stash import (
     Resident,
     Stash,
     Ticket,
-    Truth,
     data_key,
-    describe,
 )
 from sidelane.pipeline.step_auto import Auto, Tracked
 from sidelane.pipeline.step_model import AWAY, DERIVED, HERE, KEEP, UPPER, Choice
 from sidelane.pipeline.streams import current_stream
-from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk, Pinned, Spilled
+from sidelane.pipeline.tiers import HostCopy, Spilled, Tiers
 from sidelane.pipeline.wire import DeviceCopy, Wire
 
 MIN_BYTES = 256 << 10
@@ -65,29 +62,6 @@ EXACT_BYTES = 4 << 20  # of a tensor on a GPU; smaller ones are not worth the la
 SHARED = 8  # tensors that stay decoded for the next nodes that saved them
 POLICIES = ("keep", "spill", "error")
 RAW = open_lane("raw")
-
-
-class Tiers:
-    """Where packets that leave the device go: pinned memory, then a disk if there is one."""
-
-    def __init__(self, budget: Budget, disk: Disk | None, tally: Tally) -> None:
-        self._budget = budget
-        self._disk = disk
-        self._tally = tally
-
-    def take(self, nbytes: int) -> Memory | None:
-        """Room for `nbytes`, or None where there is none."""
-        return Pinned.take(self._budget, nbytes) or self.spill(nbytes)
-
-    def promise(self, nbytes: int) -> Claim | None:
-        """A claim on pinned memory for `nbytes`, to be dropped before it is taken, or None."""
-        return Pinned.promise(self._budget, nbytes)
-
-    def spill(self, nbytes: int) -> Memory | None:
-        room = None if self._disk is None else OnDisk.take(self._disk, nbytes)
-        if room is not None:
-            self._tally.add("spilled", nbytes)
-        return room
 
 
 class offload(HookContext):
@@ -355,7 +329,7 @@ class offload(HookContext):
         home, whole, truth = Remade(recipe, tuple(sources)), key.kind == "whole", None
         if self._checker:
             truth = Truth(_elements(tensor, whole).clone(), home.make(self._unpack))
-            if not self._lossy and not _same_bits(truth.packed, truth.decoded):
+            if not self._lossy and not same_bits(truth.packed, truth.decoded):
                 raise OffloadError(f"{describe(tensor)} does not follow from what it was made from")
         stash = Stash(tensor, home, whole, truth)
         self._index.add(key, stash)
@@ -434,7 +408,7 @@ class offload(HookContext):
                 flat = self._decode(stash)
                 self._share(stash, flat)
             if stash.truth is not None:
-                _verify(flat, stash.truth, view)
+                stash.truth.verify(flat, view)
             return view.over(flat) if stash.whole else view.over_elements(flat)
 
     def _unpack_source(self, source: Tracked | Kept) -> Tensor:
@@ -460,12 +434,7 @@ class offload(HookContext):
         """Count `tensor` as stored already."""
         if stash.truth is not None:
             with undisturbed(tensor.device):
-                unchanged = _same_bits(_elements(tensor, stash.whole), stash.truth.packed)
-            if not unchanged:
-                raise OffloadError(
-                    f"{describe(tensor)} changed since it was first saved, and its version counter did not: "
-                    "clone it before the change"
-                )
+                stash.truth.match(_elements(tensor, stash.whole), tensor)
         self._tally.add("deduplicated", view.nbytes)
 
     def _encode(self, tensor: Tensor, view: View, key: Key) -> Stash:
@@ -552,20 +521,9 @@ class offload(HookContext):
         return None if room is None else Spilled(packet, host, room)
 
     def _truth(self, tensor: Tensor, packet: Packet, whole: bool, widened: bool = False) -> Truth:
-        packed = _elements(tensor, whole).clone()
         decoded = flatten(decode_packet(packet, self._basis))
         decoded = decoded.float() if widened else decoded
-        if packet.lane in ("raw", "exact"):
-            bound: float | None = 0.0
-            error = 0.0 if _same_bits(packed, decoded) else inf
-        else:
-            bound = self._max_rel_error
-            error = relative_error(packed, decoded)
-        if bound is not None and error > bound:
-            raise OffloadError(
-                f"{describe(tensor)} has error {error:.3g} in lane '{packet.lane}', above {bound:.3g}"
-            )
-        return Truth(packed, decoded)
+        return Truth.of(tensor, _elements(tensor, whole).clone(), decoded, packet.lane, self._max_rel_error)
 
 
 def _open_disk(spill_dir: str | None) -> Disk:
@@ -584,17 +542,6 @@ def _elements(tensor: Tensor, whole: bool) -> Tensor:
     """Flat: the storage of `tensor`, or its own distinct elements in memory order."""
     plain = without_flags(tensor)
     return whole_storage(plain) if whole else flatten(plain)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-def _verify(flat: Tensor, truth: Truth, view: View) -> None:
-    if not _same_bits(flat, truth.decoded):
-        raise OffloadError(
-            f"{describe(view)} differs from what was packed: a transfer failed, or its node overwrote it"
-        )
 
 
 def _check_size(name: str, value: object, optional: bool = False) -> None:

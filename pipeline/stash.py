@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from threading import RLock
 from typing import NamedTuple, Protocol
 from weakref import ref
@@ -23,7 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
 from sidelane.pipeline.budget import Claim, Holders
-from sidelane.pipeline.extent import Geometry, Pairs, View, geometry
+from sidelane.pipeline.checker import Truth
+from sidelane.pipeline.extent import Geometry, Pairs, View, describe, geometry
 from sidelane.pipeline.streams import current_stream
 
 
@@ -128,14 +128,6 @@ def _holders(flat: Tensor) -> int:
     """Tensors over the storage of `flat`, itself counted."""
     storage = flat.untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata) - 1  # less the object that asks
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What checker mode compares with: the flat elements that were packed, and what they decode to."""
-
-    packed: Tensor
-    decoded: Tensor
 
 
 class Ticket:
@@ -249,11 +241,6 @@ def data_key(tensor: Tensor, shape: Geometry | None = None) -> Hashable:
     first, itemsize = owner.storage_offset(), owner.dtype.itemsize
     counted = first * itemsize, (first + span) * itemsize
     return storage._cdata, storage.data_ptr(), storage.nbytes(), tensor._version, counted
-
-
-def describe(tensor: Tensor | View) -> str:
-    shape = tensor.geometry.size if isinstance(tensor, View) else tuple(tensor.shape)
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(shape)}"
 
 
 class Moment(NamedTuple):

@@ -16,6 +16,7 @@ from sidelane.kernels._launch import ALIGNMENT, span, starts
 from sidelane.pipeline.arena import Slot, shared, slot_bytes
 from sidelane.pipeline.budget import Budget, Claim
 from sidelane.pipeline.disk import Disk, Spill
+from sidelane.pipeline.report import Tally
 
 _Run = tuple[int, int, int]  # the number of its first section, start in memory, bytes
 _NONE: dict[str, Tensor] = {}
@@ -99,6 +100,29 @@ class OnDisk:
 
     def fetch(self) -> None:
         self._spill.fetch()
+
+
+class Tiers:
+    """Where the packets of a context go that leave the device: pinned memory, then a disk if there is one."""
+
+    def __init__(self, budget: Budget, disk: Disk | None, tally: Tally) -> None:
+        self._budget = budget
+        self._disk = disk
+        self._tally = tally
+
+    def take(self, nbytes: int) -> Memory | None:
+        """Room for `nbytes`, or None where there is none."""
+        return Pinned.take(self._budget, nbytes) or self.spill(nbytes)
+
+    def promise(self, nbytes: int) -> Claim | None:
+        """A claim on pinned memory for `nbytes`, to be dropped before it is taken, or None."""
+        return Pinned.promise(self._budget, nbytes)
+
+    def spill(self, nbytes: int) -> Memory | None:
+        room = None if self._disk is None else OnDisk.take(self._disk, nbytes)
+        if room is not None:
+            self._tally.add("spilled", nbytes)
+        return room
 
 
 class HostCopy:
