@@ -13,7 +13,8 @@ slot of the arena carries the event of its last copy, which the stream of the ne
 stash dies while its copy out is running, only that dead copy can be torn.
 The host waits for the device in two places of this module: in `Wire.seconds_waited`, and in `Wire._learn`
 for the size of a late packet (see Note: [Late sizes] in `late`). That is when UNKNOWN bytes wait to be
-encoded, so that the device does not run dry meanwhile, when their memory is needed, or when one is used.
+encoded, so that the device does not run dry meanwhile, when their memory is needed, or when one is used. An
+open bundle is late too (see Note: [Bundles] in `bundle`); nobody waits for that, it is closed.
 """
 
 from __future__ import annotations

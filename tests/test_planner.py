@@ -235,7 +235,7 @@ def test_published_saving_of_a_split() -> None:
     assert 1 - split.seconds / (tokens * 4 * width / (25 * GB)) == pytest.approx(0.247, abs=0.005)
 
 
-@settings(max_examples=200)
+@settings(max_examples=300)
 @given(
     st.integers(0, 3000),
     st.floats(1, 1e5),
@@ -243,32 +243,12 @@ def test_published_saving_of_a_split() -> None:
     st.floats(0, 1e6),
     RATES,
     st.floats(1e11, 1e15),
-    st.sampled_from((1, 64, 512)),
+    st.sampled_from(((1, 1), (64, 1), (512, 1), (64, 2), (512, 32))),
 )
 def test_meeting_point_is_the_best_of_all(
-    tokens: int, k: float, f: float, attention: float, wire: float, v: float, multiple: int
+    tokens: int, k: float, f: float, attention: float, wire: float, v: float, grain: tuple[int, int]
 ) -> None:
-    allowed = {*range(0, tokens + 1, multiple), tokens}
-    times = {m: max(prefill_flops(m, f, attention) / v, (tokens - m) * k / wire) for m in allowed}
-    split = meeting_point(tokens, k, f, attention, wire, v, multiple)
-    assert split.tokens in allowed and not split.layers
-    assert split.seconds == pytest.approx(min(times.values()), rel=1e-9)
-
-
-@settings(max_examples=200)
-@given(
-    st.integers(0, 3000),
-    st.floats(1, 1e5),
-    st.floats(1, 1e10),
-    st.floats(0, 1e6),
-    RATES,
-    st.floats(1e11, 1e15),
-    st.sampled_from((64, 512)),
-    st.sampled_from((1, 2, 32)),
-)
-def test_meeting_point_by_layers_is_the_best_of_all(
-    tokens: int, k: float, f: float, attention: float, wire: float, v: float, multiple: int, layers: int
-) -> None:
+    multiple, layers = grain
     pieces = [*range(0, tokens, multiple), tokens]
     flops = [prefill_flops(m, f, attention) / v for m in pieces]
     times = {(tokens, 0): flops[-1]}
@@ -279,7 +259,6 @@ def test_meeting_point_by_layers_is_the_best_of_all(
     split = meeting_point(tokens, k, f, attention, wire, v, multiple, layers)
     assert split.seconds == pytest.approx(min(times.values()), rel=1e-9)
     assert split.seconds == pytest.approx(times[split.tokens, split.layers], rel=1e-9)
-    assert split.seconds <= meeting_point(tokens, k, f, attention, wire, v, multiple).seconds * (1 + 1e-9)
 
 
 def test_meeting_point_without_attention_divides_in_proportion() -> None:
