@@ -6,17 +6,21 @@ import csv
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+CPUS = sorted(os.sched_getaffinity(0))  # that the process was given
+LOOP = 50_000  # rounds of `loop_us`
+DISTURBED = 1.1  # times the loop of the quietest CPUs
 
 
 def environment() -> dict[str, str]:
@@ -51,6 +55,46 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         if not file.tell():
             writer.writeheader()
         writer.writerows(rows)
+
+
+def loop_us() -> float:
+    """Microseconds that a fixed loop of Python takes on the present CPU, least of three."""
+    least = float("inf")
+    for _ in range(3):
+        begin, total = perf_counter(), 0
+        for i in range(LOOP):
+            total += i
+        least = min(least, perf_counter() - begin)
+    return 1e6 * least
+
+
+@contextmanager
+def quiet_cpus(count: int) -> Iterator[Callable[[], float]]:
+    """Inside, what moves this process with all of its threads to those `count` of its CPUs on which `loop_us`
+    is least now, and returns it for the last of them.
+
+    Others on a virtual machine's cores make a program take up to half as long again, for seconds.
+    """
+
+    def move() -> float:
+        times = []
+        for cpu in CPUS:
+            os.sched_setaffinity(0, [cpu])
+            times.append((loop_us(), cpu))
+        quiet = sorted(times)[:count]
+        _run_on([cpu for _, cpu in quiet])
+        return quiet[-1][0]
+
+    try:
+        yield move
+    finally:
+        _run_on(CPUS)
+
+
+def _run_on(cpus: Sequence[int]) -> None:
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread), cpus)
 
 
 @contextmanager

@@ -14,9 +14,10 @@ timed; `over_raw` is the median ratio of times of the same round. Flips: the rat
 which raw and a lane take the same time, predicted, and measured by two sweeps. Files: planner.csv,
 planner_flips.csv, planner_summary.csv (see `planner_summary.figures`).
 
-With several GPUs each has a process and a part of the work; the disk belongs to the first, which begins
-alone, so that its profile of the disk is not disturbed. Without a GPU the same runs on made-up wires, to see
-that it runs; nothing is written.
+The process has the CPUs that are quietest before each piece of the work (see `quiet_cpus`). With
+several GPUs each has a process, on any CPUs, and a part of the work; the disk belongs to the first, which
+begins alone, so that its profile of the disk is not disturbed. Without a GPU the same runs on made-up wires,
+to see that it runs; nothing is written.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from time import perf_counter, sleep
 from typing import Any
 
 import torch
-from common import RESULTS, append_rows, environment
+from common import CPUS, RESULTS, append_rows, environment, quiet_cpus
 from planner_cells import cell, chain_cell
 from planner_flips import flips
 from planner_paths import MIB, Host, OnDisk, Path, Setting, Simulated
@@ -57,6 +58,7 @@ CHAIN_KINDS = ("hidden", "norm", "codes")
 RATES = {25.0: 32, 12.5: 16, 7.0: 16, 3.0: 8, 1.25: 2, 0.125: 0.5}  # GB/s: MiB of a tensor
 FLIP_KINDS = ("hidden", "mlp", "norm", "kv")
 FLIP_MIB = 1
+QUIET = 4  # CPUs, chosen anew for each piece of the work: a disk keeps several busy
 WEIGHTS = {"host": 2.5, "chain": 8.0, "disk": 4.0, "flips": 2.5}  # of the time; others 1
 
 
@@ -153,7 +155,14 @@ def setting_of(arguments: Namespace) -> Setting:
 
 def part_of(arguments: Namespace, deadline: float) -> Row:
     """This process's part of the work; what is done is in --out after each unit."""
+    alone = arguments.part[1] == 1  # several would choose the same CPUs
+    with quiet_cpus(QUIET if alone else len(CPUS)) as move:
+        return _worked(arguments, deadline, move)
+
+
+def _worked(arguments: Namespace, deadline: float, move_to_quiet_cpus: Callable[[], float]) -> Row:
     number, count = arguments.part
+    move_to_quiet_cpus()
     setting = setting_of(arguments)
     gpu = setting.stream is not None
     keep = gpu or count > 1
@@ -173,6 +182,7 @@ def part_of(arguments: Namespace, deadline: float) -> Row:
         if now > deadline:
             done["missing"].append(unit.name)
             continue
+        move_to_quiet_cpus()
         done["flips" if unit.flips else "rows"] += unit.work((deadline - now) * unit.weight / left)
         left -= unit.weight
         if keep:

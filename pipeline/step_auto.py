@@ -3,8 +3,9 @@
 Note: [Cycle of a plan]
 The first trip of a kind takes the exact lane and learns. Its plan is made when the second begins. The first
 trips of a plan are timed, since a trip that learns computes with pauses, and show the step again: another
-plan takes over if it is predicted to be faster by `GAIN`, a few times at most. From then on nothing is timed
-or planned, until steps take another time than they did, and each time that happens it has to last longer.
+plan takes over if it is predicted to be faster by `GAIN`, a few times at most. In the end the one stays whose
+timed trips were fastest, whatever was predicted. From then on nothing is timed or planned, until steps take
+another time than they did, and each time that happens it has to last longer.
 A trip that is not the step of its script goes on as one that learns would, and the next of its kind learns
 again. Kinds are told apart by the first tensor they save and by which blocks are in training mode, so that
 batches of other shapes, and evaluation, have plans of their own.
@@ -74,6 +75,7 @@ class _Kind:
         self.timed = 0  # trips of this plan to time
         self.seen = 0  # those that have shown something
         self.rounds = 0  # plans that may take over
+        self.tried: list[tuple[float, StepPlan]] = []  # with the seconds of the fastest timed trip
         self.fresh = False  # the next timed trip counts alone
         self.short = 0  # trips in a row that ended early
         self.recent: deque[float] = deque(maxlen=RECENT)  # seconds of trips
@@ -89,6 +91,11 @@ class _Kind:
     def underway(self) -> int:
         """Timed trips of this plan that may still show something."""
         return sum(trip.timed and trip.script is self.script for trip in self.pending)
+
+    def plan_anew(self, rounds: int) -> None:
+        """Let up to so many plans take over from the next one that is timed."""
+        self.rounds = rounds
+        self.tried.clear()
 
     def begin(self, script: Script, timed: int) -> None:
         """Follow a plan; `timed`: trips to time, 0 for a plan with choices that were followed before."""
@@ -279,7 +286,7 @@ class Auto:
                     lesson = trip.lesson()
                 if lesson is not None:
                     kind.begin(Script.of(lesson, self._plan_for(lesson.step())), TIMED)
-                    kind.rounds = ROUNDS
+                    kind.plan_anew(ROUNDS)
             elif not trip.complete:
                 self._note_short(kind, trip)
             elif trip.ended():
@@ -308,23 +315,28 @@ class Auto:
                 self._plan_again(kind, script.plan, kind.lesson)
         elif kind.drifts():
             kind.timed, kind.seen, kind.settled, kind.fresh = TIMED, 0, None, True
-            kind.rounds = 1
+            kind.plan_anew(1)
             kind.pause *= 4
             kind.patience = kind.pause
 
     def _plan_again(self, kind: _Kind, plan: StepPlan, lesson: Lesson) -> None:
         """After what timed trips of a plan have shown."""
         step = lesson.step()
-        old = plan.for_step(step)
-        if not kind.rounds:
-            kind.begin(Script.of(lesson, old), 0)
-            return
-        kind.rounds -= 1
-        new = self._plan_for(step)
-        if new.forecast.seconds < (1 - GAIN) * old.forecast.seconds or (new.fits and not old.fits):
-            kind.begin(Script.of(lesson, new), TIMED)
-        else:
-            kind.begin(Script.of(lesson, replace(old, others=new.others)), 0)
+        old, seconds = plan.for_step(step), min([*kind.recent][-TIMED:])
+        kind.tried.append((seconds, old))
+        others = old.others
+        if kind.rounds:
+            kind.rounds -= 1
+            new = self._plan_for(step)
+            if new.forecast.seconds < (1 - GAIN) * old.forecast.seconds or (new.fits and not old.fits):
+                kind.begin(Script.of(lesson, new), TIMED)
+                return
+            others = new.others
+        fastest, best = min(kind.tried, key=lambda tried: (not tried[1].fits, tried[0]))
+        if fastest < (1 - GAIN) * seconds or (best.fits and not old.fits):
+            old = best.for_step(step)
+            kind.recent.clear()
+        kind.begin(Script.of(lesson, replace(old, others=others)), 0)
 
     def _plan_for(self, step: Step) -> StepPlan:
         limits = (self._budget.limit, self._host.limit)

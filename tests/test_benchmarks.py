@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread, get_native_id
 from types import ModuleType
 
 import numpy as np
@@ -103,6 +105,26 @@ def test_rows_are_appended_under_one_header(common: ModuleType, tmp_path: Path) 
         assert list(csv.DictReader(file)) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": ""}]
     with pytest.raises(ValueError, match="other columns"):
         common.append_rows(path, [{"b": 1, "a": 2}])
+
+
+def test_a_process_moves_to_the_quietest_cpus_and_back(
+    common: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpus, threads = common.CPUS, []
+    slow = {cpu: 100.0 - i for i, cpu in enumerate(cpus)}  # the last one is the quietest
+    monkeypatch.setattr(common, "loop_us", lambda: slow[next(iter(os.sched_getaffinity(0)))])
+    stop = Event()
+    thread = Thread(target=lambda: (threads.append(get_native_id()), stop.wait(10)))
+    thread.start()
+    with pytest.raises(KeyError, match="mine"), common.quiet_cpus(1) as move:
+        while not threads:
+            pass
+        assert move() == slow[cpus[-1]]
+        assert os.sched_getaffinity(0) == os.sched_getaffinity(threads[0]) == {cpus[-1]}
+        raise KeyError("mine")
+    assert os.sched_getaffinity(0) == os.sched_getaffinity(threads[0]) == set(cpus)
+    stop.set()
+    thread.join()
 
 
 def test_environment_names_the_machine_and_versions(common: ModuleType) -> None:

@@ -99,6 +99,13 @@ def test_settings_without_packages_of_their_own_pass_the_gate(script: Script, na
     assert row["gradients"] == "bitwise"
 
 
+def test_a_disturbed_timing_is_repeated(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, peers, shape = script("measure"), script("peers"), script("llama").SHAPES["tiny"]
+    loops = iter((1e12, 1e12, 0.0))
+    monkeypatch.setattr(measure, "loop_us", lambda: next(loops))
+    assert measure.measure(peers.SETTINGS["none"], shape, False)["attempts"] == 3
+
+
 def test_no_time_without_the_gradients(script: Script) -> None:
     """A lossy lane that claims to be exact stops the benchmark."""
     measure, peers, shape = script("measure"), script("peers"), script("llama").SHAPES["tiny"]

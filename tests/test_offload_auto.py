@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -798,6 +799,33 @@ def test_a_plan_that_has_settled_is_left_alone(monkeypatch):
         gradients(model, tokens, context)
     assert made[:3] == [True] * 3 and made[-8:] == [False] * 8
     assert 2 <= len(plans) <= 1 + auto_module.ROUNDS
+
+
+@pytest.mark.parametrize("faster", [0, 1, 2])
+def test_the_plan_that_was_fastest_stays(monkeypatch, faster):
+    """Each plan is predicted to be faster than the one before."""
+    plans, plan = [], auto_module.plan_step
+
+    def promising(step, *limits):
+        made = plan(step, *limits)
+        share = 0.5 ** len(plans)
+        plans.append(replace(made, forecast=replace(made.forecast, seconds=share * made.forecast.seconds)))
+        return plans[-1]
+
+    def seconds(trip):
+        number = [made.choices is trip.script.plan.choices for made in plans].index(True)
+        return 1.0 if number == faster else 2.0
+
+    monkeypatch.setattr(auto_module, "plan_step", promising)
+    monkeypatch.setattr(Trip, "seconds", seconds)
+    model, tokens = build()
+    context = automatic(gpu_budget=100_000, blocks=model.blocks)
+    for _ in range(2 + auto_module.TIMED * (1 + auto_module.ROUNDS)):
+        gradients(model, tokens, context)
+    assert len(plans) == 1 + auto_module.ROUNDS
+    assert context.plan.script.plan.choices is plans[faster].choices
+    gradients(model, tokens, context)
+    assert context.plan.measured == 1.0
 
 
 def test_steps_that_take_another_time_are_timed_again_more_and_more_seldom(monkeypatch):
