@@ -19,8 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CPUS = sorted(os.sched_getaffinity(0))  # that the process was given
-LOOP = 50_000  # rounds of `loop_us`
-DISTURBED = 1.1  # times the loop of the quietest CPUs
+LOOP = 10_000  # rounds of `loop_us`
 
 
 def environment() -> dict[str, str]:
@@ -58,9 +57,9 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def loop_us() -> float:
-    """Microseconds that a fixed loop of Python takes on the present CPU, least of three."""
+    """Microseconds that a fixed loop of Python takes on the present CPU, least of two."""
     least = float("inf")
-    for _ in range(3):
+    for _ in range(2):
         begin, total = perf_counter(), 0
         for i in range(LOOP):
             total += i

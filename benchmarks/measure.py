@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from common import DISTURBED, loop_us, quiet_cpus
+from common import loop_us, quiet_cpus
 from llama import Llama, Shape, batch, gradients, train_step
 from peers import Method, Setting, none
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 GIB = 1 << 30
 WARM, TIMED = 5, 20
 SLOW, SLOW_WARM, SLOW_TIMED = 1.0, 2, 5  # seconds; fewer steps of settings that take longer than that
-QUIET = 2  # CPUs that a setting has, chosen anew before it is timed
-ATTEMPTS = 3  # at timing it, until none of these was disturbed meanwhile
+QUIET = 2  # CPUs that a setting has
+DISTURBED = 1.15  # times the least that a loop of Python took: a step beside others on the CPU
+MOST = 2  # times as many steps as are wanted, at most, to find undisturbed ones
 LEAST_BUDGET = 256 << 20
 MARGIN = 32 << 20  # a peak that is closer to the one that was asked for is close enough
 BUDGETS = 7  # tried, two steps each
@@ -37,10 +38,9 @@ def device() -> torch.device:
 
 
 def measure(setting: Setting, shape: Shape, head: bool, keep: Path | None = None) -> dict[str, Any]:
-    """The row of a setting. `keep`: see `trace`. Raises RuntimeError when its gradients fail the gate.
+    """The row of a setting, timed by `quiet_timings`. `keep`: see `trace`.
 
-    Its process has the QUIET CPUs; `loop_us` is what a loop of Python took there before the timed steps,
-    `slowed` how many times that after them. They are repeated where it is DISTURBED.
+    Raises RuntimeError when its gradients fail the gate.
     """
     with quiet_cpus(QUIET) as move:
         return _measured(setting, shape, head, keep, move)
@@ -57,36 +57,29 @@ def _measured(
     method, budget = fitted(setting, model, tokens)
     for _ in range(setting.settle):
         stepper(model, method, tokens)()
-    found = _gate_gradients(model, method, tokens)
-    agreement = compare(reference, found)
+    gradients_found = _gate_gradients(model, method, tokens)
+    agreement = compare(reference, gradients_found)
     if setting.exact and agreement["gradients"] != "bitwise":
         raise RuntimeError(f"gradients differ from those without offload: {agreement}")
-    del reference, found
+    del reference, gradients_found
     release(model)
     step = stepper(model, method, tokens)
     seconds = [_seconds(step) for _ in range(2)][-1]
     warm, timed = (WARM, TIMED) if seconds < SLOW else (SLOW_WARM, SLOW_TIMED)
     for _ in range(warm - 2):
         step()
-    attempts, slowed = 0, DISTURBED
-    while slowed >= DISTURBED and attempts < ATTEMPTS:
-        attempts += 1
-        loop = move_to_quiet_cpus()
-        step()
-        before = method.report() if method.report else None
-        base = _reset_peak(model)
-        times = timings(step, timed)
-        peak, reserved = _peak() - base, _reserved()
-        after = method.report() if method.report else None
-        slowed = loop_us() / loop
+    before = method.report() if method.report else None
+    base = _reset_peak(model)
+    found = quiet_timings(step, timed, move_to_quiet_cpus)
+    peak, reserved = _peak() - base, _reserved()
+    after = method.report() if method.report else None
     host = host_used() - host_before
-    q1, middle, q3 = quantiles(times, n=4)
+    q1, middle, q3 = quantiles(found.ms, n=4)
     return {
         **agreement,
-        "steps": timed,
-        "attempts": attempts,
-        "loop_us": round(loop, 1),
-        "slowed": round(slowed, 2),
+        "steps": len(found.ms),
+        "left_out": found.left_out,
+        "slowed": round(found.slowed, 2),
         "ms": round(middle, 2),
         "ms_q1": round(q1, 2),
         "ms_q3": round(q3, 2),
@@ -94,7 +87,7 @@ def _measured(
         "reserved_gib": round(reserved / GIB, 3),
         "gpu_budget_gib": "" if budget is None else round(budget / GIB, 3),
         **copied(trace(step, keep)),
-        "waited_ms": _waited(before, after, timed),
+        "waited_ms": _waited(before, after, found.run),
         "host_gib": round(host / GIB, 2),
         "package": method.version,
     }
@@ -179,23 +172,78 @@ def compare(reference: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str,
 
 def timings(step: Step, count: int) -> list[float]:
     """Milliseconds of each of `count` steps, back to back: between events, without waiting in between."""
-    if device().type == "cpu":
-        return [1e3 * _seconds(step) for _ in range(count)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    torch.cuda.synchronize()
-    events[0].record()
-    for event in events[1:]:
+    marks = [_now()]
+    for _ in range(count):
         step()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+        marks.append(_now())
+    _synchronize()
+    return [_ms(a, b) for a, b in zip(marks, marks[1:], strict=False)]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Steps that were timed.
+
+    Attributes:
+        ms: of those that count. slowed: worst of these, by the loop of Python. left_out: others. run: all.
+    """
+
+    ms: list[float]
+    slowed: float
+    left_out: int
+    run: int
+
+
+def quiet_timings(step: Step, count: int, move_to_quiet_cpus: Callable[[], float]) -> Timings:
+    """`count` steps in which the host was not disturbed, or the least disturbed of MOST times as many.
+
+    A loop of Python runs before and after every step, while the device is still busy with it; how much longer
+    it takes than it ever did tells how disturbed that is. After a disturbed step other CPUs are chosen.
+    """
+    found: list[tuple[float, float]] = []  # (loop, ms)
+    least, missing, run = float("inf"), count, 0
+    while missing > 0 and len(found) < MOST * count:
+        least = min(least, move_to_quiet_cpus())
+        step()
+        loops, marks = [loop_us()], []
+        while len(marks) < missing and (not marks or loops[-1] < DISTURBED * least):
+            begin = _now()
+            step()
+            marks.append((begin, _now()))
+            loops.append(loop_us())
+        _synchronize()
+        found += [
+            (max(before, after), _ms(*mark))
+            for before, after, mark in zip(loops, loops[1:], marks, strict=False)
+        ]
+        least, run = min(least, *loops), run + 1 + len(marks)
+        missing = count - sum(loop < DISTURBED * least for loop, _ in found)
+    chosen = sorted(found)[:count]
+    return Timings([ms for _, ms in chosen], chosen[-1][0] / least, len(found) - len(chosen), run)
+
+
+def _now() -> Any:
+    """A point of the current stream, or a time."""
+    if device().type == "cpu":
+        return perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _ms(begin: Any, end: Any) -> float:
+    return 1e3 * (end - begin) if device().type == "cpu" else float(begin.elapsed_time(end))
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _seconds(step: Step) -> float:
     start = perf_counter()
     step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    _synchronize()
     return perf_counter() - start
 
 

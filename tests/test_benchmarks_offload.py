@@ -99,11 +99,35 @@ def test_settings_without_packages_of_their_own_pass_the_gate(script: Script, na
     assert row["gradients"] == "bitwise"
 
 
-def test_a_disturbed_timing_is_repeated(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure, peers, shape = script("measure"), script("peers"), script("llama").SHAPES["tiny"]
-    loops = iter((1e12, 1e12, 0.0))
-    monkeypatch.setattr(measure, "loop_us", lambda: next(loops))
-    assert measure.measure(peers.SETTINGS["none"], shape, False)["attempts"] == 3
+@pytest.mark.parametrize(
+    ("loops", "numbers", "left_out", "slowed"),
+    [  # after every move a step is not timed
+        ("m10 10 10 11 10", [2, 3, 4], 0, 1.1),
+        ("m10 10 10 20 m10 10 10 10", [2, 5, 6], 1, 1.0),  # the second is disturbed
+        ("m20 20 20 10 10 m10 10 10 10", [4, 6, 7], 2, 1.0),  # what was the quietest at first was not quiet
+        ("m10 20 20 m20 20 20 m20 20 20 m20 20 20 m20 20 20 m20 20 20", [2, 4, 6], 3, 2.0),  # it ends
+    ],
+)
+def test_disturbed_steps_are_left_out(
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+    loops: str,
+    numbers: list[int],
+    left_out: int,
+    slowed: float,
+) -> None:
+    """`loops`: what they take, m for those of a move. The time of a step is its number."""
+    measure, coming, count = script("measure"), loops.split(), iter(range(1, 100))
+    steps: list[int] = []
+    monkeypatch.setattr(measure, "loop_us", lambda: float(coming.pop(0)))
+    monkeypatch.setattr(measure, "_now", lambda: len(steps))
+    monkeypatch.setattr(measure, "_ms", lambda begin, end: float(end))
+    found = measure.quiet_timings(
+        lambda: steps.append(next(count)), 3, lambda: float(coming.pop(0).removeprefix("m"))
+    )
+    assert not coming
+    assert (found.ms, found.left_out, found.slowed) == (numbers, left_out, slowed)
+    assert found.run == len(steps)
 
 
 def test_no_time_without_the_gradients(script: Script) -> None:
