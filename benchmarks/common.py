@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CPUS = sorted(os.sched_getaffinity(0))  # that the process was given
-LOOP = 10_000  # rounds of `loop_us`
+LOOP = 20_000  # rounds of `loop_us`
 
 
 def environment() -> dict[str, str]:
@@ -57,9 +57,9 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def loop_us() -> float:
-    """Microseconds that a fixed loop of Python takes on the present CPU, least of two."""
+    """Microseconds that a fixed loop of Python takes on the present CPU, least of three."""
     least = float("inf")
-    for _ in range(2):
+    for _ in range(3):
         begin, total = perf_counter(), 0
         for i in range(LOOP):
             total += i

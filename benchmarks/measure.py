@@ -198,15 +198,16 @@ def quiet_timings(step: Step, count: int, move_to_quiet_cpus: Callable[[], float
     """`count` steps in which the host was not disturbed, or the least disturbed of MOST times as many.
 
     A loop of Python runs before and after every step, while the device is still busy with it; how much longer
-    it takes than it ever did tells how disturbed that is. After a disturbed step other CPUs are chosen.
+    it takes than the least between two steps tells how disturbed these are. After a disturbed step other CPUs
+    are chosen.
     """
     found: list[tuple[float, float]] = []  # (loop, ms)
     least, missing, run = float("inf"), count, 0
     while missing > 0 and len(found) < MOST * count:
-        least = min(least, move_to_quiet_cpus())
+        move_to_quiet_cpus()
         step()
         loops, marks = [loop_us()], []
-        while len(marks) < missing and (not marks or loops[-1] < DISTURBED * least):
+        while len(marks) < missing and (not marks or loops[-1] < DISTURBED * min(least, *loops)):
             begin = _now()
             step()
             marks.append((begin, _now()))

@@ -4,7 +4,8 @@ Note: [Bundles]
 Sending a packet off costs the host more than coding it. Packets that follow each other on one stream are
 gathered, each in the memory that it was encoded to, until the bundle is full. To the wire a bundle is a
 packet of unknown size: it leaves when it is full, or when its size is asked for because its memory is needed
-or one of its packets is used. It lives as long as one of its packets does.
+or one of its packets is used. It lives as long as one of its packets does. The first bundles of a pass are
+small, so that the wire does not stand still until a large one is full.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from sidelane.pipeline.streams import current_stream
 
 SHARE = 16  # part of the device budget that a bundle is
 MOST = 128 << 20  # bytes of a bundle
-LEAST = 2  # packets that a bundle has room for
+LEAST = 2  # packets that a large bundle has room for
+FIRST = 8  # part of a large bundle that the first one is; each has twice the room of the one before
 _NONE: dict[str, Tensor] = {}
 _WHOLE = Packet("raw", torch.uint8, (0,), (1,))
 
@@ -107,12 +109,19 @@ class Carrier(Protocol):
         ...
 
 
+def large(limit: int | None) -> int:
+    """Bytes of a large bundle under a device budget of `limit`."""
+    return 0 if limit is None else min(MOST, limit // SHARE)
+
+
 class Bundles:
     """Sends packets in bundles where a device budget of `limit` bytes has room for several."""
 
     def __init__(self, carrier: Carrier, limit: int | None) -> None:
         self._carrier = carrier
-        self._nbytes = 0 if limit is None else min(MOST, limit // SHARE)
+        self._nbytes = large(limit)
+        self._room = 0  # of the last bundle
+        self._last: ref[Home] | None = None
         self._open: tuple[ref[Bundle], ref[Home]] | None = None  # its memory is not ours
         self._lock = RLock()
 
@@ -143,10 +152,13 @@ class Bundles:
                 if number is not None:
                     return Part(its_home, number, packet, sections)
             self.close()
-        bundle = Bundle(owner, self._nbytes)
+        begins = self._last is None or self._last() is None  # nothing of the pass before is left
+        room = self._nbytes // FIRST if begins else min(2 * self._room, self._nbytes)
+        bundle = Bundle(owner, max(room, sections.buffer.numel() + ALIGNMENT))
         home = self._carrier.send_late(bundle)
         number = None if home is None else bundle.add(sections.buffer)
         if home is None or number is None:  # closed already: another thread needed its room
             return None
-        self._open = ref(bundle), ref(home)
+        self._room, self._last = room, ref(home)
+        self._open = ref(bundle), self._last
         return Part(home, number, packet, sections)

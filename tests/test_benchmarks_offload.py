@@ -105,7 +105,7 @@ def test_settings_without_packages_of_their_own_pass_the_gate(script: Script, na
         ("m10 10 10 11 10", [2, 3, 4], 0, 1.1),
         ("m10 10 10 20 m10 10 10 10", [2, 5, 6], 1, 1.0),  # the second is disturbed
         ("m20 20 20 10 10 m10 10 10 10", [4, 6, 7], 2, 1.0),  # what was the quietest at first was not quiet
-        ("m10 20 20 m20 20 20 m20 20 20 m20 20 20 m20 20 20 m20 20 20", [2, 4, 6], 3, 2.0),  # it ends
+        ("m10 10 20 m20 20 20 m20 20 20 m20 20 20 m20 20 20 m20 20 20", [2, 4, 6], 3, 2.0),  # it ends
     ],
 )
 def test_disturbed_steps_are_left_out(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from faults import Countdown
+from sidelane.pipeline import bundle as bundle_module
 from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.bundle import LEAST, SHARE, Bundle, Bundles, Part
 from sidelane.pipeline.lanes import decode_packet, open_lane
@@ -17,10 +18,16 @@ from sidelane.pipeline.streams import HOST
 from sidelane.pipeline.tiers import Pinned
 from sidelane.pipeline.wire import Transit, Wire
 
+FIRST = bundle_module.FIRST
 LANE = open_lane("packed", bits=4)
 NUMEL = 4096
 NBYTES = LANE.encode(torch.zeros(NUMEL)).sections.buffer.numel()
 FOUR = 4 * NBYTES * SHARE  # a device budget of which a bundle takes four packets
+
+
+@pytest.fixture(autouse=True)
+def _large_from_the_first_on(monkeypatch):
+    monkeypatch.setattr(bundle_module, "FIRST", 1)
 
 
 def tensors(count):
@@ -73,6 +80,22 @@ def test_packets_that_follow_each_other_share_a_home(carrier):
     parts = [through.send(LANE.encode(x)) for x in tensors(9)]
     transits = [transit_of(part) for part in parts]
     assert [transits.index(t) for t in transits] == [0, 0, 0, 0, 4, 4, 4, 4, 8]
+
+
+@pytest.mark.parametrize("carrier", [bundles, moves])
+def test_the_first_bundles_of_a_pass_are_small(monkeypatch, carrier):
+    monkeypatch.setattr(bundle_module, "FIRST", FIRST)
+    through, _, device, _ = carrier()
+    for _ in range(2):
+        parts = [through.send(LANE.encode(x)) for x in tensors(13)]
+        transits = [transit_of(part) for part in parts]
+        assert [transits.index(t) for t in transits] == [0, 1, 2, 2, 4, 4, 4, 4, 8, 8, 8, 8, 12]
+        assert all(
+            torch.equal(opened(part), LANE.decode(LANE.encode(x)))
+            for part, x in zip(parts, tensors(13), strict=True)
+        )
+        parts, transits = [], []
+        assert device.held == 0
 
 
 @pytest.mark.parametrize("carrier", [bundles, moves])
