@@ -36,9 +36,9 @@ def longest(setting: Setting, shape: Shape, head: bool) -> dict[str, Any]:
     tokens fit."""
     torch.cuda.set_per_process_memory_fraction(SHARE)
     total = int(SHARE * torch.cuda.get_device_properties(0).total_memory)
-    model = Llama(shape, device(), head)
+    model, idle = Llama(shape, device(), head), host_used()
     trials, limit = search(
-        lambda tokens: _attempt(setting, model, shape.with_tokens(tokens)), total, HOST_LIMIT
+        lambda tokens: _attempt(setting, model, shape.with_tokens(tokens), idle), total, HOST_LIMIT
     )
     best = max((trial for trial in trials if trial.fits), key=lambda trial: trial.tokens)
     return {

@@ -6,9 +6,10 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from math import inf
+from math import ceil, inf
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -241,6 +242,30 @@ def test_the_longest_sequence(script: Script, device: int, host: int, expected: 
     assert len(trials) <= len(longest.PROBES) + longest.TRIALS
     assert all(trial.host <= 100 * GIB for trial in trials)
     assert longest.crossing((1, 5), (2, 5), 7) == inf
+
+
+def test_the_row_of_the_longest_sequence(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step allocates 1 MiB a token of 100; from 90 on there is no memory."""
+    longest, llama, peers = script("longest"), script("llama"), script("peers")
+    tried: list[int] = []
+
+    def batch(shape: Any, place: torch.device) -> torch.Tensor:
+        tried.append(shape.tokens)
+        if shape.tokens > 90:
+            raise torch.OutOfMemoryError("of the test")
+        return llama.batch(shape, place)
+
+    memory = SimpleNamespace(total_memory=ceil((100 << 20) / longest.SHARE))
+    for name, value in {"PROBES": (32, 64), "GRAIN": 16, "batch": batch, "host_used": lambda: 5}.items():
+        monkeypatch.setattr(longest, name, value)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: memory)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: tried[-1] << 20)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    row = longest.longest(peers.SETTINGS["none"], llama.SHAPES["tiny"], True)
+    assert (row["tokens"], row["limit"], row["trials"]) == (80, "gpu", "32 64 96! 80")
+    assert row["ms"] > 0 and row["peak_gib"] == round(80 / 1024, 2) and row["host_gib"] == 0
 
 
 def test_the_longest_sequence_needs_a_short_one(script: Script) -> None:
