@@ -1,7 +1,7 @@
 """Step time over peak memory of `offload(lane="auto")` at many budgets, beside fixed policies and peers.
 
     python benchmarks/pareto.py [--shape 1b|8b|tiny] [--shares 0.2,...] [--lossy 4] [--settings NAMES]
-    python benchmarks/pareto.py --draw
+    python benchmarks/pareto.py --draw COMMITS
 
 A share is of the peak without offload: the budget is what is left of it beside all that is not saved for
 backward. Every row has passed the gate of `measure`: gradients of a planned step equal those
@@ -127,12 +127,14 @@ def curve(
 
 def draw(path: Path, rows: Sequence[Row], title: str) -> None:
     """Step time over peak memory: a line for every curve, a point for every fixed setting."""
+    from matplotlib import colormaps
+
     with figure(path, columns=2) as (axes, legend):
         for i, name in enumerate(dict.fromkeys(row["setting"] for row in rows)):
             mine = sorted((row["peak_gib"], row["ms"]) for row in rows if row["setting"] == name)
             style = "-*" if name.startswith("auto") else "o" if name.startswith("sidelane") else "s"
             label = name if len(mine) > 1 else f"{name}: {mine[0][1]:.0f} ms, {mine[0][0]:.1f} GiB"
-            axes.plot(*zip(*mine, strict=True), style, color=f"C{i % 10}", label=label, markersize=8)
+            axes.plot(*zip(*mine, strict=True), style, color=colormaps["tab20"](i), label=label, markersize=8)
         axes.set(xlabel="peak of a step, GiB", ylabel="ms per step, median", title=title)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -143,13 +145,23 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> None:
         legend.legend(*axes.get_legend_handles_labels(), loc="center left", frameon=False)
 
 
-def newest(folder: Path, shape: str) -> list[Row]:
-    """Rows of the last commit in pareto.csv, and the settings that only offload.csv has of it."""
-    rows = _read(folder / "pareto.csv", shape)
-    rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]
-    known = {row["setting"] for row in rows}
-    others = _read(folder / "offload.csv", shape)
-    return rows + [r for r in others if r["commit"] == rows[-1]["commit"] and r["setting"] not in known]
+def rows_of(folder: Path, shape: str, commits: Sequence[str]) -> list[Row]:
+    """Rows of these commits in pareto.csv and offload.csv, of each setting those of the first that has it.
+
+    Raises ValueError for a commit without rows.
+    """
+    found: list[Row] = []
+    for commit in commits:
+        for name in ("pareto.csv", "offload.csv"):
+            known = {row["setting"] for row in found}
+            found += [
+                row
+                for row in _read(folder / name, shape)
+                if row["commit"] == commit and row["setting"] not in known
+            ]
+        if not any(row["commit"] == commit for row in found):
+            raise ValueError(f"commit {commit}: neither pareto.csv nor offload.csv has a new row of it")
+    return found
 
 
 def _read(path: Path, shape: str) -> list[Row]:
@@ -168,11 +180,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=measuring.TIMED, help="timed, of each row")
     parser.add_argument("--traces", type=Path, help="folder for a Chrome trace of a step of each setting")
     parser.add_argument("--deadline", type=float, default=1200, help="seconds after which no peer starts")
-    parser.add_argument("--draw", action="store_true", help="draw the rows that there are, measure nothing")
+    parser.add_argument(
+        "--draw",
+        metavar="COMMITS",
+        help="draw the rows of these, by commas, the first counts; measure nothing",
+    )
     options = parser.parse_args(arguments)
     if options.draw:
-        title = f"Llama {options.shape}"
-        draw(options.out / f"pareto_{options.shape}.png", newest(options.out, options.shape), title)
+        title = f"Llama {options.shape}, rows of {options.draw.replace(',', ', ')}"
+        try:
+            rows = rows_of(options.out, options.shape, options.draw.split(","))
+        except ValueError as error:
+            parser.error(f"--draw: {error}")
+        draw(options.out / f"pareto_{options.shape}.png", rows, title)
         return
     names = [name.strip() for name in options.settings.split(",") if name.strip()]
     for name in names:
@@ -184,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shares = [float(share) for share in options.shares.split(",") if share]
     ours = [name for name in names if name.startswith("sidelane")]
     others = [Job(name, options.shape, head=True, longest=False) for name in names if name not in ours]
-    rows: list[Row] = []
+    rows = []
 
     def keep(row: Row) -> None:
         rows.append(row)

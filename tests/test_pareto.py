@@ -43,3 +43,28 @@ def test_rows_of_a_curve(pareto, tmp_path):
     assert rows["auto", "0.4"]["bound_by"].startswith("gpu_budget")
     assert float(rows["auto", "0.4"]["predicted_ms"]) > 0
     assert (tmp_path / "pareto_tiny.png").stat().st_size > 0
+
+
+def test_rows_of_commits_are_drawn(pareto, tmp_path, capsys):
+    header = "shape,setting,commit,ms,peak_gib"
+    rows = {
+        "pareto.csv": [
+            "1b,none,aa,5,30",
+            "1b,auto,aa,6,20",
+            "1b,auto,aa,7,10",
+            "1b,auto,bb,1,1",
+            "8b,trl,aa,1,1",
+        ],
+        "offload.csv": ["1b,none,bb,4,30", "1b,trl,bb,9,10", "1b,trl,cc,8,10"],
+    }
+    for name, lines in rows.items():
+        (tmp_path / name).write_text("\n".join([header, *lines]))
+    found = pareto.rows_of(tmp_path, "1b", ["aa", "bb"])
+    assert [(row["setting"], row["ms"]) for row in found] == [
+        ("none", 5.0), ("auto", 6.0), ("auto", 7.0), ("trl", 9.0)
+    ]  # fmt: skip
+    pareto.main(["--draw", "aa,bb", "--out", str(tmp_path)])
+    assert (tmp_path / "pareto_1b.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        pareto.main(["--draw", "aa,dd", "--out", str(tmp_path)])
+    assert "commit dd: neither pareto.csv nor offload.csv" in capsys.readouterr().err
