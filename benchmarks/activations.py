@@ -60,9 +60,9 @@ class Method:
 def methods(bases: Mapping[float, Basis], everything: Basis) -> list[Method]:
     """The lanes to compare. `bases` by bits per element; `everything` keeps all components."""
     found = [Method("exact", "", open_lane("exact"), identical)]
-    for bits in GROUP_BITS:
-        lane = open_lane("packed", bits=bits, group=GROUP)
-        found.append(Method("groups", f"{bits} bit", lane, within_half_a_step(bits)))
+    for width in GROUP_BITS:
+        lane = open_lane("packed", bits=width, group=GROUP)
+        found.append(Method("groups", f"{width} bit", lane, within_half_a_step(width)))
     for bits, basis in bases.items():
         lane = open_lane("packed", basis=basis)
         found.append(Method("pca allocated", f"{bits:g} bit", lane, same_codes(basis), basis))

@@ -67,6 +67,10 @@ def loop_us() -> float:
     return 1e6 * least
 
 
+def timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def quiet_cpus(count: int) -> Iterator[Callable[[], float]]:
     """Inside, what moves this process with all of its threads to those `count` of its CPUs on which `loop_us`

@@ -122,7 +122,7 @@ def make(folder: Path) -> None:
     basis = calibrate([rows(calibration, ROWS // 2)], bits=3.0)
     basis.save(folder / "basis.safetensors")
     lane = open_lane("video-cpu", basis=basis, max_side=512)
-    coded, other = rows(text, ROWS + ACTIVATIONS).split([ROWS, ACTIVATIONS])
+    coded, other = torch.split(rows(text, ROWS + ACTIVATIONS), [ROWS, ACTIVATIONS])
     (folder / "activations.lane").write_bytes(open_lane("exact").encode(other).to_bytes())
     packet = lane.encode(coded)
     (folder / "video.lane").write_bytes(packet.to_bytes())

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, append_rows, environment, figure
+from common import RESULTS, append_rows, environment, figure, timing_event
 from kernels_surface import microseconds
 from torch import Tensor
 
@@ -150,9 +150,9 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     in_graph = microseconds(lambda: target.copy_(source))[1]
     by_kernel = microseconds(lambda: torch.neg(source, out=target))[1]
-    called = []
+    called: list[float] = []
     for _ in range(20):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (timing_event() for _ in range(2))
         begin.record()
         target.copy_(source)
         end.record()
@@ -327,7 +327,7 @@ def read_activations() -> dict[str, Tensor]:
 
 def save_activations(path: Path, each: int) -> None:
     """`each` elements of every kind, spread evenly in runs of a block."""
-    kept = {}
+    kept: dict[str, Any] = {}
     for name, x in activations(None).items():
         blocks = x[: x.numel() // EXACT_BLOCK * EXACT_BLOCK].view(-1, EXACT_BLOCK)
         chosen = blocks[:: max(1, cdiv(blocks.shape[0] * EXACT_BLOCK, each))].reshape(-1)

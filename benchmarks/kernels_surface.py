@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import torch
-from common import RESULTS, append_rows, environment, figure
+from common import RESULTS, append_rows, environment, figure, timing_event
 from torch import Tensor
 
 from sidelane.kernels.reference import project_quantize_ref, unpack_surface_ref
@@ -210,7 +211,7 @@ def read_codes(surface: Tensor, layout: SurfaceLayout) -> Tensor:
 
 def microseconds(run: Callable[[], Any]) -> tuple[float, float, float]:
     """First quartile, median and third quartile of RUNS replays of `run` as a CUDA graph."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
@@ -219,7 +220,7 @@ def microseconds(run: Callable[[], Any]) -> tuple[float, float, float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(RUNS + 1)]
+    events = [timing_event() for _ in range(RUNS + 1)]
     for _ in range(3):
         graph.replay()
     for event in events:
@@ -247,7 +248,7 @@ class Limits:
         gemm = {}
         for dtype in (BF16, FP32):
             a = torch.randn(8192, 8192, device="cuda").to(dtype)
-            gemm[dtype] = 2 * 8192**3 / microseconds(lambda a=a: a @ a)[1]
+            gemm[dtype] = 2 * 8192**3 / microseconds(partial(torch.matmul, a, a))[1]
         return cls(copy, gemm)
 
     def least(self, case: Case, layout: SurfaceLayout) -> float:

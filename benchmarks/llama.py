@@ -61,7 +61,7 @@ class Llama(nn.Module):
             intermediate_size=shape.feed,
             vocab_size=shape.vocab,
             max_position_embeddings=max(shape.tokens, 8192),
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # type: ignore[call-arg]
             use_cache=False,
         )
         default = torch.get_default_dtype()
@@ -75,7 +75,7 @@ class Llama(nn.Module):
             torch.set_default_dtype(default)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.backbone(input_ids=tokens[:, :-1]).last_hidden_state
+        hidden: Tensor = self.backbone(input_ids=tokens[:, :-1]).last_hidden_state
         if self.head is None:
             return hidden.float().mean()
         targets = tokens[:, 1:].flatten()
@@ -83,7 +83,8 @@ class Llama(nn.Module):
         # what the head saves.
         with saved_tensors_hooks(_same, _same):
             total = torch.zeros((), device=hidden.device)
-            for h, t in zip(hidden.flatten(0, 1).split(CHUNK), targets.split(CHUNK), strict=True):
+            chunks = torch.split(hidden.flatten(0, 1), CHUNK), torch.split(targets, CHUNK)
+            for h, t in zip(*chunks, strict=True):
                 total = total + checkpoint(_chunk_loss, h, self.head.weight, t, use_reentrant=False)
         return total / targets.numel()
 
@@ -114,8 +115,8 @@ def train_step(
     with around_step():
         with ExitStack() as stack:
             stack.enter_context(around_forward())
-            loss = model(tokens)
-        loss.backward()
+            loss: Tensor = model(tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 

@@ -61,8 +61,9 @@ def search(attempt: Callable[[int], Trial], device_limit: int, host_limit: int) 
     trials = [attempt(tokens) for tokens in PROBES]
     if not all(trial.fits for trial in trials):
         raise RuntimeError(f"{PROBES} tokens do not fit")
-    host_end = crossing(*((t.tokens, t.host) for t in trials), host_limit)
-    guess = crossing(*((t.tokens, t.peak) for t in trials), device_limit) * 0.98
+    a, b = trials
+    host_end = crossing((a.tokens, a.host), (b.tokens, b.host), host_limit)
+    guess = crossing((a.tokens, a.peak), (b.tokens, b.peak), device_limit) * 0.98
     good, bad = max(PROBES), float("inf")
     while len(trials) < len(PROBES) + TRIALS:
         tokens = int(min(guess, host_end, MOST)) // GRAIN * GRAIN

@@ -15,10 +15,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from common import loop_us, quiet_cpus
+from common import loop_us, quiet_cpus, timing_event
 from llama import Llama, Shape, batch, gradients, train_step
 from peers import Method, Setting, none
 from torch import Tensor, nn
+
+from sidelane.pipeline.report import Report
 
 GIB = 1 << 30
 WARM, TIMED = 5, 20
@@ -143,14 +145,15 @@ def _gate_gradients(model: nn.Module, method: Method, tokens: Tensor) -> dict[st
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pinned memory too, on one thread
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    # Pinned memory would be filled too, on one thread.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def compare(reference: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Any]:
@@ -206,7 +209,8 @@ def quiet_timings(step: Step, count: int, move_to_quiet_cpus: Callable[[], float
     while missing > 0 and len(found) < MOST * count:
         move_to_quiet_cpus()
         step()
-        loops, marks = [loop_us()], []
+        loops = [loop_us()]
+        marks: list[tuple[Any, Any]] = []
         while len(marks) < missing and (not marks or loops[-1] < DISTURBED * min(least, *loops)):
             begin = _now()
             step()
@@ -227,7 +231,7 @@ def _now() -> Any:
     """A point of the current stream, or a time."""
     if device().type == "cpu":
         return perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
+    event = timing_event()
     event.record()
     return event
 
@@ -332,7 +336,7 @@ def bandwidth() -> dict[str, Any]:
     host = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
     there = torch.empty_like(host, device="cuda")
 
-    def best(copy: Callable[[], object]) -> float:
+    def best(copy: Step) -> float:
         return round(max(host.nbytes / ms / 1e6 for ms in timings(copy, 5)), 2)
 
     return {
@@ -348,9 +352,9 @@ def host_used() -> int:
     return (kib["MemTotal"] - kib["MemAvailable"]) << 10
 
 
-def _waited(before: Any, after: Any, steps: int) -> float | str:
+def _waited(before: Report | None, after: Report | None, steps: int) -> float | str:
     """Milliseconds per step that compute stood still for copies, as sidelane counts them."""
-    if before is None:
+    if before is None or after is None:
         return ""
     return round(1e3 * (after.seconds_waited - before.seconds_waited) / steps, 2)
 

@@ -40,6 +40,7 @@ import torch
 from common import environment
 from nvdec_inputs import DISTINCT, WORKLOADS, Inputs, Workload, prepare, sha256
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from sidelane.codec.nvdec import NvDecoder, NvDecoderPool
 from sidelane.codec.video_file import Frame, open_video
@@ -212,7 +213,7 @@ def readers(path: Path) -> dict[str, Callable[[], Reader]]:
 
         def read() -> Iterator[Tensor]:
             for packet in nvc.CreateDemuxer(filename=str(path)):
-                yield from map(torch.from_dlpack, kept.Decode(packet))
+                yield from map(from_dlpack, kept.Decode(packet))
 
         return read
 
@@ -225,7 +226,7 @@ def readers(path: Path) -> dict[str, Callable[[], Reader]]:
             else:
                 kept.append(nvc.ThreadedDecoder(str(path), 32, gpu_id=0, use_device_memory=True))
             while frames := kept[0].get_batch_frames(16):
-                yield from map(torch.from_dlpack, frames)
+                yield from map(from_dlpack, frames)
 
         return read
 

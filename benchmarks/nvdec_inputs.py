@@ -113,7 +113,7 @@ def as_mp4(stream: bytes) -> bytes:
 
 
 def sha256(samples: Tensor) -> str:
-    return hashlib.sha256(samples.contiguous().cpu().numpy()).hexdigest()
+    return hashlib.sha256(samples.contiguous().cpu().numpy().data).hexdigest()
 
 
 def _repeated(coded: bytes, workload: Workload) -> bytes:
@@ -123,5 +123,5 @@ def _repeated(coded: bytes, workload: Workload) -> bytes:
 def _member(tar: tarfile.TarFile, name: str) -> bytes:
     file = tar.extractfile(name)
     if file is None:
-        raise RuntimeError(f"{tar.name} has no {name}: prepare it anew")
+        raise RuntimeError(f"{tar.name} has no {name}: prepare it anew")  # type: ignore[str-bytes-safe]
     return file.read()

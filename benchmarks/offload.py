@@ -177,7 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # of the workers
     start, console, machine = monotonic(), Console(width=200), environment()
     speed = bandwidth()
-    shape, rows = SHAPES[options.shape], []
+    shape = SHAPES[options.shape]
+    rows: list[Row] = []
     jobs = [
         Job(
             name,

@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from common import RESULTS, append_rows, environment, figure
+from common import RESULTS, append_rows, environment, figure, timing_event
 from torch import Tensor
 
 from sidelane.codec.lane import Lane
@@ -39,7 +39,7 @@ LANES: dict[str, dict[str, Any]] = {
     "packed 8": {"bits": 8},
     "exact": {},
 }
-TRACED = {
+TRACED: dict[str, dict[str, Any]] = {
     "packed 4": {"workers": 1, "streams": 4, "depth": 12},
     "exact": {"workers": 1, "streams": 4, "depth": 12},
 }
@@ -114,7 +114,7 @@ class Products:
         self._multiply(count)
         end = _mark()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return float(begin.elapsed_time(end)) / 1e3
 
     def start(self, warm: bool) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         """Enqueue products that warm up, then `count` more; events before and after those."""
@@ -130,7 +130,9 @@ class Products:
 
 
 def _mark() -> torch.cuda.Event:
-    return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+    event = timing_event()
+    event.record()
+    return event
 
 
 @dataclass
@@ -166,7 +168,7 @@ class Transfer:
     def __init__(self, chain: Chain, tensors: list[Tensor], direction: str, wire: int) -> None:
         self.chain = chain
         self._tensors = tensors
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             tickets = [chain.send(x) for x in tensors]
             chain.flush()
@@ -203,7 +205,7 @@ def gate(lane: Lane, tensors: list[Tensor], products: Products) -> None:
     products.out.zero_()
     with Chain(lane) as chain:
         products.start(warm=False)
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
             received = list(chain.stream(tensors))
         torch.cuda.synchronize()
     expected = tensors if lane.exact else [lane.decode(lane.encode(x)) for x in tensors]
@@ -313,7 +315,7 @@ def timeline(out: Path, name: str, products: Products, rows: int) -> None:
             for _ in range(8):
                 with chain.span("product"):
                     products.start(warm=False)
-            with torch.cuda.stream(torch.cuda.Stream()):
+            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
                 for _ in chain.stream(xs):
                     pass
             trace = chain.trace()

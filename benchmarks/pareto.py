@@ -26,12 +26,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once; determ
 import measure as measuring
 import torch
 from common import RESULTS, append_rows, environment, figure
-from llama import SHAPES
+from llama import SHAPES, Llama
 from measure import GIB, bandwidth, measure
 from offload import Job, Row, results, table
 from peers import SETTINGS, Method, Setting
 from rich.console import Console
-from torch import nn
 
 import sidelane
 from sidelane.pipeline.arena import shared
@@ -56,7 +55,7 @@ _opened: list[sidelane.offload] = []
 _traces: Path | None = None  # folder for a Chrome trace of a step of each setting
 
 
-def auto(model: nn.Module, **options: Any) -> Method:
+def auto(model: Llama, **options: Any) -> Method:
     """sidelane.offload("auto") around forward, which may recompute the layers."""
     if not torch.cuda.is_available():
         options = {"min_bytes": 1024, **options}  # the shape for that is tiny

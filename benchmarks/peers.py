@@ -16,10 +16,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from llama import Llama
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
 import sidelane
+from sidelane.pipeline.report import Report
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Method:
     package: str
     around_forward: Callable[[], AbstractContextManager[Any]] = nullcontext
     around_step: Callable[[], AbstractContextManager[Any]] = nullcontext
-    report: Callable[[], Any] | None = None
+    report: Callable[[], Report] | None = None
 
     @property
     def version(self) -> str:
@@ -67,7 +69,7 @@ def none(model: nn.Module) -> Method:
     return Method("torch")
 
 
-def checkpointed(model: nn.Module) -> Method:
+def checkpointed(model: Llama) -> Method:
     """Non-reentrant torch checkpoint of every layer."""
     _enable_checkpointing(model)
     return Method("torch")
@@ -78,7 +80,7 @@ def cpu_saved(model: nn.Module) -> Method:
     return Method("torch", around_forward=lambda: save_on_cpu(pin_memory=pinned))
 
 
-def hugging_face(model: nn.Module) -> Method:
+def hugging_face(model: Llama) -> Method:
     """`gradient_checkpointing_enable(offload=True)`: layers are recomputed, their inputs kept on the host."""
     model.backbone.gradient_checkpointing_enable(offload=True)
     return Method("transformers")
@@ -99,7 +101,7 @@ def torchtune(model: nn.Module, stash: int = 5) -> Method:
     return Method("torchtune", around_forward=lambda: context)
 
 
-def deepspeed(model: nn.Module) -> Method:
+def deepspeed(model: Llama) -> Method:
     """Its context for Hugging Face checkpointing, around forward and backward as it demands."""
     from deepspeed.runtime.activation_checkpointing.offload_activations import CheckpointHiddenStatesOffload
 
@@ -108,7 +110,7 @@ def deepspeed(model: nn.Module) -> Method:
     return Method("deepspeed", around_step=lambda: context)
 
 
-def ours(model: nn.Module, lane: str, recompute: bool = False, **options: Any) -> Method:
+def ours(model: Llama, lane: str, recompute: bool = False, **options: Any) -> Method:
     """sidelane.offload around forward; `recompute`: with torch checkpoint of every layer inside."""
     if recompute:
         _enable_checkpointing(model)
@@ -173,5 +175,5 @@ def torchtune_module() -> ModuleType:
     return module
 
 
-def _enable_checkpointing(model: nn.Module) -> None:
+def _enable_checkpointing(model: Llama) -> None:
     model.backbone.gradient_checkpointing_enable()

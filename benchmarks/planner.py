@@ -149,7 +149,7 @@ def setting_of(arguments: Namespace) -> Setting:
     a, b, out = (torch.randn(LOAD_SIDE, LOAD_SIDE, device=device).bfloat16() for _ in range(3))
     torch.cuda.synchronize()
     load = Load(device, lambda: torch.mm(a, b, out=out), machine.product)
-    stream = torch.cuda.Stream(device, priority=-1)
+    stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
     return Setting(device, machine, 1, stream, {"idle": None, "busy": load})
 
 

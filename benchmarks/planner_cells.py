@@ -68,9 +68,8 @@ def cell(
 ) -> list[Row]:
     """Rows of all lanes for `x` over `path`."""
     stored = setting.apart(lambda: gate(path, x))
-    pick = {"machine": setting.machine, "load": load, "name": kind, "probes": probes}
-    pick["together"] = path.together
-    any_lane, exact = (choose(x, path.wires, exact=exact, **pick) for exact in (False, True))
+    pick = partial(choose, x, path.wires, setting.machine, load, name=kind, probes=probes)
+    any_lane, exact = (pick(exact=exact, together=path.together) for exact in (False, True))
     auto = AutoLane(path.wires, setting.machine, load, together=path.together, probes=probes)
     lanes: dict[str, str | AutoLane] = {name: name for name in LANES} | {"auto": auto}
     times: dict[str, list[float]] = {name: [] for name in lanes}
@@ -78,10 +77,9 @@ def cell(
     order = Random(0)
     for i in Rounds(seconds):
         for name in order.sample(list(lanes), len(lanes)):
-            setting.apart(
-                lambda n=name: round_trip(path, lanes[n], x)
-            )  # memory and code as this lane leaves them
-            taken = setting.timed(lambda n=name: round_trip(path, lanes[n], x), load, guess[name])
+            once = partial(round_trip, path, lanes[name], x)
+            setting.apart(once)  # memory and code as this lane leaves them
+            taken = setting.timed(once, load, guess[name])
             guess[name] = taken / 2  # it is of the time beside the load
             if i:
                 times[name].append(taken / path.together)
@@ -93,9 +91,9 @@ def cell(
 def chain_cell(setting: Setting, kind: str, x: Tensor, load: str, seconds: float) -> list[Row]:
     """Rows of all lanes for many of `x` out and then back through a chain, lanes in turns. Each round has new
     chains, as it depends on the CPUs that threads of a chain woke on how fast it is."""
-    pick = {"machine": setting.machine, "load": load, "name": kind, "together": DEPTH}
-    any_lane, exact = (choose(x, AUTO_WIRES, exact=exact, **pick) for exact in (False, True))
-    stored = {name: setting.apart(lambda n=name: lane_named(n).encode(x)).lane for name in LANES}
+    pick = partial(choose, x, AUTO_WIRES, setting.machine, load, name=kind, together=DEPTH)
+    any_lane, exact = (pick(exact=exact) for exact in (False, True))
+    stored = setting.apart(lambda: {name: lane_named(name).encode(x).lane for name in LANES})
     auto = AutoLane(AUTO_WIRES, setting.machine, load, together=DEPTH)
     lanes: dict[str, Lane] = {name: lane_named(name) for name in LANES} | {"auto": auto}
     times: dict[str, list[float]] = {name: [] for name in lanes}

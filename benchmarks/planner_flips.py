@@ -54,8 +54,10 @@ def flips(setting: Setting, path: Simulated, kind: str, x: Tensor) -> list[Row]:
         def predicted(learned: Residuals, samples: Probes, lane: str = lane) -> float:
             def seconds(rate: float, lane: str) -> float:
                 wires = rate, path.other, overheads[lane]
-                pick = {"exact": False, "name": kind, "residuals": learned, "probes": samples}
-                return choose(x, wires, setting.machine, **pick).candidates[lane].seconds
+                decision = choose(
+                    x, wires, setting.machine, exact=False, name=kind, residuals=learned, probes=samples
+                )
+                return decision.candidates[lane].seconds
 
             rate = crossover(partial(seconds, lane=lane), partial(seconds, lane="raw"), 1e7, 1e12, 30)
             return (rate or nan) / 1e9
@@ -107,7 +109,7 @@ def sweep(
         for rate in order.sample(list(rates), len(rates)):
             path.pace(rate)
             for lane in order.sample(list(lanes), len(lanes)):
-                setting.apart(lambda lane=lane: round_trip(path, lane, x))
+                setting.apart(partial(round_trip, path, lane, x))
                 encode, carry, decode = stages(setting, path, lane, x)
                 times[rate][lane].append(encode + carry + decode)
                 speed = speed_of(setting.machine, lane, x.dtype, "idle")

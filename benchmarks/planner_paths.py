@@ -154,7 +154,7 @@ class Simulated(Path):
         times: list[list[float]] = [[] for _ in packets]
         for _ in range(3 * CALIBRATE):
             for packet, found in zip(packets, times, strict=True):
-                found.append(self.setting.timed(lambda p=packet: self.carry([p])))
+                found.append(self.setting.timed(partial(self.carry, [packet])))
         other = self.setting.machine.wires[self.other]
         wires = [packet.nbytes / self.rate + other(packet.nbytes) for packet in packets]
         return [max(median(found) - wire, 1e-9) for found, wire in zip(times, wires, strict=True)]
@@ -165,8 +165,8 @@ class Simulated(Path):
         sizes = sorted({max(nbytes // part, 4096) for part in (16, 4, 2, 1)})
         times = []
         for size in sizes:
-            packet = self.setting.apart(lambda size=size: _zeros(self.setting, size))
-            found = sorted(self.setting.timed(lambda p=packet: self.carry([p])) for _ in range(CALIBRATE))
+            packet = self.setting.apart(partial(_zeros, self.setting, size))
+            found = sorted(self.setting.timed(partial(self.carry, [packet])) for _ in range(CALIBRATE))
             times.append(found[CALIBRATE // 2])
         self.wires = (Curve.fit(sizes, times),)
 

@@ -36,7 +36,8 @@ def flip_of(rates: Sequence[float], gaps: Sequence[float], near: float) -> float
     """The rate at which log(lane / raw) is 0, from a line through the gaps at rates within a factor of two of
     `near`, over log rates; NaN where it is not between these, or a faster wire does not favour raw."""
     points = [(log(rate), gap) for rate, gap in zip(rates, gaps, strict=True) if 0.5 <= rate / near <= 2]
-    slope, offset = np.polyfit(*np.array(points).T, 1)
+    x, y = np.array(points).T
+    slope, offset = np.polyfit(x, y, 1)
     if slope <= 0 or not points[0][0] <= -offset / slope <= points[-1][0]:
         return nan
     return exp(-offset / slope)

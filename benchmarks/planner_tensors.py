@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from sidelane.demo_model import GPT, Corpus, Shape
+from sidelane.demo_model import GPT, Corpus, Layer, Shape
 
 FULL = Shape(layers=4, width=512, heads=8, kv_heads=2, hidden=1536, context=512, batch=16)
 TINY = Shape(layers=2, width=64, heads=4, kv_heads=2, hidden=128, context=64, batch=2)
@@ -45,7 +45,7 @@ def activations(shape: Shape, device: torch.device, seconds: float, nbytes: int)
 
         return hook
 
-    for layer in model.layers:
+    for layer in (module for module in model.modules() if isinstance(module, Layer)):
         layer.register_forward_hook(keep("hidden", torch.bfloat16))
         layer.down.register_forward_hook(keep("mlp", torch.bfloat16))
         layer.norm_feed.register_forward_hook(keep("norm", torch.float32))

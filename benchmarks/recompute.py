@@ -13,6 +13,7 @@ import argparse
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import nan
 from pathlib import Path
 from statistics import median, quantiles
@@ -20,7 +21,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from common import RESULTS, append_rows, environment, figure
+from common import RESULTS, append_rows, environment, figure, timing_event
 from torch import Tensor
 from torch.nn import Linear
 
@@ -158,12 +159,12 @@ def elapsed(work: Callable[[], Any], device: torch.device) -> float:
         return perf_counter() - begin
     torch.cuda.synchronize()
     stream = torch.cuda.current_stream()
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first, last = (timing_event() for _ in range(2))
     stream.record_event(first)
     work()
     stream.record_event(last)
     last.synchronize()
-    return first.elapsed_time(last) / 1e3
+    return float(first.elapsed_time(last)) / 1e3
 
 
 def curve(layer: Layer, lane: str, crossings: int, pieces: int, repeats: int) -> list[dict[str, Any]]:
@@ -180,7 +181,7 @@ def curve(layer: Layer, lane: str, crossings: int, pieces: int, repeats: int) ->
     order = random.Random(0)
     for number in range(repeats + 2):
         for front in order.sample(fronts, len(fronts)):
-            seconds = elapsed(lambda front=front: stored.restore(front, out=out), stored.device)
+            seconds = elapsed(partial(stored.restore, front, out=out), stored.device)
             if number >= 2:
                 times[front].append(seconds)
     pure = median(times[0])

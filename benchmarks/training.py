@@ -84,7 +84,7 @@ def train(job: Job) -> Run:
         torch.cuda.set_device(place)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     shape, setting = SHAPES[job.shape], SETTINGS[job.setting]
     learn, held = texts()
     model = GPT(shape, job.seed).to(place)
@@ -143,11 +143,11 @@ def backward(
 
     with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
         if layers_only:
-            loss = model(tokens, call)
+            loss: Tensor = model(tokens, call)
         else:
             with around:
                 loss = model(tokens)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 
