@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from statistics import quantiles
 from time import perf_counter
@@ -211,7 +212,8 @@ def quiet_timings(step: Step, count: int, move_to_quiet_cpus: Callable[[], float
         step()
         loops = [loop_us()]
         marks: list[tuple[Any, Any]] = []
-        while len(marks) < missing and (not marks or loops[-1] < DISTURBED * min(least, *loops)):
+        most = min(missing, MOST * count - len(found))
+        while len(marks) < most and (not marks or loops[-1] < DISTURBED * min(least, *loops)):
             begin = _now()
             step()
             marks.append((begin, _now()))
@@ -223,7 +225,7 @@ def quiet_timings(step: Step, count: int, move_to_quiet_cpus: Callable[[], float
         ]
         least, run = min(least, *loops), run + 1 + len(marks)
         missing = count - sum(loop < DISTURBED * least for loop, _ in found)
-    chosen = sorted(found)[:count]
+    chosen = sorted(found, key=itemgetter(0))[:count]
     return Timings([ms for _, ms in chosen], chosen[-1][0] / least, len(found) - len(chosen), run)
 
 

@@ -36,7 +36,7 @@ import sidelane
 from sidelane.pipeline.arena import shared
 
 TINY = 400 << 10  # bytes that the tiny shape saves
-SETTLE = 8  # steps: one learns, two are timed for each of three plans at most, and the last one stays
+SETTLE = 14  # steps: one learns, each of three plans at most takes four, and the fastest one stays
 SHARES = "0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0"
 FIXED = "sidelane 4-bit,sidelane 8-bit,sidelane exact,sidelane exact 10.8 GiB,sidelane checkpoint raw"
 PLAN = (
@@ -164,6 +164,8 @@ def rows_of(folder: Path, shape: str, commits: Sequence[str]) -> list[Row]:
 
 
 def _read(path: Path, shape: str) -> list[Row]:
+    if not path.exists():
+        return []
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["shape"] == shape]
     return [row | {name: float(row[name]) for name in ("ms", "peak_gib")} for row in rows]

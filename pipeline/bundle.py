@@ -109,17 +109,12 @@ class Carrier(Protocol):
         ...
 
 
-def large(limit: int | None) -> int:
-    """Bytes of a large bundle under a device budget of `limit`."""
-    return 0 if limit is None else min(MOST, limit // SHARE)
-
-
 class Bundles:
     """Sends packets in bundles where a device budget of `limit` bytes has room for several."""
 
     def __init__(self, carrier: Carrier, limit: int | None) -> None:
         self._carrier = carrier
-        self._nbytes = large(limit)
+        self._nbytes = 0 if limit is None else min(MOST, limit // SHARE)
         self._room = 0  # of the last bundle
         self._last: ref[Home] | None = None
         self._open: tuple[ref[Bundle], ref[Home]] | None = None  # its memory is not ours
@@ -154,7 +149,8 @@ class Bundles:
             self.close()
         begins = self._last is None or self._last() is None  # nothing of the pass before is left
         room = self._nbytes // FIRST if begins else min(2 * self._room, self._nbytes)
-        bundle = Bundle(owner, max(room, sections.buffer.numel() + ALIGNMENT))
+        size = sections.buffer.numel()
+        bundle = Bundle(owner, max(room, size + -size % ALIGNMENT))
         home = self._carrier.send_late(bundle)
         number = None if home is None else bundle.add(sections.buffer)
         if home is None or number is None:  # closed already: another thread needed its room

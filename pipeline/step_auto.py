@@ -2,10 +2,11 @@
 
 Note: [Cycle of a plan]
 The first trip of a kind takes the exact lane and learns. Its plan is made when the second begins. The first
-trips of a plan are timed, since a trip that learns computes with pauses, and show the step again: another
-plan takes over if it is predicted to be faster by `GAIN`, a few times at most. In the end the one stays whose
-timed trips were fastest, whatever was predicted. From then on nothing is timed or planned, until steps take
-another time than they did, and each time that happens it has to last longer.
+trips of a plan are timed, since a trip that learns computes with pauses, and show the step again. The next
+ones run as any other: what they take is what the plan is worth, since marks cost a plan the more the more it
+keeps. Then another plan takes over if it is predicted to be faster by `GAIN`, a few times at most. In the end
+the one stays that was fastest, whatever was predicted. From then on nothing is timed or planned, until steps
+take another time than they did, and each time that happens it has to last longer.
 A trip that is not the step of its script goes on as one that learns would, and the next of its kind learns
 again. Kinds are told apart by the first tensor they save and by which blocks are in training mode, so that
 batches of other shapes, and evaluation, have plans of their own.
@@ -43,7 +44,7 @@ from sidelane.pipeline.step_plan import StepPlan, plan_step
 from sidelane.pipeline.tiers import Memory
 
 GAIN = 0.03  # share of the step that another plan must save
-TIMED = 2  # trips of each plan
+TIMED = 2  # trips of each plan, and as many after these that are not
 ROUNDS = 2  # plans that may take over from the first
 RECENT = 9  # trips whose median time is that of the step
 DRIFT = 0.15  # share of the step by which that may change
@@ -72,13 +73,14 @@ class _Kind:
         self.pending: deque[Trip] = deque(maxlen=4)
         self.script: Script | None = None
         self.lesson: Lesson | None = None  # that of the script, and what its timed trips have shown
-        self.timed = 0  # trips of this plan to time
+        self.timed = 0  # trips of this plan to time; 0 when it has settled
         self.seen = 0  # those that have shown something
+        self.alone = 0  # trips since then
         self.rounds = 0  # plans that may take over
-        self.tried: list[tuple[float, StepPlan]] = []  # with the seconds of the fastest timed trip
+        self.tried: list[tuple[float, StepPlan]] = []  # with the seconds of the fastest trip
         self.fresh = False  # the next timed trip counts alone
         self.short = 0  # trips in a row that ended early
-        self.recent: deque[float] = deque(maxlen=RECENT)  # seconds of trips
+        self.recent: deque[float] = deque(maxlen=RECENT)  # seconds of trips that are not timed
         self.settled: float | None = None  # seconds of the step since it was timed last
         self.pause = RECENT  # trips, longer each time, before the step may be timed again
         self.patience = self.pause  # those that are left
@@ -93,16 +95,21 @@ class _Kind:
         return sum(trip.timed and trip.script is self.script for trip in self.pending)
 
     def plan_anew(self, rounds: int) -> None:
-        """Let up to so many plans take over from the next one that is timed."""
-        self.rounds = rounds
+        """Let up to so many plans take over from the next one that is tried. Comes before that, so that an
+        interrupt leaves none of an older lesson."""
         self.tried.clear()
+        self.rounds = rounds
 
     def begin(self, script: Script, timed: int) -> None:
         """Follow a plan; `timed`: trips to time, 0 for a plan with choices that were followed before."""
         if timed:
             self.recent.clear()
         self.script, self.lesson = script, script.lesson
-        self.timed, self.seen, self.settled = timed, 0, None
+        self.time(timed)
+
+    def time(self, trips: int) -> None:
+        """Time so many trips from here on."""
+        self.timed, self.seen, self.alone, self.settled = trips, 0, 0, None
 
     def drifts(self) -> bool:
         """Steps take another time than they did. Asked once in each trip."""
@@ -285,8 +292,9 @@ class Auto:
                     trip.end.synchronize()  # the one wait: there is no plan without
                     lesson = trip.lesson()
                 if lesson is not None:
-                    kind.begin(Script.of(lesson, self._plan_for(lesson.step())), TIMED)
+                    script = Script.of(lesson, self._plan_for(lesson.step()))
                     kind.plan_anew(ROUNDS)
+                    kind.begin(script, TIMED)
             elif not trip.complete:
                 self._note_short(kind, trip)
             elif trip.ended():
@@ -305,22 +313,26 @@ class Auto:
         if script is None or kind.lesson is None:
             return
         kind.short = 0
-        kind.recent.append(trip.seconds())
         shown = trip.shown()
         if shown is not None:
             kind.lesson = kind.lesson.seen_again(shown, script.plan.choices, kind.fresh)
             kind.fresh = False
             kind.seen += 1
-            if kind.seen >= TIMED:
+            return
+        kind.recent.append(trip.seconds())
+        if kind.timed:
+            kind.alone += kind.seen >= TIMED
+            if kind.alone >= TIMED:
                 self._plan_again(kind, script.plan, kind.lesson)
         elif kind.drifts():
-            kind.timed, kind.seen, kind.settled, kind.fresh = TIMED, 0, None, True
             kind.plan_anew(1)
+            kind.fresh = True
+            kind.time(TIMED)
             kind.pause *= 4
             kind.patience = kind.pause
 
     def _plan_again(self, kind: _Kind, plan: StepPlan, lesson: Lesson) -> None:
-        """After what timed trips of a plan have shown."""
+        """After what trips of a plan have shown and taken."""
         step = lesson.step()
         old, seconds = plan.for_step(step), min([*kind.recent][-TIMED:])
         kind.tried.append((seconds, old))

@@ -32,7 +32,6 @@ import torch
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
 from sidelane.pipeline.budget import Budget, Claim, Holders
-from sidelane.pipeline.bundle import large
 from sidelane.pipeline.streams import current_stream, on, side_stream
 from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk
 
@@ -41,6 +40,7 @@ SIBLINGS = 32  # packets used last, which other nodes of the pass may want too
 AHEAD = 256 << 20  # bytes that may always be fetched ahead
 UNKNOWN = 512 << 20  # bytes of packets, as allocated, whose sizes the host may not know yet
 PRUNE = 1024  # transits that are gone and still in the books, beside as many as there are
+KEPT = 15 / 16  # of the device budget, for the packets that backward starts with; the rest for a bundle
 
 
 class DeviceCopy:
@@ -221,9 +221,6 @@ class Wire:
         self._ahead: _Queue = {}  # fetched for later
         self._leaving: _Queue = {}  # copied out
         self._held: _Queue = {}  # not copied out
-        self._stay = (
-            0 if budget.limit is None else budget.limit - large(budget.limit)
-        )  # and one bundle is open
         self._first = 0  # number of the first since there were none
         self._sent = 0  # bytes since then
         self._expected: int | None = None  # those of the last forward pass
@@ -377,9 +374,10 @@ class Wire:
 
     def _stays(self) -> bool:
         """Whether the packet to send next is one of the last that fit on the device."""
-        if self._budget.limit is None:
+        limit = self._budget.limit
+        if limit is None:
             return True
-        return self._expected is not None and self._expected - self._sent <= self._stay
+        return self._expected is not None and self._expected - self._sent <= KEPT * limit
 
     def _prefetch(self, device: torch.device) -> None:
         """Fetch the newest packets that are not on the device, while the budget has room: backward needs them

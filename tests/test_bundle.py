@@ -59,7 +59,9 @@ def opened(home):
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 90])
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("carrier", [bundles, moves])
-def test_every_packet_comes_back(count, order, carrier):
+@pytest.mark.parametrize("first", [1, FIRST])
+def test_every_packet_comes_back(monkeypatch, count, order, carrier, first):
+    monkeypatch.setattr(bundle_module, "FIRST", first)
     sent, found = tensors(count), {}
     through, _, device, memory = carrier()
     for _ in range(2):  # the second time the first bundles leave earlier
