@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar, cast
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sidelane.codec.lane import Lane
 from sidelane.errors import LaneError, OffloadError
 from sidelane.pipeline.compress import check_bound
 from sidelane.pipeline.extent import describe
@@ -24,7 +25,7 @@ _HOLE = object()  # stands for a tensor among the leaves of a pytree
 def checkpoint(
     fn: Callable[..., Out],
     *args: Any,
-    lane: str | None = None,
+    lane: str | Lane | None = None,
     max_rel_error: float | None = None,
     preserve_rng_state: bool = True,
     **kwargs: Any,
@@ -42,7 +43,8 @@ def checkpoint(
         preserve_rng_state: run again with the random states of the first run (CPU, and the CUDA devices of
             the inputs).
 
-    Options of a lane (`bits`, say) are those of an enclosing `offload`: here they would go to `fn`.
+    Options of a lane are given with it, as `lane=PackedLane(bits=4)`, or to an enclosing `offload`: here they
+    would go to `fn`.
 
     Raises LaneError for a bad argument, OffloadError when `fn` changes an input in place; in backward for
     `torch.autograd.grad`, `inputs=` and double backward: use
@@ -59,7 +61,7 @@ def checkpoint(
     call, tensors = _Call.split(fn, leaves, spec, preserve_rng_state)
     with ExitStack() as stack:
         if lane is not None or max_rel_error is not None or offload.current() is None:
-            stack.enter_context(_context(lane, max_rel_error))
+            stack.enter_context(_context(cast(Hashable, lane), max_rel_error))
         # Outputs of a Function require grad only if an input does; with the anchor, parameters get theirs.
         anchor = torch.empty(0, device="cpu", requires_grad=True)
         outputs = OffloadedCheckpoint.apply(call, anchor, *tensors)  # type: ignore[no-untyped-call]
@@ -194,6 +196,6 @@ def _fill(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
 
 
 @lru_cache(maxsize=16)
-def _context(lane: str | None, max_rel_error: float | None) -> offload:
+def _context(lane: Any, max_rel_error: float | None) -> offload:
     """One context for all checkpoints of a kind, so that they are fetched ahead of each other."""
     return offload(lane, max_rel_error=max_rel_error)

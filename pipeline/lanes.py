@@ -209,7 +209,9 @@ def open_lane(name: str, **options: Any) -> Lane:
     known = list(inspect.signature(factory).parameters)
     for option in options:
         if option not in known:
-            raise LaneError(f"lane '{name}' has no option '{option}': it has {', '.join(known) or 'none'}")
+            other = "; lane 'packed' has it" if hasattr(PackedLane, option) and name != "packed" else ""
+            has = ", ".join(known) or "no options"
+            raise LaneError(f"lane '{name}' has no option '{option}': it has {has}{other}")
     return factory(**options)
 
 

@@ -186,8 +186,11 @@ def test_gradients_do_not_flow():
         ({"lane": "packed", "bits": 4.0}, "bits=4.0 is not one of (2, 4, 8)"),
         ({"lane": "packed", "symmetric": "x"}, "symmetric='x' is neither True nor False"),
         ({"lane": "zip"}, "unknown lane 'zip': use one of raw, exact, packed, video-cpu, video, dual, auto"),
-        ({"bits": 4}, "lane 'exact' has no option 'bits': it has none"),
-        ({"basis": hadamard_basis()}, "lane 'exact' has no option 'basis': it has none"),
+        ({"bits": 4}, "lane 'exact' has no option 'bits': it has no options; lane 'packed' has it"),
+        (
+            {"basis": hadamard_basis()},
+            "lane 'exact' has no option 'basis': it has no options; lane 'packed' has it",
+        ),
         (
             {"lane": PackedLane(), "bits": 4},
             "bits cannot be set on a lane that is open: pass its name instead",

@@ -327,7 +327,7 @@ def test_open_lane():
     ("name", "options", "text"),
     [
         ("fast", {}, "unknown lane 'fast': use one of raw, exact, packed, video-cpu, video, dual"),
-        ("raw", {"bits": 4}, "lane 'raw' has no option 'bits': it has none"),
+        ("raw", {"bits": 4}, "lane 'raw' has no option 'bits': it has no options; lane 'packed' has it"),
         (
             "packed",
             {"bit": 4},

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from sidelane import __version__
-from sidelane.errors import SidelaneError
+from sidelane.errors import LaneError, SidelaneError
 
 if TYPE_CHECKING:
     from sidelane.archive import Progress as Report
@@ -149,7 +149,12 @@ def compress(
     source: Annotated[Path, typer.Argument(metavar="IN.safetensors")],
     target: Annotated[Path, typer.Argument(metavar="OUT")],
     lane: Annotated[
-        str | None, typer.Option(help="raw, exact, packed, video-cpu, video or auto; exact without an error.")
+        str | None,
+        typer.Option(help="raw, exact, packed, video-cpu, video, dual or auto; exact without an error."),
+    ] = None,
+    wire: Annotated[
+        str | None,
+        typer.Option(help="For auto: what the file crosses, as for `sidelane plan`."),
     ] = None,
     max_rel_error: Annotated[
         float | None, typer.Option(help="Largest relative Frobenius error of a tensor.")
@@ -165,9 +170,13 @@ def compress(
 ) -> None:
     """Compress a safetensors file tensor by tensor."""
     from sidelane.archive import compress_file
+    from sidelane.plan import parse_wire
 
+    if (lane == "auto") != (wire is not None):
+        raise LaneError("--lane auto and --wire (GB/s, or a name in the profile) go together: give both")
     given: dict[str, Any] = {
         "lane": lane,
+        "wire": None if wire is None else parse_wire(wire),
         "max_rel_error": max_rel_error,
         "bits": bits,
         "format": surface,
