@@ -1,4 +1,5 @@
-"""What a trip has shown of a step, as one that can be planned; and a plan for it, in order of its saves."""
+"""What trips have shown of a step (`Lesson`), from which a `Step` for the planner is made, and a lesson with
+its plan (`Script`), by which the next trips know what to do with each tensor they save."""
 
 from __future__ import annotations
 

@@ -44,7 +44,11 @@ class Held(Kept):
 
 
 class _Local:
-    """A packet on the device, in memory of the stream `owner`; filled when `ready` is reached."""
+    """A packet on the device, in memory of the stream `owner`; filled when `ready` is reached.
+
+    Unlike a `DeviceCopy`, whose memory belongs to the stream that fills it, this is memory of the stream that
+    computes, filled by another one.
+    """
 
     _opened = True  # until all is set
 
