@@ -7,8 +7,8 @@ Where to begin reading:
 - Decoding: `nvdec` over `_nvdec_stream` (surfaces out of all-intra HEVC) and `_nvdec` (one engine), pictures
   found by `_nvdec_parser`; `video_file` for ordinary files.
 - Encoding: `nvenc` has an encoder, `nvenc_pool` several behind one ring, `surface_pool` keeps pools of them.
-  An encoder (`_nvenc_encoder`) owns a session (`_nvenc`, `_nvenc_config`), a ring of surfaces (`_nvenc_ring`),
-  which are the caller's from `acquire` to `submit`, and buffers for what comes out (`_nvenc_output`); the
+  An encoder (`_nvenc_encoder`) owns a session (`_nvenc`, `_nvenc_config`), a ring of surfaces, which are the
+  caller's from `acquire` to `submit` (`_nvenc_ring`), and buffers for what comes out (`_nvenc_output`); the
   memory of both is in `_nvenc_memory`.
 - The driver: `_driver` opens it and checks every call by the tables of `_abi`; `probe` asks what engines can
   do, `self_test` whether they keep every bit.

@@ -6,8 +6,8 @@ Where to begin reading:
 - Groups of 2, 4 or 8 bits: `groups`, with device code in `_pairs` (two bfloat16 numbers at a time) and
   `_stochastic` (rounding with noise). Lossless exponents: `exact`. Codes of a width per channel: `bits`.
 - Projection into a video surface: `surface` checks (`_arguments`) and calls `_project`; back through
-  `_restore`, whose first pass is `_center`, with the GEMM of `_restore_hopper` where the GPU is one. `_surface`
-  knows positions in a surface, `_tiles` cuts the work.
+  `_restore`, whose first pass is `_center`, with the GEMM of `_restore_hopper` where the GPU is one.
+  `_surface` knows positions in a surface, `_tiles` cuts the work.
 - `_launch`: whether a call runs on a GPU, in the interpreter or in the reference; how results lie in memory.
 
 What was tried and measured is in benchmarks/log.md.
