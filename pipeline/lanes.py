@@ -209,7 +209,7 @@ def open_lane(name: str, **options: Any) -> Lane:
     known = list(inspect.signature(factory).parameters)
     for option in options:
         if option not in known:
-            other = "; lane 'packed' has it" if hasattr(PackedLane, option) and name != "packed" else ""
+            other = "; lane 'packed' has it" if option in inspect.signature(PackedLane).parameters else ""
             has = ", ".join(known) or "no options"
             raise LaneError(f"lane '{name}' has no option '{option}': it has {has}{other}")
     return factory(**options)

@@ -328,6 +328,7 @@ def test_open_lane():
     [
         ("fast", {}, "unknown lane 'fast': use one of raw, exact, packed, video-cpu, video, dual"),
         ("raw", {"bits": 4}, "lane 'raw' has no option 'bits': it has no options; lane 'packed' has it"),
+        ("raw", {"finer": 4}, "lane 'raw' has no option 'finer': it has no options"),
         (
             "packed",
             {"bit": 4},
