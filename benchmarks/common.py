@@ -72,21 +72,19 @@ def timing_event() -> torch.cuda.Event:
 
 
 @contextmanager
-def quiet_cpus(count: int) -> Iterator[Callable[[], float]]:
+def quiet_cpus(count: int) -> Iterator[Callable[[], None]]:
     """Inside, what moves this process with all of its threads to those `count` of its CPUs on which `loop_us`
-    is least now, and returns it for the last of them.
+    is least now.
 
     Others on a virtual machine's cores make a program take up to half as long again, for seconds.
     """
 
-    def move() -> float:
+    def move() -> None:
         times = []
         for cpu in CPUS:
             os.sched_setaffinity(0, [cpu])
             times.append((loop_us(), cpu))
-        quiet = sorted(times)[:count]
-        _run_on([cpu for _, cpu in quiet])
-        return quiet[-1][0]
+        _run_on([cpu for _, cpu in sorted(times)[:count]])
 
     try:
         yield move

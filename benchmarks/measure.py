@@ -50,7 +50,7 @@ def measure(setting: Setting, shape: Shape, head: bool, keep: Path | None = None
 
 
 def _measured(
-    setting: Setting, shape: Shape, head: bool, keep: Path | None, move_to_quiet_cpus: Callable[[], float]
+    setting: Setting, shape: Shape, head: bool, keep: Path | None, move_to_quiet_cpus: Callable[[], None]
 ) -> dict[str, Any]:
     place = device()
     model, tokens = Llama(shape, place, head), batch(shape, place)
@@ -198,7 +198,7 @@ class Timings:
     run: int
 
 
-def quiet_timings(step: Step, count: int, move_to_quiet_cpus: Callable[[], float]) -> Timings:
+def quiet_timings(step: Step, count: int, move_to_quiet_cpus: Callable[[], None]) -> Timings:
     """`count` steps in which the host was not disturbed, or the least disturbed of MOST times as many.
 
     A loop of Python runs before and after every step, while the device is still busy with it; how much longer

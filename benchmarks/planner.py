@@ -160,7 +160,7 @@ def part_of(arguments: Namespace, deadline: float) -> Row:
         return _worked(arguments, deadline, move)
 
 
-def _worked(arguments: Namespace, deadline: float, move_to_quiet_cpus: Callable[[], float]) -> Row:
+def _worked(arguments: Namespace, deadline: float, move_to_quiet_cpus: Callable[[], None]) -> Row:
     number, count = arguments.part
     move_to_quiet_cpus()
     setting = setting_of(arguments)

@@ -116,8 +116,8 @@ class Bundles:
         self._carrier = carrier
         self._nbytes = 0 if limit is None else min(MOST, limit // SHARE)
         self._room = 0  # of the last bundle
-        self._last: ref[Home] | None = None
-        self._open: tuple[ref[Bundle], ref[Home]] | None = None  # its memory is not ours
+        self._last: ref[Home] | None = None  # its home
+        self._open: ref[Bundle] | None = None  # itself, while something may be added; its memory is not ours
         self._lock = RLock()
 
     def send(self, packet: Packet) -> Home | None:
@@ -132,7 +132,7 @@ class Bundles:
     def close(self) -> None:
         """Add to the open bundle no longer, before a packet that goes by itself."""
         with self._lock:
-            bundle = None if self._open is None else self._open[0]()
+            bundle = None if self._open is None else self._open()
             self._open = None
             if bundle is not None:
                 bundle.close()
@@ -140,15 +140,16 @@ class Bundles:
     def _add(self, packet: Packet, sections: Sections) -> Part | None:
         """To the open bundle, or to a new one; None where there is no room for one."""
         owner = current_stream(sections.buffer.device)
+        its_home = None if self._last is None else self._last()
         if self._open is not None:
-            last, its_home = self._open[0](), self._open[1]()
+            last = self._open()
             if last is not None and its_home is not None and last.owner == owner:
                 number = last.add(sections.buffer)
                 if number is not None:
                     return Part(its_home, number, packet, sections)
             self.close()
-        begins = self._last is None or self._last() is None  # nothing of the pass before is left
-        room = self._nbytes // FIRST if begins else min(2 * self._room, self._nbytes)
+        # Without a home nothing of the pass before is left.
+        room = self._nbytes // FIRST if its_home is None else min(2 * self._room, self._nbytes)
         size = sections.buffer.numel()
         bundle = Bundle(owner, max(room, size + -size % ALIGNMENT))
         home = self._carrier.send_late(bundle)
@@ -156,5 +157,5 @@ class Bundles:
         if home is None or number is None:  # closed already: another thread needed its room
             return None
         self._room, self._last = room, ref(home)
-        self._open = ref(bundle), self._last
+        self._open = ref(bundle)
         return Part(home, number, packet, sections)

@@ -320,11 +320,11 @@ class Auto:
             kind.seen += 1
             return
         kind.recent.append(trip.seconds())
-        if kind.timed:
-            kind.alone += kind.seen >= TIMED
+        if kind.timed and kind.seen >= TIMED:
+            kind.alone += 1
             if kind.alone >= TIMED:
                 self._plan_again(kind, script.plan, kind.lesson)
-        elif kind.drifts():
+        elif not kind.timed and kind.drifts():
             kind.plan_anew(1)
             kind.fresh = True
             kind.time(TIMED)

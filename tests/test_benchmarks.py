@@ -119,7 +119,7 @@ def test_a_process_moves_to_the_quietest_cpus_and_back(
     with pytest.raises(KeyError, match="mine"), common.quiet_cpus(1) as move:
         while not threads:
             pass
-        assert move() == slow[cpus[-1]]
+        move()
         assert os.sched_getaffinity(0) == os.sched_getaffinity(threads[0]) == {cpus[-1]}
         raise KeyError("mine")
     assert os.sched_getaffinity(0) == os.sched_getaffinity(threads[0]) == set(cpus)

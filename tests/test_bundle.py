@@ -263,7 +263,7 @@ def test_a_bundle_opened_while_another_is_closed_is_not_lost(carrier):
     """A thread sends while another is about to close what was open before."""
     through, _, _, _ = carrier()
     first, later = through.send(LANE.encode(tensors(1)[0])), []
-    bundle = through._open[0]()
+    bundle = through._open()
     close = bundle.close
 
     def slow():
