@@ -1,17 +1,12 @@
 """Saved tensors that a plan keeps on their GPU, or sends off it and fetches back in time.
 
-Note: [Memory of the compute stream]
-All that is held here is memory of the stream that computes: what is sent away was written there, and what is
-fetched is allocated there, before a copy that waits for that point of the stream. So a block that is dropped
-goes to later work of the same stream, which is after all that read it; only copies have to be waited for.
-Copies out are waited for when their memory is needed, copies in when it is used, or dropped unused. A tensor
-that is sent away as it is may be of another stream's memory: `record_stream` then keeps the allocator from
-handing it out before the compute stream has waited for the copy.
+For the memory of packets see Note: [Device memory and streams] in `copies`. A tensor that is sent away as it
+is may be of another stream's memory than the one that computes: `record_stream` then keeps the allocator from
+handing it out before that stream has waited for the copy.
 """
 
 from __future__ import annotations
 
-import sys
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
@@ -26,11 +21,11 @@ from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
 from sidelane.pipeline.budget import Budget, Claim
 from sidelane.pipeline.bundle import Bundle, Bundles
+from sidelane.pipeline.copies import DeviceCopy, StoredCopy
 from sidelane.pipeline.stash import Kept
 from sidelane.pipeline.step_model import allowed_ahead
-from sidelane.pipeline.streams import current_stream, on, side_stream
-from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk
-from sidelane.pipeline.wire import DeviceCopy
+from sidelane.pipeline.streams import current_stream
+from sidelane.pipeline.tiers import HostCopy, Memory
 
 
 class Held(Kept):
@@ -43,40 +38,6 @@ class Held(Kept):
         self._claim = claim
 
 
-class _Local:
-    """A packet on the device, in memory of the stream `owner`; filled when `ready` is reached.
-
-    Unlike a `DeviceCopy`, whose memory belongs to the stream that fills it, this is memory of the stream that
-    computes, filled by another one.
-    """
-
-    _opened = True  # until all is set
-
-    def __init__(self, packet: Packet, owner: torch.cuda.Stream, ready: torch.cuda.Event | None) -> None:
-        self.packet = packet
-        self.owner = owner
-        self._ready = ready
-        self._opened = ready is None
-
-    def open(self, stream: torch.cuda.Stream) -> Packet:
-        """The packet, for work enqueued on `stream` from now on."""
-        if self._ready is not None:
-            stream.wait_event(self._ready)
-        if stream != self.owner:
-            stream.wait_event(self.owner.record_event())
-        self._opened = True
-        return self.packet
-
-    def close(self, stream: torch.cuda.Stream) -> None:
-        """`stream` has enqueued its last read."""
-        if stream != self.owner:
-            self.owner.wait_event(stream.record_event())
-
-    def __del__(self) -> None:
-        if not self._opened and not sys.is_finalizing():
-            self.owner.wait_event(self._ready)  # type: ignore[arg-type]
-
-
 class Parcel:
     """The home of a packet that leaves the device: host memory or a disk, and the device until that is needed
     for others, or again once it was fetched.
@@ -85,6 +46,7 @@ class Parcel:
         number: position in the order of fetching; greater ones come back first.
         stream: the current one, which has written the packet.
         source: the tensor whose memory the packet shares, None if the packet has memory of its own.
+        claim: on device memory; without one it is to be dropped.
     """
 
     def __init__(
@@ -96,25 +58,18 @@ class Parcel:
         memory: Memory,
         stream: torch.cuda.Stream,
         source: Tensor | None,
+        claim: Claim | None,
     ) -> None:
         self.number = number
         self.device = stream.device
         self.nbytes = host.nbytes
-        self.claim: Claim | None = None
         self._moves = moves
-        self._host = host
-        self._memory = memory
-        self._local: _Local | None = _Local(packet, stream, None)
+        self._raw = host.raw
+        self._local: DeviceCopy | None = DeviceCopy(packet, stream, claim)
         self._source = source
         self._version = 0 if source is None else source._version
         self._changed = False
-        out, slot = side_stream(self.device, "copy out"), memory.begin()
-        out.wait_event(stream.record_event())
-        slot.wait(out)
-        with on(out):
-            host.write(packet, slot.tensor)
-        self._copied = out.record_event()
-        memory.written(self._copied)
+        self._stored = StoredCopy(host, memory, self._local)
 
     @contextmanager
     def use(self) -> Iterator[Packet]:
@@ -131,7 +86,7 @@ class Parcel:
         """The elements, flat, in memory that is the caller's; None where the packet has to be decoded, or its
         memory is not only of this parcel."""
         with self._moves.lock:
-            if not self._host.raw or (self._local is not None and self._source is not None):
+            if not self._raw or (self._local is not None and self._source is not None):
                 return None
             local = self._moves.acquire(self)
             self._local = None
@@ -148,13 +103,13 @@ class Parcel:
 
     @property
     def on_disk(self) -> bool:
-        return isinstance(self._memory, OnDisk)
+        return self._stored.on_disk
 
     def announce(self) -> None:
         """A hint that `fetch` comes soon."""
-        self._memory.fetch()
+        self._stored.announce()
 
-    def local(self) -> _Local | None:
+    def local(self) -> DeviceCopy | None:
         """What is on the device. Raises OffloadError when the tensor was changed after it was saved."""
         self._check()
         return self._local
@@ -166,33 +121,18 @@ class Parcel:
             return
         if self._source is not None:
             self._changed = self._source._version != self._version
-        if not self._copied.query():
-            local.owner.wait_event(self._copied)
+        self._stored.leave(local)
         if self._source is not None:
             for part in local.packet.sections.values():
                 part.record_stream(local.owner)
-        self._local = self._source = self.claim = None
+        self._local = self._source = None
 
-    def fetch(self, claim: Claim | None) -> _Local:
+    def fetch(self, claim: Claim | None) -> DeviceCopy:
         """Enqueue the copy in. It stays on the device where it has a claim."""
         self._check()
-        owner, stream = current_stream(self.device), side_stream(self.device, "copy in")
-        slot = self._memory.open(stream)
-        buffer = torch.empty(self._host.nbytes, dtype=torch.uint8, device=self.device)
-        stream.wait_event(owner.record_event())
-        stream.wait_event(self._copied)
-        try:
-            with on(stream):
-                packet = self._host.over(buffer.copy_(slot.tensor, non_blocking=True))
-            ready = stream.record_event()
-            slot.released = ready
-            local = _Local(packet, owner, ready)
-        except BaseException:  # an interrupt: the copy may be under way
-            slot.released = stream.record_event()
-            owner.wait_event(slot.released)
-            raise
+        local = self._stored.fetch(claim)
         if claim is not None:
-            self._local, self.claim = local, claim
+            self._local = local
         return local
 
     def _check(self) -> None:
@@ -352,13 +292,12 @@ class Moves:
         source: Tensor | None,
         claim: Claim | None,
     ) -> Parcel:
-        parcel = Parcel(self, self.count, packet, host, memory, stream, source)
+        parcel = Parcel(self, self.count, packet, host, memory, stream, source, claim)
         self.count += 1
         if claim is None:
             parcel.drop()
             insort(self._away, (parcel.number, ref(parcel)))
         else:
-            parcel.claim = claim
             self._leaving.append(ref(parcel))
         return parcel
 
@@ -375,7 +314,7 @@ class Moves:
             self._crates.popleft()
         return found
 
-    def acquire(self, parcel: Parcel) -> _Local:
+    def acquire(self, parcel: Parcel) -> DeviceCopy:
         """What is on the device of it, fetched if need be."""
         with self.lock:
             local = parcel.local()

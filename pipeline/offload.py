@@ -19,6 +19,7 @@ from sidelane.pipeline.budget import Budget, Holders
 from sidelane.pipeline.bundle import Bundles
 from sidelane.pipeline.checker import Truth, same_bits
 from sidelane.pipeline.compress import choose_lane, compress
+from sidelane.pipeline.copies import DeviceCopy
 from sidelane.pipeline.derive import Recipe, Remade, is_widened, recipe_of, stays_usable, upper_halves
 from sidelane.pipeline.disk import Disk
 from sidelane.pipeline.entries import HookContext, Visit
@@ -54,7 +55,7 @@ from sidelane.pipeline.step_auto import Auto, Tracked
 from sidelane.pipeline.step_model import AWAY, DERIVED, HERE, KEEP, UPPER, Choice
 from sidelane.pipeline.streams import current_stream
 from sidelane.pipeline.tiers import HostCopy, Spilled, Tiers
-from sidelane.pipeline.wire import DeviceCopy, Wire
+from sidelane.pipeline.wire import Wire
 
 MIN_BYTES = 256 << 10
 GPU_BUDGET = 1 << 30

@@ -1,27 +1,18 @@
 """Packets between a GPU and pinned host memory, on side streams, joined by events only.
 
-Note: [Device memory and streams]
-The caching allocator hands a freed block to later work of the stream it was allocated on, at once. So a block
-that another stream reads may be dropped only after its own stream was made to wait for that reader. Two kinds
-of blocks are affected, and nothing else here is ever read across streams:
-- what an encoder wrote (its own stream: the encoder's; reader: the copy out). Dropped when the copy has
-  completed, or earlier after the encoder's stream waits for it.
-- what was fetched (its own stream: the copy in; reader: the decoder). Dropped after the copy stream waits for
-  the decoder.
-Decoded tensors are allocated by the decoder on the caller's stream like any other tensor of the program. A
-slot of the arena carries the event of its last copy, which the stream of the next copy waits for. When a
-stash dies while its copy out is running, only that dead copy can be torn.
-The host waits for the device in two places of this module: in `Wire.seconds_waited`, and in `Wire._learn`
-for the size of a late packet (see Note: [Late sizes] in `late`). That is when UNKNOWN bytes wait to be
-encoded, so that the device does not run dry meanwhile, when their memory is needed, or when one is used. An
-open bundle is late too (see Note: [Bundles] in `bundle`); nobody waits for that, it is closed.
+Decoded tensors are allocated by the decoder on the caller's stream like any other tensor of the program; for
+the memory of packets see Note: [Device memory and streams] in `copies`. The host waits for the device in two
+places of this module: in `Wire.seconds_waited`, and in `Wire._learn` for the size of a late packet (see Note:
+[Late sizes] in `late`). That is when UNKNOWN bytes wait to be encoded, so that the device does not run dry
+meanwhile, when their memory is needed, or when one is used. An open bundle is late too (see Note: [Bundles]
+in `bundle`); nobody waits for that, it is closed.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any, Protocol
@@ -32,8 +23,9 @@ import torch
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
 from sidelane.pipeline.budget import Budget, Claim, Holders
-from sidelane.pipeline.streams import current_stream, on, side_stream
-from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk
+from sidelane.pipeline.copies import DeviceCopy, StoredCopy
+from sidelane.pipeline.streams import current_stream
+from sidelane.pipeline.tiers import HostCopy, Memory
 
 READ_AHEAD = 8  # those that a disk is told to read
 SIBLINGS = 32  # packets used last, which other nodes of the pass may want too
@@ -41,37 +33,6 @@ AHEAD = 256 << 20  # bytes that may always be fetched ahead
 UNKNOWN = 512 << 20  # bytes of packets, as allocated, whose sizes the host may not know yet
 PRUNE = 1024  # transits that are gone and still in the books, beside as many as there are
 KEPT = 15 / 16  # of the device budget, for the packets that backward starts with; the rest for a bundle
-
-
-class DeviceCopy:
-    """A packet in device memory that belongs to the pool of the stream `owner` and is filled when `ready` is
-    reached."""
-
-    def __init__(self, packet: Packet, owner: torch.cuda.Stream, claim: Claim | None) -> None:
-        self.packet = packet
-        self.owner = owner
-        self.ready: torch.cuda.Event = owner.record_event()
-        self._claim = claim
-
-    def open(self, stream: torch.cuda.Stream) -> Packet:
-        """The packet, for work enqueued on `stream` from now on."""
-        if stream != self.owner:
-            stream.wait_event(self.ready)
-        return self.packet
-
-    def close(self, stream: torch.cuda.Stream) -> None:
-        """`stream` has enqueued its last read: after this the copy may be dropped."""
-        if stream != self.owner:
-            self.owner.wait_event(stream.record_event())
-
-    @contextmanager
-    def use(self) -> Iterator[Packet]:
-        stream = current_stream(self.owner.device)
-        packet = self.open(stream)
-        try:
-            yield packet
-        finally:
-            self.close(stream)
 
 
 class Pending(Protocol):
@@ -125,12 +86,11 @@ class Transit:
         self.gradients = gradients  # bytes of weights that were saved before, in this pass
         self.late: Late | None = None
         self.local: DeviceCopy | None = None
-        self.copied: torch.cuda.Event | None = None  # None: only the device has it
+        self.stored: StoredCopy | None = None  # None: only the device has it
         self.nbytes = 0
         self._wire = wire
         self._claim = wire.transits.claim()
         self._host: HostCopy | None = None
-        self._memory: Memory | None = None
 
     def fill(self, host: HostCopy, local: DeviceCopy) -> None:
         """The packet is there, in device memory."""
@@ -151,36 +111,13 @@ class Transit:
         """Enqueue the copy out."""
         if self.local is None or self._host is None:
             raise OffloadError("a packet that left the device cannot be copied out again")
-        out, slot = side_stream(self.device, "copy out"), memory.begin()
-        out.wait_event(self.local.ready)
-        slot.wait(out)
-        with on(out):
-            self._host.write(self.local.packet, slot.tensor)
-        self.copied = out.record_event()
-        memory.written(self.copied)
-        self._memory = memory
+        self.stored = StoredCopy(self._host, memory, self.local)
 
     def fetch(self, claim: Claim | None) -> DeviceCopy:
         """Enqueue the copy in, after the copy out. The host waits for a disk."""
-        if self._memory is None or self.copied is None or self._host is None:
+        if self.stored is None:
             raise OffloadError("a packet that was never copied out cannot be fetched")
-        stream = side_stream(self.device, "copy in")
-        stream.wait_event(self.copied)
-        slot = self._memory.open(stream)
-        with on(stream):
-            packet = self._host.read(slot.tensor, self.device)
-        copy = DeviceCopy(packet, stream, claim)
-        slot.released = copy.ready
-        return copy
-
-    @property
-    def on_disk(self) -> bool:
-        return isinstance(self._memory, OnDisk)
-
-    def announce(self) -> None:
-        """A hint that `fetch` comes soon."""
-        if self._memory is not None:
-            self._memory.fetch()
+        return self.stored.fetch(claim)
 
 
 _Queue = dict[int, "ref[Transit]"]
@@ -299,10 +236,8 @@ class Wire:
                 local = transit.fetch(room)
                 if room is not None:
                     transit.local = local
-            if local.owner == stream or _reached(local.ready):
+            with nullcontext() if local.filled(stream) else self._waiting(stream):
                 local.open(stream)
-            else:
-                self._wait(stream, local.ready)
             self._used.pop(transit.number, None)
             self._used[transit.number] = ref(transit)
             _forget_dead(self._used)
@@ -386,7 +321,7 @@ class Wire:
             transit = self._transit_of(self._next)
             away = transit is not None and transit.local is None and transit.late is None
             if transit is not None and away and transit.device == device:
-                if not transit.on_disk:
+                if transit.stored is None or not transit.stored.on_disk:
                     claim = self._claim_ahead(transit.nbytes)
                     if claim is None:
                         return
@@ -394,7 +329,7 @@ class Wire:
                     self._ahead[transit.number] = ref(transit)
                     self.prefetched += 1
                 elif self._next > self._current - READ_AHEAD:
-                    transit.announce()
+                    transit.stored.announce()
                 else:
                     return
             self._next -= 1
@@ -429,7 +364,7 @@ class Wire:
             transit = queue.pop(next(iter(queue)))()
             if transit is None or transit.local is None:
                 continue
-            if transit.copied is None:
+            if transit.stored is None:
                 memory = self._take(transit.nbytes)
                 if memory is None:
                     continue
@@ -440,13 +375,17 @@ class Wire:
 
     def _drop(self, transit: Transit) -> None:
         """Forget a device copy, without waiting on the host, once its stream waits for the copy out."""
-        if transit.local is not None and transit.copied is not None and not _reached(transit.copied):
-            self._wait(transit.local.owner, transit.copied)
+        local, stored = transit.local, transit.stored
+        if local is not None and stored is not None and not stored.copied.query():  # type: ignore[no-untyped-call]
+            with self._waiting(local.owner):
+                stored.leave(local)
         transit.local = None
 
-    def _wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+    @contextmanager
+    def _waiting(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        """Around what makes `stream` wait: the time that it stands still counts."""
         begin = stream.record_event(_timed_event())
-        stream.wait_event(event)
+        yield
         self._waits.append((begin, stream.record_event(_timed_event())))
         self._fold(block=False)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import types
 import weakref
 from itertools import count
 
@@ -13,11 +12,12 @@ import torch
 from interrupt import interrupted
 from sidelane.codec.packet import Packet, Sections
 from sidelane.pipeline import bundle as bundle_module
+from sidelane.pipeline import copies as copies_module
 from sidelane.pipeline import moves as moves_module
 from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.bundle import Part
 from sidelane.pipeline.moves import Moves, Parcel
-from test_wire import GPU, POISON, Device, Event, Slots
+from test_wire import GPU, POISON, Device, Event, Slots, on_modelled_streams
 
 SIZE = 256  # bytes of a packet; a bundle has four
 PACKET = Packet("packed", torch.uint8, (SIZE,), (1,))
@@ -37,8 +37,8 @@ class Block:
         self.cell = cell = {"value": POISON, "freed": False}
         self.readers = readers = []
         owner = device.current
-        if value is not None:
-            owner.enqueue(lambda: cell.update(value=value))
+        # Until the stream gets here, the memory is written for those that had it before.
+        owner.enqueue(lambda: cell.update(value=POISON if value is None else value))
 
         def free():
             for stream in readers:
@@ -134,14 +134,10 @@ def model(monkeypatch):
 
     def make(seed):
         device = Device(random.Random(seed))
-        device.torn = []
         for module in (moves_module, bundle_module):
             monkeypatch.setattr(module, "current_stream", lambda _: device.current)
-        monkeypatch.setattr(moves_module, "on", device.stream)
-        monkeypatch.setattr(moves_module, "side_stream", lambda _, role: device.side[role == "copy in"])
         monkeypatch.setattr(moves_module, "HostCopy", Host)
-        empty = types.SimpleNamespace(empty=lambda n, **_: Block(device, n), uint8=torch.uint8)
-        monkeypatch.setattr(moves_module, "torch", empty)
+        on_modelled_streams(monkeypatch, device, lambda nbytes, **_: Block(device, nbytes))
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False: Event())
         return device
 
@@ -237,7 +233,7 @@ def test_an_interrupt_at_any_point_of_a_fetch_tears_nothing(model):
                 get = packet.sections.buffer.reader()
                 device.current.enqueue(lambda: reads.append(get()))
 
-        hit = interrupted(fetch, at, moves_module)
+        hit = interrupted(fetch, at, moves_module, copies_module)
         device.run()
         assert not device.torn and reads in ([], [0])
         fetch()

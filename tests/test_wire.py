@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import types
 import weakref
 from contextlib import contextmanager
 from itertools import count
@@ -12,6 +13,7 @@ import torch
 
 from faults import Countdown
 from interrupt import interrupted
+from sidelane.pipeline import copies as copies_module
 from sidelane.pipeline import wire as wire_module
 from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.tiers import Pinned
@@ -58,6 +60,7 @@ class Device:
         self.rng = rng
         self.compute = [Stream(), Stream()]
         self.side = (Stream(), Stream())
+        self.torn = []
         self.current = self.compute[0]
 
     def run(self, steps=None):
@@ -86,17 +89,36 @@ class Device:
 
 
 class Block:
-    """A packet in device memory; once dropped, the next work of the stream that owns it overwrites it."""
+    """A packet in device memory; once dropped, the next work of the stream that owns it overwrites it, and a
+    copy into it after that is torn."""
 
     size = 16
 
     def __init__(self, device, value=None):
         self.device = GPU
         self.cell = cell = [POISON]
-        if value is not None:
-            device.current.enqueue(lambda: cell.__setitem__(0, value))
+        self.freed = freed = []
+        self.model = device
+        # Until the stream gets here, the memory is written for those that had it before.
+        device.current.enqueue(lambda: cell.__setitem__(0, POISON if value is None else value))
         owner = device.current
-        weakref.finalize(self, lambda: owner.enqueue(lambda: cell.__setitem__(0, POISON)))
+
+        def free():
+            cell[0] = POISON
+            freed.append(True)
+
+        weakref.finalize(self, lambda: owner.enqueue(free))
+
+    def copy_(self, memory, non_blocking=True):
+        cell, freed, torn = self.cell, self.freed, self.model.torn
+
+        def work():
+            if freed:
+                torn.append(memory[0])
+            cell[0] = memory[0]
+
+        self.model.current.enqueue(work)
+        return self
 
 
 class Late:
@@ -176,10 +198,7 @@ class Host:
         source = block.cell
         self.device.current.enqueue(lambda: memory.__setitem__(0, source[0]))
 
-    def read(self, memory, _):
-        block = Block(self.device)
-        target = block.cell
-        self.device.current.enqueue(lambda: target.__setitem__(0, memory[0]))
+    def over(self, block):
         return block
 
 
@@ -208,17 +227,24 @@ class HostSlot:
         self.slots.free.append((self.tensor, self.released))
 
 
+def on_modelled_streams(monkeypatch, device, empty):
+    """Copies run on the streams of `device`, into memory that `empty` makes on the current one."""
+    monkeypatch.setattr(copies_module, "current_stream", lambda _: device.current)
+    monkeypatch.setattr(copies_module, "on", device.stream)
+    monkeypatch.setattr(copies_module, "side_stream", lambda _, role: device.side[role == "copy in"])
+    monkeypatch.setattr(copies_module, "torch", types.SimpleNamespace(empty=empty, uint8=torch.uint8))
+
+
 @pytest.fixture
 def model(monkeypatch):
-    """Makes a `Device` the one that `wire` talks to."""
+    """Makes a `Device` the one that the modules talk to."""
 
     def make(seed):
         device = Device(random.Random(seed))
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False: Event())
         monkeypatch.setattr(wire_module, "current_stream", lambda _: device.current)
-        monkeypatch.setattr(wire_module, "on", device.stream)
-        monkeypatch.setattr(wire_module, "side_stream", lambda _, role: device.side[role == "copy in"])
         monkeypatch.setattr(wire_module, "HostCopy", lambda _: Host(device))
+        on_modelled_streams(monkeypatch, device, lambda nbytes, **_: Block(device))
         return device
 
     return make
@@ -288,6 +314,7 @@ def test_every_use_reads_what_was_sent_in_any_order_of_work(model, limit, slots,
                     del transits[value]
         device.run()
         assert reads and all(sent == got for sent, got in reads), (seed, reads)
+        assert not device.torn
         assert limit is None or budget.peak <= limit
         transits.clear()
         assert (budget.held, host.budget.held, len(host.free)) == (0, 0, slots)
@@ -324,7 +351,7 @@ def test_nothing_leaves_a_device_without_limit(model):
     device = model(0)
     host = Slots(0)
     transits = forward(Wire(Budget(), host.take), device, 8)
-    assert all(t.copied is None for t in transits) and host.budget.peak == 0
+    assert all(t.stored is None for t in transits) and host.budget.peak == 0
 
 
 def test_the_packets_that_backward_starts_with_are_not_copied_out_again(model):
@@ -334,7 +361,7 @@ def test_the_packets_that_backward_starts_with_are_not_copied_out_again(model):
     backward(device, forward(wire, device, 20))
     assert host.budget.peak == 200
     second = forward(wire, device, 20)
-    assert [t.copied is not None for t in second] == [True] * 11 + [False] * 9
+    assert [t.stored is not None for t in second] == [True] * 11 + [False] * 9
     assert host.budget.held == 110
     backward(device, second)
     assert (wire.fetched, host.budget.held) == (0, 0)
@@ -389,12 +416,12 @@ def test_a_late_packet_is_copied_out_when_its_size_has_become_known(model):
     device, told = model(0), []
     wire, host = late_wire(device, 400)
     first = wire.send_late(Late(device, 1), told.append)
-    assert first.copied is None and not told
+    assert first.stored is None and not told
     second = wire.send_late(Late(device, 2), told.append)
-    assert first.copied is None and not told
+    assert first.stored is None and not told
     device.run()
     third = wire.send_late(Late(device, 3), told.append)
-    assert (first.copied is None, second.copied is None, third.copied is None) == (False, False, True)
+    assert (first.stored is None, second.stored is None, third.stored is None) == (False, False, True)
     assert len(told) == 2 and host.budget.held == 2 * 10 + 16  # what is late holds a promise
 
 
@@ -404,7 +431,7 @@ def test_the_host_waits_when_more_than_the_bound_is_unknown(model):
     packets = [Late(device, i) for i in range(6)]
     transits = [wire.send_late(packet, lambda _: None) for packet in packets]
     assert [packet.waits for packet in packets] == [1, 1, 0, 0, 0, 0]
-    assert [t.copied is not None for t in transits] == [True, True, False, False, False, False]
+    assert [t.stored is not None for t in transits] == [True, True, False, False, False, False]
 
 
 def test_a_full_device_waits_for_sizes_before_it_gives_up(model):
@@ -439,7 +466,7 @@ def test_of_late_packets_too_those_that_backward_starts_with_stay(model):
             transits.append(wire.send_late(Late(device, i), lambda _: None))
             device.run()
         wire.settle()
-        assert sum(t.copied is not None for t in transits) == copied
+        assert sum(t.stored is not None for t in transits) == copied
         backward(device, transits)
 
 
@@ -476,7 +503,7 @@ def test_without_room_or_promise_a_late_packet_is_not_taken(model):
     wire, _ = late_wire(device, None, 0)
     transit = wire.send_late(Late(device, 1), lambda _: None)
     wire.settle()
-    assert transit.local is not None and transit.copied is None
+    assert transit.local is not None and transit.stored is None
 
 
 @pytest.mark.parametrize("where", ["settle", "take", "store", "tell"])
@@ -560,7 +587,7 @@ def test_an_interrupt_at_any_point_loses_no_late_packet(model):
                 transits.append(wire.send_late(Late(device, i), lambda _: None))
             wire.settle()
 
-        hit = interrupted(send, at, wire_module)
+        hit = interrupted(send, at, wire_module, copies_module)
         reads = []
         for i in reversed(range(len(transits))):
             with transits[i].use() as block:
