@@ -115,7 +115,7 @@ class StoredCopy:
         stream.wait_event(self.copied)
         try:
             with on(stream):
-                packet = self._host.over(buffer.copy_(slot.tensor, non_blocking=True))
+                packet = self._host.read_to(buffer, slot.tensor)
             slot.released = stream.record_event()
             return DeviceCopy(packet, owner, claim, slot.released)
         except BaseException:  # an interrupt: the copy may be under way

@@ -177,7 +177,10 @@ class HostCopy:
 
     def read(self, memory: Tensor, device: torch.device) -> Packet:
         """The packet in `memory` as a copy on `device`, on its current stream."""
-        buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        return self.read_to(torch.empty(self.nbytes, dtype=torch.uint8, device=device), memory)
+
+    def read_to(self, buffer: Tensor, memory: Tensor) -> Packet:
+        """The packet in `memory`, copied to `buffer` uint8 [nbytes] on the current stream of its device."""
         return self.over(buffer.copy_(memory, non_blocking=True))
 
     def over(self, buffer: Tensor) -> Packet:

@@ -56,7 +56,7 @@ class Block:
     def view(self, *_):
         return self
 
-    def copy_(self, memory, non_blocking=True):
+    def copy_(self, memory):
         cell, torn = self.cell, self.model.torn
 
         def work():
@@ -112,7 +112,8 @@ class Host:
         model = device.model if isinstance(device, Block) else device.block.model
         model.current.enqueue(lambda: memory.__setitem__(0, {name: get() for name, get in read.items()}))
 
-    def over(self, block):
+    def read_to(self, block, memory):
+        block.copy_(memory)
         pieces = {name: Piece(block, name) for name in self._names}
         if self.single:
             pieces = Sections(("data",), (0,), (SIZE,), pieces["data"])

@@ -48,7 +48,7 @@ def test_every_call_of_codecs_and_copies_may_fail(cuda, monkeypatch, where, erro
         "encode": (None, ""),
         "decode": (offload_module, "decode_packet"),
         "write": (HostCopy, "write"),
-        "read": (HostCopy, "read"),
+        "read": (HostCopy, "read_to"),
     }[where]
     if target is not None:
         call = getattr(target, name)
@@ -78,7 +78,7 @@ def test_calls_may_fail_while_sizes_of_codes_are_unknown(cuda, monkeypatch, wher
     target, name = {
         "settle": (LatePacket, "settle"),
         "write": (HostCopy, "write"),
-        "read": (HostCopy, "read"),
+        "read": (HostCopy, "read_to"),
     }[where]
     call = getattr(target, name)
     monkeypatch.setattr(target, name, lambda *args: (fail(), call(*args))[1])

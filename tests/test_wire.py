@@ -109,7 +109,7 @@ class Block:
 
         weakref.finalize(self, lambda: owner.enqueue(free))
 
-    def copy_(self, memory, non_blocking=True):
+    def copy_(self, memory):
         cell, freed, torn = self.cell, self.freed, self.model.torn
 
         def work():
@@ -198,8 +198,8 @@ class Host:
         source = block.cell
         self.device.current.enqueue(lambda: memory.__setitem__(0, source[0]))
 
-    def over(self, block):
-        return block
+    def read_to(self, buffer, memory):
+        return buffer.copy_(memory)
 
 
 class Slots:
