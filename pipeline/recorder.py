@@ -9,7 +9,7 @@ alone, leaves the counting of the others as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -259,18 +259,25 @@ class Trip:
         """From the first save to the end of backward; above 0."""
         return 1e-9 if self.end is None else max(self.begin.elapsed(self.end), 1e-9)
 
-    def lesson(self) -> Lesson | None:
-        """What a trip has learned that was told to; None if that is nothing. The device must have `ended`."""
+    def lesson(self, lossless: bool = False) -> Lesson | None:
+        """What a trip has learned that was told to; None if that is nothing. The device must have `ended`.
+
+        Args:
+            lossless: no tensor may lose bits, so that more of them can be derived within an error bound.
+        """
         shown = self.shown()
         if not self._entries or shown is None or not any(mark.kind == END for mark in shown.marks):
             return None  # a backward pass that failed shows only a part of the step
         rows, blocks = tuple(map(tuple, self._rows)), tuple(self._blocks)
         known = tuple(map(replace, self._entries))  # later passes over this graph change them
+        if lossless:
+            for entry in known:
+                entry.lossy = None
         depths = [0] * len(known)  # of what is derived from what is derived
         for number, entry in enumerate(known):
             if entry.sources is None:
                 continue
-            if not self._can_derive(number, entry):
+            if not self._can_derive(number, entry, [known[source] for source in entry.sources]):
                 entry.sources = None
                 continue
             depths[number] = 1 + max((depths[source] for source in entry.sources), default=0)
@@ -297,10 +304,9 @@ class Trip:
         """The graph says that a tensor of a trip that learns has empty lower halves, and none has looked."""
         return number >= 0 and self._entries[number].widened and number not in self._widened
 
-    def _can_derive(self, number: int, entry: Entry) -> bool:
+    def _can_derive(self, number: int, entry: Entry, sources: Sequence[Entry]) -> bool:
         """It came out the same, loses no bits that it must not lose if its sources do, and these are there
         when its block runs again."""
-        sources = [self._entries[source] for source in entry.sources or ()]
         if not all(source.block in (-1, entry.block) for source in sources):
             return False
         lossy = {source.lossy for source in sources} - {None}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
 from math import inf
 from statistics import median
@@ -287,14 +287,13 @@ class Auto:
             if trip.script is not kind.script or (trip.end is None and not trip.lost):
                 pass  # of an older plan, or without a backward pass
             elif trip.learning:
-                lesson = None
+                scripts = []
                 if trip.complete and trip.end is not None:
                     trip.end.synchronize()  # the one wait: there is no plan without
-                    lesson = trip.lesson()
-                if lesson is not None:
-                    script = Script.of(lesson, self._plan_for(lesson.step()))
+                    scripts = [*self._first_scripts(trip)]
+                if scripts:
                     kind.plan_anew(ROUNDS)
-                    kind.begin(script, TIMED)
+                    kind.begin(min(scripts, key=_worth), TIMED)
             elif not trip.complete:
                 self._note_short(kind, trip)
             elif trip.ended():
@@ -302,6 +301,13 @@ class Auto:
             else:
                 return
             kind.pending.popleft()
+
+    def _first_scripts(self, trip: Trip) -> Iterator[Script]:
+        """What may be done in the next trips: with loss where that is permitted, and without."""
+        for lossless in (False, True) if self._lossy else (False,):
+            lesson = trip.lesson(lossless)
+            if lesson is not None:
+                yield Script.of(lesson, self._plan_for(lesson.step()))
 
     def _note_short(self, kind: _Kind, trip: Trip) -> None:
         """A trip was not as its script says: forget that, at once if something else came."""
@@ -412,3 +418,8 @@ class Auto:
             if why_kept(tensor, self._min_bytes) is None:
                 out.append((data_key(tensor), self._entry(tensor, self._weigh(tensor))))
         return out
+
+
+def _worth(script: Script) -> tuple[bool, float]:
+    """Of its plan; the least is the best."""
+    return not script.plan.fits, script.plan.forecast.seconds

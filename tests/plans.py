@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from math import inf
 
 from sidelane.pipeline import step_auto
 from sidelane.pipeline.step_model import Choice, Simulator
@@ -11,7 +13,8 @@ from sidelane.pipeline.step_plan import StepPlan
 
 def force(monkeypatch, prefer: str | None = None, recompute: float = 0.0, seed: int = 0) -> list[StepPlan]:
     """From here on, plans of contexts take the choice `prefer` ("away exact", "keep raw", ...) wherever a
-    tensor has it, or any at random; and recompute blocks with a probability. Returns the plans made."""
+    tensor has it, or any at random; and recompute blocks with a probability. Plans in which no tensor has it
+    take forever. Returns the plans made."""
     rng, made = random.Random(seed), []
 
     def plan(step, limit, host_limit):
@@ -25,7 +28,10 @@ def force(monkeypatch, prefer: str | None = None, recompute: float = 0.0, seed: 
         choices: tuple[Choice, ...] = tuple(
             o[p].choice for o, p in zip(simulator.options, picks, strict=True)
         )
-        made.append(StepPlan(choices, again, simulator.run(picks, again), limit, host_limit))
+        forecast = simulator.run(picks, again)
+        if prefer is not None and all(f"{choice.place} {choice.lane}" != prefer for choice in choices):
+            forecast = replace(forecast, seconds=inf)
+        made.append(StepPlan(choices, again, forecast, limit, host_limit))
         return made[-1]
 
     monkeypatch.setattr(step_auto, "plan_step", plan)

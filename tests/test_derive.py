@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from models import assert_same
 from plans import force
 from sidelane.pipeline import derive as derive_module
+from sidelane.pipeline import step_auto
 from sidelane.pipeline.derive import is_widened, recipe_of, same_bits, upper_halves
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.stash import Kept
@@ -299,6 +301,32 @@ def test_only_what_may_lose_bits_is_derived_from_what_may(monkeypatch):
         wanted = {"": [rows, column], "bits": [rows, column], "max_rel_error": [column]}
         assert set(derived) == set(wanted[next(iter(options), "")])
         assert (got - expected).norm() <= 0.2 * expected.norm()
+
+
+def test_an_error_bound_permits_to_derive_where_nothing_loses_bits(monkeypatch):
+    force(monkeypatch, f"here {DERIVED}")
+    plan = step_auto.plan_step
+
+    def the_more_the_faster(*arguments):
+        made = plan(*arguments)
+        count = made.choices.count(Choice(HERE, DERIVED))
+        return replace(made, forecast=replace(made.forecast, seconds=1 / (1 + count)))
+
+    monkeypatch.setattr(step_auto, "plan_step", the_more_the_faster)
+    x = torch.randn(2048, 4).requires_grad_()
+
+    def run(around):
+        x.grad = None
+        with around:
+            product = x.sin() * x.cos()
+            out = (product.exp() * product).sum()
+        out.backward()
+        return x.grad
+
+    expected, context = run(torch.enable_grad()), automatic(max_rel_error=0.1)
+    for _ in range(3):
+        assert torch.equal(run(context), expected)
+    assert context.plan.choices.count(Choice(HERE, DERIVED)) == 1
 
 
 def test_weights_are_no_sources_where_processes_train_together(monkeypatch, blocks):
