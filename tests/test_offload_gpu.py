@@ -87,6 +87,24 @@ def test_no_order_of_streams_changes_gradients(cuda, monkeypatch, where, gpu_bud
     assert where == "compute" or gpu_budget is None or next(copies) > 8
 
 
+@pytest.mark.parametrize("lane", ["exact", "packed", "raw"])
+def test_all_memory_of_the_device_is_of_the_stream_that_computes(cuda, lane):
+    """Other streams would have pools of their own, which the forward pass cannot use."""
+
+    def streams():
+        return {segment["stream"] for segment in torch.cuda.memory_snapshot()}
+
+    model, tokens = build(cuda)
+    context = offload(lane, min_bytes=MIN_BYTES, gpu_budget=20_000)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = streams()
+    for _ in range(2):
+        gradients(model, tokens, context)
+    assert context.report().fetched > 0
+    assert streams() <= before | {torch.cuda.current_stream().cuda_stream}
+
+
 def test_model_on_another_stream(cuda):
     model, tokens = build(cuda)
     expected = gradients(model, tokens)
