@@ -17,7 +17,7 @@ PROBES = 8192, 16384
 GRAIN = 1024  # tokens
 STRIDE = 1.04  # from a length that fits to the next one tried
 TRIALS = 4
-MOST = 128 << 10  # tokens that are tried: attention makes a step of them take 15 s or more
+MOST = 96 << 10  # tokens that are tried: attention makes a step of them take 8 s or more
 
 
 @dataclass(frozen=True)

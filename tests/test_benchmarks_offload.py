@@ -223,7 +223,7 @@ def test_the_largest_budget_below_a_peak(
         (80 * GIB, 0, 76_000, "gpu"),
         (80 * GIB, GIB // 1000, 76_000, "gpu"),
         (80 * GIB, GIB // 500, 50_000, "host"),
-        (800 * GIB, 0, 128 << 10, "tried"),
+        (800 * GIB, 0, 96 << 10, "tried"),
     ],
 )
 def test_the_longest_sequence(script: Script, device: int, host: int, expected: int, limit: str) -> None:
