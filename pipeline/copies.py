@@ -5,10 +5,10 @@ The caching allocator hands a freed block to later work of the stream it was all
 that another stream reads or writes may be dropped only after its own stream was made to wait for that one.
 All device memory here is of the stream that computes: it has written what is sent away, and what is fetched
 is allocated there, before a copy that waits for that point of the stream. (Memory of the copy stream would
-come from a pool of its own, which the GPU would hold beside that of the forward pass.) So only copies are
-waited for: copies out when their memory is dropped, copies in when they are used, or dropped unused. A slot
-of the arena carries the event of its last copy, which the stream of the next copy waits for. When a stash
-dies while its copy out is running, only that dead copy can be torn.
+come from a pool of its own, which the GPU would hold beside that of the forward pass.) So it waits for uses
+on other streams, for copies out when their memory is dropped, and for copies in when they are used, or
+dropped unused. A slot of the arena carries the event of its last copy, which the stream of the next copy
+waits for. When a stash dies while its copy out is running, only that dead copy can be torn.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from sidelane.codec.packet import Packet
 from sidelane.pipeline.budget import Claim
@@ -33,7 +34,7 @@ class DeviceCopy:
         fetched: the event of the copy in; None where `owner` has written the packet.
     """
 
-    _unopened = False  # until all is set
+    _unwaited = False  # `owner` has still to wait for the copy in; not before all is set
 
     def __init__(
         self,
@@ -45,8 +46,8 @@ class DeviceCopy:
         self.packet = packet
         self.owner = owner
         self.ready: torch.cuda.Event = owner.record_event() if fetched is None else fetched
-        self._claim = claim
-        self._fetched = self._unopened = fetched is not None
+        self.claim = claim
+        self._fetched = self._unwaited = fetched is not None
 
     def filled(self, stream: torch.cuda.Stream) -> bool:
         """Work enqueued on `stream` from now on would not wait for it."""
@@ -56,13 +57,15 @@ class DeviceCopy:
         """The packet, for work enqueued on `stream` from now on."""
         if self._fetched or stream != self.owner:
             stream.wait_event(self.ready)
-        self._unopened = False
+        if stream == self.owner:
+            self._unwaited = False
         return self.packet
 
     def close(self, stream: torch.cuda.Stream) -> None:
         """`stream` has enqueued its last read: after this the copy may be dropped."""
         if stream != self.owner:
             self.owner.wait_event(stream.record_event())
+            self._unwaited = False
 
     @contextmanager
     def use(self) -> Iterator[Packet]:
@@ -74,7 +77,7 @@ class DeviceCopy:
             self.close(stream)
 
     def __del__(self) -> None:
-        if self._unopened and not sys.is_finalizing():
+        if self._unwaited and not sys.is_finalizing():
             self.owner.wait_event(self.ready)
 
 
@@ -105,6 +108,11 @@ class StoredCopy:
         """Before `local` is dropped, without waiting on the host: its stream waits for the copy out."""
         if not self.copied.query():  # type: ignore[no-untyped-call]
             local.owner.wait_event(self.copied)
+
+    def give(self, data: Tensor) -> None:
+        """Before memory of the device is given away: it may be freed while the copy out reads it."""
+        if not self.copied.query():  # type: ignore[no-untyped-call]
+            data.record_stream(side_stream(self.device, "copy out"))
 
     def fetch(self, claim: Claim | None) -> DeviceCopy:
         """Enqueue the copy into memory of the current stream. The host waits for a disk."""

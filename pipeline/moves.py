@@ -66,6 +66,7 @@ class Parcel:
         self._moves = moves
         self._raw = host.raw
         self._local: DeviceCopy | None = DeviceCopy(packet, stream, claim)
+        self._claim: Claim | None = None  # on what was given away, as long as this lives
         self._source = source
         self._version = 0 if source is None else source._version
         self._changed = False
@@ -89,10 +90,11 @@ class Parcel:
             if not self._raw or (self._local is not None and self._source is not None):
                 return None
             local = self._moves.acquire(self)
-            self._local = None
+            self._claim, self._local = local.claim, None
         stream = current_stream(self.device)
         packet = local.open(stream)
         data = packet.sections["data"]
+        self._stored.give(data)
         if stream != local.owner:
             data.record_stream(stream)
         return data.view(packet.dtype)

@@ -14,7 +14,8 @@ def interrupted(action: Callable[[], object], at: int, *modules: ModuleType) -> 
     ended before that.
 
     Since 3.10 CPython runs handlers at the start of a function, after calls and after jumps back. The start
-    of an `__exit__` is left out: no context can help what happens there.
+    of an `__exit__` is left out: no context can help what happens there. So is all of a `__del__`: the
+    interpreter drops what is raised there.
     """
     files = {module.__file__ for module in modules}
     last: dict[int, str] = {}  # by id: a frame that is held keeps what would die with it
@@ -23,7 +24,7 @@ def interrupted(action: Callable[[], object], at: int, *modules: ModuleType) -> 
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal left
-        if frame.f_code.co_filename not in files:
+        if frame.f_code.co_filename not in files or frame.f_code.co_name == "__del__":
             return None
         frame.f_trace = trace  # 3.13 takes the next line from frames that have one
         frame.f_trace_opcodes, frame.f_trace_lines = True, False

@@ -220,26 +220,68 @@ def test_every_use_reads_what_was_sent_in_any_order_of_work(model, limit, slots,
     assert parts and (fetched or limit == 36 * SIZE or slots == 1)
 
 
-def test_an_interrupt_at_any_point_of_a_fetch_tears_nothing(model):
+def raw(device, value):
+    return RAW.with_(sections={"data": Block(device, SIZE, value)})
+
+
+def test_what_is_given_away_counts_until_its_node_has_run(model):
+    device = model(0)
+    moves, budget, _ = make_moves(4 * SIZE, 24)
+    homes = [moves.send(raw(device, value), Source()) for value in range(12)]
+    moves.room(4 * SIZE)  # all of them leave
+    device.run()
+    moves.fetch_ahead(moves.count + 1, 0, 0, 1.0)
+    given = homes[-1].give()
+    moves.fetch_ahead(moves.count + 1, 0, 0, 1.0)
+    assert given is not None and budget.held == 4 * SIZE
+    assert [home.here for home in homes] == [False] * 8 + [True] * 3 + [False]
+    del homes[-1], given
+    assert budget.held == 3 * SIZE
+
+
+def test_memory_is_given_away_while_it_is_copied_out(model):
+    """A graph that is retained asks for it again."""
+    for seed in range(60):
+        device = model(seed)
+        moves, _, _ = make_moves(8 * SIZE, 24)
+        home = moves.send(raw(device, 7))
+        reads = []
+        for _ in range(2):
+            given = home.give()
+            get = given.reader()
+            device.current.enqueue(lambda get=get, reads=reads: reads.append(get()))
+            del given, get
+            Block(device, SIZE, 99)
+        device.run()
+        assert reads == [7, 7], seed
+
+
+@pytest.mark.parametrize("stream", [0, 1])
+def test_an_interrupt_at_any_point_of_a_use_tears_nothing(model, stream):
     for at in count():
         device = model(at)
         moves, budget, _ = make_moves(4 * SIZE, 24)
         homes = [moves.bundles.send(coded(Block(device, SIZE, value))) for value in range(8)]
         moves.room(4 * SIZE)  # all of them leave
-        device.run()
+        moves.fetch_ahead(moves.count + 1, 0, 0, 1.0)
+        device.current = device.compute[stream]
         reads = []
 
-        def fetch(device=device, homes=homes, reads=reads):
-            with homes[0].use() as packet:
-                get = packet.sections.buffer.reader()
-                device.current.enqueue(lambda: reads.append(get()))
+        def use(device=device, homes=homes, reads=reads):
+            for value in (7, 0):
+                with homes[value].use() as packet:
+                    get = packet.sections.buffer.reader()
+                    entry = [value]
+                    device.current.enqueue(lambda get=get, entry=entry: entry.append(get()))
+                reads.append(entry)  # what a node has read that was interrupted is lost
 
-        hit = interrupted(fetch, at, moves_module, copies_module)
+        hit = interrupted(use, at, moves_module, copies_module)
+        if at % 2:
+            use()
+        homes.clear()
         device.run()
-        assert not device.torn and reads in ([], [0])
-        fetch()
-        device.run()
-        assert reads[-1] == 0 and not device.torn
+        assert not device.torn and all(value == got for value, got in reads), (at, reads)
+        assert budget.held == 0, at
         if not hit:
             break
-    assert at > 20
+    assert at > 40

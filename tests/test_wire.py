@@ -601,3 +601,70 @@ def test_an_interrupt_at_any_point_loses_no_late_packet(model):
         if not hit:
             break
     assert at > 40
+
+
+@pytest.mark.parametrize("stream", [0, 1])
+def test_an_interrupt_at_any_point_of_a_use_tears_nothing(model, stream):
+    for at in count():
+        device = model(at)
+        wire, host = late_wire(device, 40, 60)
+        transits = forward(wire, device, 12)
+        with transits.pop().use():
+            pass
+        device.current = device.compute[stream]
+        reads = []
+
+        def use(device=device, transits=transits, reads=reads):
+            for i in (6, 5, 4):
+                with transits[i].use() as block:
+                    cell = block.cell
+                    entry = [i]
+                    device.current.enqueue(lambda entry=entry, cell=cell: entry.append(cell[0]))
+                reads.append(entry)  # what a node has read that was interrupted is lost
+
+        hit = interrupted(use, at, wire_module, copies_module)
+        if at % 2:
+            use()
+        transits.clear()
+        device.run()
+        assert not device.torn and all(i == got for i, got in reads), at
+        assert host.budget.held == wire._budget.held == 0, at
+        if not hit:
+            break
+    assert at > 100
+
+
+def test_memory_that_runs_out_while_more_is_fetched_ahead_tears_nothing(model, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    for seed in range(30):
+        device = model(seed)
+        wire, host = late_wire(device, 40, 60)
+        transits = forward(wire, device, 12)
+        for _ in range(2):
+            with transits.pop().use():
+                pass
+        ahead = max(i for i, transit in enumerate(transits) if transit.local and transit.local._unwaited)
+        del transits[ahead + 1 :]  # there is room to fetch more
+        device.current = device.compute[1]
+        monkeypatch.setattr(copies_module.torch, "empty", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError), transits[ahead].use():
+            pass
+        transits.clear()
+        device.run()
+        assert not device.torn and host.budget.held == wire._budget.held == 0, seed
+
+
+def test_waits_for_copies_are_counted(model):
+    device = model(0)
+    wire, _ = late_wire(device, 10, 60)
+    transits = forward(wire, device, 3)
+    wire._fold(block=False)
+    assert not wire._waits
+    with transits[0].use():
+        assert len(wire._waits) == 1
+    device.run()
+    wire._fold(block=False)
+    with transits[0].use():
+        assert not wire._waits  # it is there
