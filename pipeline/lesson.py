@@ -4,7 +4,7 @@ its plan (`Script`), by which the next trips know what to do with each tensor th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -132,6 +132,7 @@ class Lesson:
         extra: seconds that a tensor takes in a lane besides those that its kernels should. (encode, decode)
         host: seconds of the host for a tensor, by choice. (save, use)
         level: steps begin with nothing to do for the device, so that it waits for a host that is late.
+        lossless: no tensor may lose bits, so that more can be derived.
     """
 
     device: torch.device
@@ -146,6 +147,7 @@ class Lesson:
     extra: dict[str, Pair] = field(default_factory=dict)
     host: dict[Choice, Pair] = field(default_factory=dict)
     level: bool = True
+    lossless: bool = False
 
     def seen_again(self, shown: Shown, choices: Sequence[Choice], fresh: bool = False) -> Lesson:
         """With what another trip showed, of a plan with these choices; see the function of that name."""
@@ -291,6 +293,11 @@ class Script:
         for b, again in enumerate(plan.recompute):
             keeps[2 * b + 1] &= not again
         return cls(lesson, plan, tuple(rows), tuple(keeps))
+
+    def seen_again(self, lessons: Iterable[Lesson]) -> Script:
+        """The same choices, for the one of these lessons that they were made for, as it is known now."""
+        lesson = next(lesson for lesson in lessons if lesson.lossless == self.lesson.lossless)
+        return Script.of(lesson, self.plan.for_step(lesson.step()))
 
 
 class _Speeds:

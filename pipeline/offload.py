@@ -258,6 +258,8 @@ class offload(HookContext):
         nbytes = _weight(tensor, view, key)
         trip, number, choice = auto.save(tensor, nbytes)
         before = trip.before()
+        if stash is not None and stash.lossy and number >= 0 and trip.entry(number).lossy is None:
+            stash = None  # another trip has stored it
         if stash is not None and not self._in_order(stash, tensor, trip):
             stash = None
         if stash is not None:
@@ -330,7 +332,8 @@ class offload(HookContext):
         home, whole, truth = Remade(recipe, tuple(sources)), key.kind == "whole", None
         if self._checker:
             truth = Truth(_elements(tensor, whole).clone(), home.make(self._unpack))
-            if not self._lossy and not same_bits(truth.packed, truth.decoded):
+            exact = not self._lossy or self._max_rel_error is not None
+            if exact and not same_bits(truth.packed, truth.decoded):
                 raise OffloadError(f"{describe(tensor)} does not follow from what it was made from")
         stash = Stash(tensor, home, whole, truth)
         self._index.add(key, stash)
@@ -378,7 +381,7 @@ class offload(HookContext):
                 if home is None and source is not None:
                     packet = RAW.encode(elements)
         stash = Stash(tensor, home or self._place(packet, view), whole, truth)
-        stash.widened = choice.lane == UPPER
+        stash.widened, stash.lossy = choice.lane == UPPER, choice.lane in self._lossy
         self._index.add(key, stash)
         self._tally.encoded(view, packet)
         return stash

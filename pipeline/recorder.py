@@ -263,7 +263,7 @@ class Trip:
         """What a trip has learned that was told to; None if that is nothing. The device must have `ended`.
 
         Args:
-            lossless: no tensor may lose bits, so that more of them can be derived within an error bound.
+            lossless: no tensor may lose bits, so that more of them can be derived.
         """
         shown = self.shown()
         if not self._entries or shown is None or not any(mark.kind == END for mark in shown.marks):
@@ -288,7 +288,16 @@ class Trip:
             entry.widened = entry.widened and differs is not None and not bool(differs)
         gaps, host = shown.device.gaps, shown.host.gaps
         return Lesson(
-            self.device, known, rows, blocks, shown.marks, gaps, host, self.gradients, self._exact_speed()
+            self.device,
+            known,
+            rows,
+            blocks,
+            shown.marks,
+            gaps,
+            host,
+            self.gradients,
+            self._exact_speed(),
+            lossless=lossless,
         )
 
     def derived(self, number: int, differs: Tensor) -> None:

@@ -72,12 +72,12 @@ class _Kind:
     def __init__(self) -> None:
         self.pending: deque[Trip] = deque(maxlen=4)
         self.script: Script | None = None
-        self.lesson: Lesson | None = None  # that of the script, and what its timed trips have shown
+        self.lessons: list[Lesson] = []  # with loss if permitted, and without; with what timed trips showed
         self.timed = 0  # trips of this plan to time; 0 when it has settled
         self.seen = 0  # those that have shown something
         self.alone = 0  # trips since then
         self.rounds = 0  # plans that may take over
-        self.tried: list[tuple[float, StepPlan]] = []  # with the seconds of the fastest trip
+        self.tried: list[tuple[float, Script]] = []  # with the seconds of the fastest trip
         self.fresh = False  # the next timed trip counts alone
         self.short = 0  # trips in a row that ended early
         self.recent: deque[float] = deque(maxlen=RECENT)  # seconds of trips that are not timed
@@ -100,11 +100,12 @@ class _Kind:
         self.tried.clear()
         self.rounds = rounds
 
-    def begin(self, script: Script, timed: int) -> None:
-        """Follow a plan; `timed`: trips to time, 0 for a plan with choices that were followed before."""
+    def begin(self, script: Script, timed: int, lessons: list[Lesson]) -> None:
+        """Follow a plan of one of these lessons; `timed`: trips to time, 0 for a plan with choices that were
+        followed before."""
         if timed:
             self.recent.clear()
-        self.script, self.lesson = script, script.lesson
+        self.script, self.lessons = script, lessons
         self.time(timed)
 
     def time(self, trips: int) -> None:
@@ -287,13 +288,14 @@ class Auto:
             if trip.script is not kind.script or (trip.end is None and not trip.lost):
                 pass  # of an older plan, or without a backward pass
             elif trip.learning:
-                scripts = []
+                lessons = []
                 if trip.complete and trip.end is not None:
                     trip.end.synchronize()  # the one wait: there is no plan without
-                    scripts = [*self._first_scripts(trip)]
-                if scripts:
+                    lessons = [*self._lessons(trip)]
+                if lessons:
+                    script = self._best(lessons)
                     kind.plan_anew(ROUNDS)
-                    kind.begin(min(scripts, key=_worth), TIMED)
+                    kind.begin(script, TIMED, lessons)
             elif not trip.complete:
                 self._note_short(kind, trip)
             elif trip.ended():
@@ -302,12 +304,20 @@ class Auto:
                 return
             kind.pending.popleft()
 
-    def _first_scripts(self, trip: Trip) -> Iterator[Script]:
-        """What may be done in the next trips: with loss where that is permitted, and without."""
-        for lossless in (False, True) if self._lossy else (False,):
-            lesson = trip.lesson(lossless)
-            if lesson is not None:
-                yield Script.of(lesson, self._plan_for(lesson.step()))
+    def _lessons(self, trip: Trip) -> Iterator[Lesson]:
+        """What a trip has learned, and that without loss, where more can be derived then."""
+        lesson = trip.lesson()
+        if lesson is None:
+            return
+        yield lesson
+        if self._lossy and (other := trip.lesson(lossless=True)) is not None:
+            pairs = zip(lesson.entries, other.entries, strict=True)
+            if any(a.sources is None and b.sources is not None for a, b in pairs):
+                yield other
+
+    def _best(self, lessons: Iterable[Lesson]) -> Script:
+        scripts = [Script.of(lesson, self._plan_for(lesson.step())) for lesson in lessons]
+        return min(scripts, key=lambda script: script.plan.cost)
 
     def _note_short(self, kind: _Kind, trip: Trip) -> None:
         """A trip was not as its script says: forget that, at once if something else came."""
@@ -316,12 +326,13 @@ class Auto:
             kind.script, kind.short = None, 0
 
     def _compare(self, kind: _Kind, trip: Trip, script: Script | None) -> None:
-        if script is None or kind.lesson is None:
+        if script is None:
             return
         kind.short = 0
         shown = trip.shown()
         if shown is not None:
-            kind.lesson = kind.lesson.seen_again(shown, script.plan.choices, kind.fresh)
+            choices = script.plan.choices
+            kind.lessons = [lesson.seen_again(shown, choices, kind.fresh) for lesson in kind.lessons]
             kind.fresh = False
             kind.seen += 1
             return
@@ -329,7 +340,7 @@ class Auto:
         if kind.timed and kind.seen >= TIMED:
             kind.alone += 1
             if kind.alone >= TIMED:
-                self._plan_again(kind, script.plan, kind.lesson)
+                self._plan_again(kind, script)
         elif not kind.timed and kind.drifts():
             kind.plan_anew(1)
             kind.fresh = True
@@ -337,24 +348,25 @@ class Auto:
             kind.pause *= 4
             kind.patience = kind.pause
 
-    def _plan_again(self, kind: _Kind, plan: StepPlan, lesson: Lesson) -> None:
+    def _plan_again(self, kind: _Kind, script: Script) -> None:
         """After what trips of a plan have shown and taken."""
-        step = lesson.step()
-        old, seconds = plan.for_step(step), min([*kind.recent][-TIMED:])
-        kind.tried.append((seconds, old))
-        others = old.others
+        lessons, seconds = kind.lessons, min([*kind.recent][-TIMED:])
+        script = script.seen_again(lessons)
+        kind.tried.append((seconds, script))
+        old, others = script.plan, script.plan.others
         if kind.rounds:
             kind.rounds -= 1
-            new = self._plan_for(step)
+            other = self._best(lessons)
+            new = other.plan
             if new.forecast.seconds < (1 - GAIN) * old.forecast.seconds or (new.fits and not old.fits):
-                kind.begin(Script.of(lesson, new), TIMED)
+                kind.begin(other, TIMED, lessons)
                 return
             others = new.others
-        fastest, best = min(kind.tried, key=lambda tried: (not tried[1].fits, tried[0]))
-        if fastest < (1 - GAIN) * seconds or (best.fits and not old.fits):
-            old = best.for_step(step)
+        fastest, best = min(kind.tried, key=lambda tried: (not tried[1].plan.fits, tried[0]))
+        if fastest < (1 - GAIN) * seconds or (best.plan.fits and not old.fits):
+            script = best.seen_again(lessons)
             kind.recent.clear()
-        kind.begin(Script.of(lesson, replace(old, others=others)), 0)
+        kind.begin(replace(script, plan=replace(script.plan, others=others)), 0, lessons)
 
     def _plan_for(self, step: Step) -> StepPlan:
         limits = (self._budget.limit, self._host.limit)
@@ -418,8 +430,3 @@ class Auto:
             if why_kept(tensor, self._min_bytes) is None:
                 out.append((data_key(tensor), self._entry(tensor, self._weigh(tensor))))
         return out
-
-
-def _worth(script: Script) -> tuple[bool, float]:
-    """Of its plan; the least is the best."""
-    return not script.plan.fits, script.plan.forecast.seconds

@@ -73,6 +73,11 @@ class StepPlan:
         return _over(forecast, self.limit, self.host_limit) == 0
 
     @property
+    def cost(self) -> tuple[float, float]:
+        """Bytes too many, and the seconds of the step with a price on what leaves: the least is the best."""
+        return _cost(self.forecast, self.limit, self.host_limit)
+
+    @property
     def idle(self) -> bool:
         """Nothing is done at all."""
         return not any(self.recompute) and all(choice.place == KEEP for choice in self.choices)
@@ -378,10 +383,13 @@ def _policies(step: Step, options: Sequence[Sequence[Option]], limit: float) -> 
 def _judged(
     simulator: Simulator, picks: list[int], recompute: list[bool], limit: float, host_limit: float
 ) -> _State:
-    forecast = simulator.run(picks, recompute)
+    return _cost(simulator.run(picks, recompute), limit, host_limit), picks, recompute
+
+
+def _cost(forecast: Forecast, limit: float, host_limit: float) -> _Cost:
     seconds = forecast.seconds + SECONDS_PER_BYTE * forecast.away
     seconds += SECONDS_PER_WORKING_BYTE * max(0.0, forecast.working - limit)
-    return (_over(forecast, limit, host_limit), seconds), picks, recompute
+    return _over(forecast, limit, host_limit), seconds
 
 
 def _over(forecast: Forecast, limit: float, host_limit: float) -> float:

@@ -16,6 +16,7 @@ from plans import force
 from sidelane.pipeline import derive as derive_module
 from sidelane.pipeline import step_auto
 from sidelane.pipeline.derive import is_widened, recipe_of, same_bits, upper_halves
+from sidelane.pipeline.lesson import BOUNDED
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.stash import Kept
 from sidelane.pipeline.step_model import DERIVED, HERE, UPPER, Choice
@@ -327,6 +328,73 @@ def test_an_error_bound_permits_to_derive_where_nothing_loses_bits(monkeypatch):
     for _ in range(3):
         assert torch.equal(run(context), expected)
     assert context.plan.choices.count(Choice(HERE, DERIVED)) == 1
+
+
+def test_what_trips_show_may_turn_a_plan_without_loss_into_one_with_it(monkeypatch):
+    seconds = {False: 2.0, True: 1.0}  # by whether nothing may be lost
+
+    def plan(step, limit, host_limit):
+        lossless = all(code.lane != BOUNDED for saved in step.saved for code in saved.codes)
+        force(monkeypatch, f"here {DERIVED if lossless else BOUNDED}")
+        made = step_auto.plan_step(step, limit, host_limit)
+        monkeypatch.setattr(step_auto, "plan_step", plan)
+        return replace(made, forecast=replace(made.forecast, seconds=seconds[lossless]))
+
+    monkeypatch.setattr(step_auto, "plan_step", plan)
+    context, x = automatic(max_rel_error=0.1), torch.randn(2048, 4).requires_grad_()
+    lanes = []
+    for _ in range(10):
+        with context:
+            product = x.sin() * x.cos()
+            out = (product.exp() * product).sum()
+        out.backward()
+        plan_now = context.plan
+        lanes.append({choice.lane for choice in plan_now.choices} if plan_now else set())
+        seconds[False] = 0.0 if len(lanes) > 2 else 2.0
+    assert DERIVED in lanes[1] and BOUNDED not in lanes[1]
+    assert any(BOUNDED in each for each in lanes)
+
+
+class Look(torch.autograd.Function):
+    """The sum of a tensor, which backward gets to see."""
+
+    @staticmethod
+    def forward(ctx, x, seen):
+        ctx.save_for_backward(x)
+        ctx.seen = seen
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.seen.append(ctx.saved_tensors[0].clone())
+        return grad * torch.ones_like(ctx.seen[-1]), None
+
+
+@pytest.mark.parametrize("checker", [False, True])
+def test_what_other_steps_lost_is_no_source_where_nothing_is_lost(monkeypatch, checker):
+    """Two kinds of steps save the same tensors, one with loss, and their graphs are alive together."""
+    context = automatic(max_rel_error=0.094, checker=checker)
+    x, wide, narrow = (torch.randn(*s).requires_grad_() for s in ((2048, 4), (4096, 4), (2048, 3)))
+    seen = []
+
+    def with_loss(a, b):
+        return (wide * 1).exp().sum() + (a * b).sum()
+
+    def without(a, b):
+        return (narrow * 1).exp().sum() + Look.apply(a * b, seen)
+
+    for prefer, function in (("here bounded", with_loss), (f"here {DERIVED}", without)):
+        force(monkeypatch, prefer)
+        for _ in range(4):
+            with context:
+                loss = function(20 * x, x + 0.5)
+            loss.backward()
+        assert any(f"{choice.place} {choice.lane}" == prefer for choice in context.plan.choices)
+    a, b = 20 * x, x + 0.5
+    with context:
+        loss = with_loss(a, b) + without(a, b)
+    loss.backward()
+    assert torch.equal(seen[-1], (a * b).detach())
 
 
 def test_weights_are_no_sources_where_processes_train_together(monkeypatch, blocks):

@@ -337,6 +337,26 @@ def test_a_limit_that_nothing_meets():
     assert plan.forecast.held < 0.8 * total(step)  # exact codes, in place
 
 
+def test_of_plans_that_nothing_meets_the_nearer_costs_less_though_it_is_slower():
+    codes = {
+        "small": (Code("raw", 100 * MIB), Code("packed:4", 28 * MIB, 2e-3, 2e-3)),
+        "fast": (Code(DERIVED, 0, 0.0, 1e-4), Code("raw", 100 * MIB)),
+    }
+    plans = {}
+    for name, found in codes.items():
+        saved = [
+            Saved(
+                100 * MIB, 1e-3 * i, 1e-3 * (48 - i), 1e-3 * (49 - i), found[i % 4 > 0 and name == "fast" :]
+            )
+            for i in range(24)
+        ]
+        plans[name] = plan_step(Step(tuple(saved), (), 0.049, wire(50e9), wire(50e9)), 50 * MIB, 500 * MIB)
+    small, fast = plans["small"], plans["fast"]
+    assert not small.fits and not fast.fits
+    assert small.forecast.seconds > fast.forecast.seconds
+    assert small.cost < fast.cost
+
+
 def test_a_plan_is_a_few_hundred_simulations(monkeypatch):
     calls = []
     run = Simulator.run
