@@ -3,9 +3,9 @@
 Where to begin reading:
 
 - One tensor: `compress` over `lanes` (`packed`, `video`, `dual`); `basis` and `calibrate` make a basis.
-- Offload: `offload` has the hooks. `policy` says which tensors, `extent` which elements; `stash` and
-  `budget` keep the books; `wire` (with `bundle`, `late`) moves packets, `tiers` over `arena` and `disk`
-  holds them; `checker` compares.
+- Offload: `offload` has the hooks, `store` what they store. `policy` says which tensors, `extent` which
+  elements; `stash` and `budget` keep the books; `wire` (with `bundle`, `late`) decides which packets stay
+  on the GPU, `copies` moves them, `tiers` over `arena` and `disk` holds them; `checker` compares.
 - Offload with "auto": `step_auto` follows a step. `recorder`, `marks` and `lesson` learn it, `step_plan`
   searches on `step_model`; `moves`, `derive`, `blocks` and `passage` carry out; `explain` tells.
 - A lane for one tensor: `choice` over `prediction`, `planner` and `decision`, from `machine` (measured by

@@ -104,11 +104,6 @@ class StoredCopy:
         """A hint that `fetch` comes soon."""
         self._memory.fetch()
 
-    def leave(self, local: DeviceCopy) -> None:
-        """Before `local` is dropped, without waiting on the host: its stream waits for the copy out."""
-        if not self.copied.query():  # type: ignore[no-untyped-call]
-            local.owner.wait_event(self.copied)
-
     def give(self, data: Tensor) -> None:
         """Before memory of the device is given away: it may be freed while the copy out reads it."""
         if not self.copied.query():  # type: ignore[no-untyped-call]

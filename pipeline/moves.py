@@ -26,6 +26,7 @@ from sidelane.pipeline.stash import Kept
 from sidelane.pipeline.step_model import allowed_ahead
 from sidelane.pipeline.streams import current_stream
 from sidelane.pipeline.tiers import HostCopy, Memory
+from sidelane.pipeline.waits import Waits
 
 
 class Held(Kept):
@@ -77,9 +78,9 @@ class Parcel:
         """As of a `Home`: valid inside, for work on the current stream."""
         stream = current_stream(self.device)
         local = self._moves.acquire(self)
-        packet = local.open(stream)
+        self._moves.waits.open(local, stream)
         try:
-            yield packet
+            yield local.packet
         finally:
             local.close(stream)
 
@@ -92,12 +93,12 @@ class Parcel:
             local = self._moves.acquire(self)
             self._claim, self._local = local.claim, None
         stream = current_stream(self.device)
-        packet = local.open(stream)
-        data = packet.sections["data"]
+        self._moves.waits.open(local, stream)
+        data = local.packet.sections["data"]
         self._stored.give(data)
         if stream != local.owner:
             data.record_stream(stream)
-        return data.view(packet.dtype)
+        return data.view(local.packet.dtype)
 
     @property
     def here(self) -> bool:
@@ -123,7 +124,7 @@ class Parcel:
             return
         if self._source is not None:
             self._changed = self._source._version != self._version
-        self._stored.leave(local)
+        self._moves.waits.leave(self._stored, local)
         if self._source is not None:
             for part in local.packet.sections.values():
                 part.record_stream(local.owner)
@@ -203,6 +204,7 @@ class Moves:
         self.count = 0  # number of the next parcel
         self.fetched = 0
         self.prefetched = 0
+        self.waits = Waits()
         self.bundles = Bundles(self, budget.limit)
         self._budget = budget
         self._take = take

@@ -1,18 +1,17 @@
 """Packets between a GPU and pinned host memory, on side streams, joined by events only.
 
 Decoded tensors are allocated by the decoder on the caller's stream like any other tensor of the program; for
-the memory of packets see Note: [Device memory and streams] in `copies`. The host waits for the device in two
-places of this module: in `Wire.seconds_waited`, and in `Wire._learn` for the size of a late packet (see Note:
-[Late sizes] in `late`). That is when UNKNOWN bytes wait to be encoded, so that the device does not run dry
-meanwhile, when their memory is needed, or when one is used. An open bundle is late too (see Note: [Bundles]
-in `bundle`); nobody waits for that, it is closed.
+the memory of packets see Note: [Device memory and streams] in `copies`. The host waits for the device in
+`Wire._learn` alone, for the size of a late packet (see Note: [Late sizes] in `late`): that is when UNKNOWN
+bytes wait to be encoded, so that the device does not run dry meanwhile, when their memory is needed, or when
+one is used. An open bundle is late too (see Note: [Bundles] in `bundle`); nobody waits for that, it is
+closed.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any, Protocol
@@ -26,6 +25,7 @@ from sidelane.pipeline.budget import Budget, Claim, Holders
 from sidelane.pipeline.copies import DeviceCopy, StoredCopy
 from sidelane.pipeline.streams import current_stream
 from sidelane.pipeline.tiers import HostCopy, Memory
+from sidelane.pipeline.waits import Waits
 
 READ_AHEAD = 8  # those that a disk is told to read
 SIBLINGS = 32  # packets used last, which other nodes of the pass may want too
@@ -165,8 +165,7 @@ class Wire:
         self._current = 0  # number that backward has come down to
         self._gradients = 0  # bytes of weights that this forward pass saved
         self._grown = 0  # those whose gradients backward has made when it comes to `_current`
-        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._seconds = 0.0
+        self.waits = Waits()
         self.fetched = 0
         self.prefetched = 0
 
@@ -236,8 +235,7 @@ class Wire:
                 local = transit.fetch(room)
                 if room is not None:
                     transit.local = local
-            with nullcontext() if local.filled(stream) else self._waiting(stream):
-                local.open(stream)
+            self.waits.open(local, stream)
             self._used.pop(transit.number, None)
             self._used[transit.number] = ref(transit)
             _forget_dead(self._used)
@@ -246,12 +244,6 @@ class Wire:
                 self._grown = self._gradients - transit.gradients
             self._prefetch(transit.device)
             return local
-
-    def seconds_waited(self) -> float:
-        """Time that compute streams stood still for packets; waits for the device."""
-        with self._lock:
-            self._fold(block=True)
-            return self._seconds
 
     def _begin(self) -> None:
         """Before a packet: forget the pass before, and learn what has become known."""
@@ -375,29 +367,9 @@ class Wire:
 
     def _drop(self, transit: Transit) -> None:
         """Forget a device copy, without waiting on the host, once its stream waits for the copy out."""
-        local, stored = transit.local, transit.stored
-        if local is not None and stored is not None and not stored.copied.query():  # type: ignore[no-untyped-call]
-            with self._waiting(local.owner):
-                stored.leave(local)
+        if transit.local is not None and transit.stored is not None:
+            self.waits.leave(transit.stored, transit.local)
         transit.local = None
-
-    @contextmanager
-    def _waiting(self, stream: torch.cuda.Stream) -> Iterator[None]:
-        """Around what makes `stream` wait: the time that it stands still counts."""
-        begin = stream.record_event(_timed_event())
-        yield
-        self._waits.append((begin, stream.record_event(_timed_event())))
-        self._fold(block=False)
-
-    def _fold(self, block: bool) -> None:
-        while self._waits:
-            begin, end = self._waits[0]
-            if block:
-                end.synchronize()
-            elif not _reached(end):
-                return
-            self._waits.popleft()
-            self._seconds += begin.elapsed_time(end) / 1e3
 
 
 def _forget_dead(queue: _Queue) -> None:
@@ -407,7 +379,3 @@ def _forget_dead(queue: _Queue) -> None:
 
 def _reached(event: torch.cuda.Event) -> bool:
     return bool(event.query())  # type: ignore[no-untyped-call]
-
-
-def _timed_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

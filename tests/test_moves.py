@@ -14,6 +14,7 @@ from sidelane.codec.packet import Packet, Sections
 from sidelane.pipeline import bundle as bundle_module
 from sidelane.pipeline import copies as copies_module
 from sidelane.pipeline import moves as moves_module
+from sidelane.pipeline import waits as waits_module
 from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.bundle import Part
 from sidelane.pipeline.moves import Moves, Parcel
@@ -275,7 +276,7 @@ def test_an_interrupt_at_any_point_of_a_use_tears_nothing(model, stream):
                     device.current.enqueue(lambda get=get, entry=entry: entry.append(get()))
                 reads.append(entry)  # what a node has read that was interrupted is lost
 
-        hit = interrupted(use, at, moves_module, copies_module)
+        hit = interrupted(use, at, moves_module, copies_module, waits_module)
         if at % 2:
             use()
         homes.clear()

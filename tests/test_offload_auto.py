@@ -21,6 +21,7 @@ from sidelane.pipeline import blocks as blocks_module
 from sidelane.pipeline import entries
 from sidelane.pipeline import offload as offload_module
 from sidelane.pipeline import step_auto as auto_module
+from sidelane.pipeline import store as store_module
 from sidelane.pipeline.blocks import find_blocks
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.recorder import Trip
@@ -646,7 +647,7 @@ def test_an_interrupt_leaves_no_block_replaced():
             blocks[1](block(x))
 
     at = 0
-    while interrupted(step, at, entries, blocks_module, auto_module, offload_module):
+    while interrupted(step, at, entries, blocks_module, auto_module, offload_module, store_module):
         assert all("forward" not in vars(b) for b in blocks), f"at point {at}"
         assert not getattr(context._auto._local, "inside", False), f"at point {at}"
         at += 1

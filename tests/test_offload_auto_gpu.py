@@ -13,7 +13,7 @@ from plans import force, places
 from races import SLEEP, garbage
 from sidelane.errors import OffloadError
 from sidelane.pipeline import moves as moves_module
-from sidelane.pipeline import offload as offload_module
+from sidelane.pipeline import store as store_module
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.streams import side_stream
 from sidelane.pipeline.tiers import HostCopy
@@ -27,7 +27,7 @@ CHOICES = ("keep raw", "away raw", "away exact", "here exact", "here derived", N
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr(offload_module, "EXACT_BYTES", 0)
+    monkeypatch.setattr(store_module, "EXACT_BYTES", 0)
     monkeypatch.setattr(models, "LAYERS", 4)
 
 

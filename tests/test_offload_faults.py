@@ -19,7 +19,7 @@ from interrupt import interrupted
 from models import MIN_BYTES, assert_same, build, gradients, loss_of, settled
 from sidelane.errors import BudgetError, OffloadError
 from sidelane.pipeline import disk as disk_module
-from sidelane.pipeline import offload as offload_module
+from sidelane.pipeline import store as store_module
 from sidelane.pipeline.blockfile import BlockFile
 from sidelane.pipeline.offload import offload
 
@@ -50,12 +50,12 @@ ERRORS = [RuntimeError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt]
 def test_every_call_of_a_codec_may_fail(monkeypatch, error, where, inside):
     model, tokens = build()
     expected = gradients(model, tokens)
-    fail, decode = Countdown(error), offload_module.decode_packet
+    fail, decode = Countdown(error), store_module.decode_packet
     if where == "encode":
         context = offload(Flaky(fail), min_bytes=MIN_BYTES)
     else:
         context = offload(min_bytes=MIN_BYTES)
-        monkeypatch.setattr(offload_module, "decode_packet", lambda *args: (fail(), decode(*args))[1])
+        monkeypatch.setattr(store_module, "decode_packet", lambda *args: (fail(), decode(*args))[1])
     failed = 0
     for at in count(0, 9):
         fail.left = at
@@ -218,7 +218,7 @@ def test_a_disk_that_cannot_be_read(tmp_path, monkeypatch):
         patch.setattr(BlockFile, "read", failing)
         with context:
             loss = loss_of(model, tokens)
-        while context._tiers._disk._finish_write():
+        while context._store.tiers._disk._finish_write():
             pass
         with pytest.raises(OffloadError, match="cannot be read back"):
             loss.backward()

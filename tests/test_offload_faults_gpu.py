@@ -14,7 +14,7 @@ from models import MIN_BYTES, assert_same, build, gradients, loss_of, settled
 from races import SLEEP
 from sidelane.errors import OffloadError
 from sidelane.pipeline import disk as disk_module
-from sidelane.pipeline import offload as offload_module
+from sidelane.pipeline import store as store_module
 from sidelane.pipeline.arena import shared
 from sidelane.pipeline.blockfile import BlockFile
 from sidelane.pipeline.late import LatePacket
@@ -46,7 +46,7 @@ def test_every_call_of_codecs_and_copies_may_fail(cuda, monkeypatch, where, erro
     lane = Flaky(fail) if where == "encode" else "exact"
     target, name = {
         "encode": (None, ""),
-        "decode": (offload_module, "decode_packet"),
+        "decode": (store_module, "decode_packet"),
         "write": (HostCopy, "write"),
         "read": (HostCopy, "read_to"),
     }[where]
@@ -74,7 +74,7 @@ def test_calls_may_fail_while_sizes_of_codes_are_unknown(cuda, monkeypatch, wher
     model, tokens = build(cuda)
     expected = gradients(model, tokens)
     pinned, fail = shared().held, Countdown(error)
-    monkeypatch.setattr(offload_module, "EXACT_BYTES", 0)
+    monkeypatch.setattr(store_module, "EXACT_BYTES", 0)
     target, name = {
         "settle": (LatePacket, "settle"),
         "write": (HostCopy, "write"),
@@ -187,7 +187,7 @@ def test_a_disk_that_cannot_be_read(cuda, tmp_path, monkeypatch):
         patch.setattr(BlockFile, "read", failing)
         with context:
             loss = loss_of(model, tokens)
-        while context._tiers._disk._finish_write():
+        while context._store.tiers._disk._finish_write():
             pass
         with pytest.raises(OffloadError, match="cannot be read back"):
             loss.backward()

@@ -14,7 +14,7 @@ from latch import LIMIT, Latch
 from models import MIN_BYTES, assert_same, build, gradients, loss_of, settled
 from races import SLEEP, garbage
 from sidelane.errors import BudgetError
-from sidelane.pipeline import offload as offload_module
+from sidelane.pipeline import store as store_module
 from sidelane.pipeline.checkpoint import checkpoint
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.streams import side_stream
@@ -22,13 +22,13 @@ from sidelane.pipeline.tiers import HostCopy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("math_attention")]
 
-EXACT_BYTES = offload_module.EXACT_BYTES
+EXACT_BYTES = store_module.EXACT_BYTES
 exact = partial(offload, min_bytes=MIN_BYTES)
 
 
 @pytest.fixture(autouse=True)
 def _small_tensors_are_coded(monkeypatch):
-    monkeypatch.setattr(offload_module, "EXACT_BYTES", 0)
+    monkeypatch.setattr(store_module, "EXACT_BYTES", 0)
 
 
 @pytest.mark.parametrize("lane", ["raw", "exact"])
@@ -318,7 +318,7 @@ def test_lossy_gradients_equal_those_of_a_synchronous_round_trip(cuda):
 
 
 def test_small_tensors_of_the_exact_lane_cross_raw(cuda, monkeypatch):
-    monkeypatch.setattr(offload_module, "EXACT_BYTES", (1 << 20) + 1)
+    monkeypatch.setattr(store_module, "EXACT_BYTES", (1 << 20) + 1)
     x = torch.randn(1 << 18, device=cuda, requires_grad=True)
     context = exact()
     with context:
@@ -393,7 +393,7 @@ def test_tensors_that_do_not_become_smaller_come_back(cuda, gpu_budget):
 def test_the_host_never_waits_for_the_device_in_the_packed_lane(cuda, monkeypatch):
     """The device is held up while a whole step is enqueued. What stays exact crosses raw, as it does below
     `EXACT_BYTES`: backward waits for the size of an exact code."""
-    monkeypatch.setattr(offload_module, "EXACT_BYTES", EXACT_BYTES)
+    monkeypatch.setattr(store_module, "EXACT_BYTES", EXACT_BYTES)
     model, tokens = build(cuda)
     expected = None
     context = offload("packed", bits=4, min_bytes=MIN_BYTES, gpu_budget=100_000)

@@ -83,7 +83,7 @@ def test_a_damaged_spill_file_is_an_error(tmp_path, monkeypatch):
 
     context = offload(min_bytes=0, host_budget=0, on_full="spill", spill_dir=str(tmp_path))
     node = save(context, incompressible(8))
-    context._tiers._disk._writers.shutdown()
+    context._store.tiers._disk._writers.shutdown()
     monkeypatch.setattr(disk_module.os, "preadv", damaged)
     with pytest.raises(OffloadError, match="spilled tensor cannot be read back.*checksum"):
         node.saved_tensors  # noqa: B018

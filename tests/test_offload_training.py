@@ -300,7 +300,7 @@ def test_memory_is_flat_without_gc():
                     model(x)
             del loss  # every third graph is dropped without a backward
             report = context.report()
-            assert (report.host_bytes, report.tickets, len(context._index)) == (0, 0, 0), step
+            assert (report.host_bytes, report.tickets, len(context._store._index)) == (0, 0, 0), step
         assert report.total.count == 200 * 3
     finally:
         gc.enable()
@@ -386,7 +386,7 @@ def test_heads_of_attention_take_eight_bits_since_their_errors_are_in_an_exponen
 
     context = offload("packed", bits=4, min_bytes=0)
     if not spared:
-        context._heads_lane = context._lane
+        context._store._heads_lane = context._store._lane
     got, want = gradient(context), gradient(nullcontext())
     cosine = torch.nn.functional.cosine_similarity(got, want, dim=0)
     assert cosine > 0.95 if spared else cosine < 0.5

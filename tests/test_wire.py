@@ -14,6 +14,7 @@ import torch
 from faults import Countdown
 from interrupt import interrupted
 from sidelane.pipeline import copies as copies_module
+from sidelane.pipeline import waits as waits_module
 from sidelane.pipeline import wire as wire_module
 from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.tiers import Pinned
@@ -587,7 +588,7 @@ def test_an_interrupt_at_any_point_loses_no_late_packet(model):
                 transits.append(wire.send_late(Late(device, i), lambda _: None))
             wire.settle()
 
-        hit = interrupted(send, at, wire_module, copies_module)
+        hit = interrupted(send, at, wire_module, copies_module, waits_module)
         reads = []
         for i in reversed(range(len(transits))):
             with transits[i].use() as block:
@@ -622,7 +623,7 @@ def test_an_interrupt_at_any_point_of_a_use_tears_nothing(model, stream):
                     device.current.enqueue(lambda entry=entry, cell=cell: entry.append(cell[0]))
                 reads.append(entry)  # what a node has read that was interrupted is lost
 
-        hit = interrupted(use, at, wire_module, copies_module)
+        hit = interrupted(use, at, wire_module, copies_module, waits_module)
         if at % 2:
             use()
         transits.clear()
@@ -660,11 +661,11 @@ def test_waits_for_copies_are_counted(model):
     device = model(0)
     wire, _ = late_wire(device, 10, 60)
     transits = forward(wire, device, 3)
-    wire._fold(block=False)
-    assert not wire._waits
+    wire.waits._fold(block=False)
+    assert not wire.waits._marks
     with transits[0].use():
-        assert len(wire._waits) == 1
+        assert len(wire.waits._marks) == 1
     device.run()
-    wire._fold(block=False)
+    wire.waits._fold(block=False)
     with transits[0].use():
-        assert not wire._waits  # it is there
+        assert not wire.waits._marks  # it is there
