@@ -170,7 +170,7 @@ class offload(HookContext):
             device_bytes=store.device.held,
             device_peak=store.device.peak,
             tickets=store.tickets.held,
-            plan="" if self.plan is None else self.plan.explain(),
+            plan=self._told(),
         )
 
     @property
@@ -180,6 +180,11 @@ class offload(HookContext):
         if auto is None or (script := auto.plan) is None:
             return None
         return Plan(script, auto.measured)
+
+    def _told(self) -> str:
+        if self._auto is None:
+            return ""
+        return "no plan yet: the first step is learned" if self.plan is None else self.plan.explain()
 
     def _visit(self) -> Visit | None:
         return None if self._auto is None else self._auto.visit()

@@ -95,6 +95,16 @@ def test_only_modules_are_wrapped():
         wrap(lambda x: x, exact())
 
 
+def test_a_module_has_one_offload():
+    model = wrap(torch.nn.Linear(2, 2), exact())
+    for again in (model, copy.deepcopy(model)):
+        with pytest.raises(LaneError, match="has an offload already"):
+            wrap(again, exact())
+    wrap(model, torch.no_grad())  # other contexts may be around it
+    del model.forward
+    wrap(model, exact())
+
+
 @pytest.mark.parametrize("context", [None, "auto", offload])
 def test_only_contexts_are_wrapped_around(context):
     with pytest.raises(LaneError, match="is no context: pass offload"):
