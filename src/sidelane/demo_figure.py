@@ -23,43 +23,53 @@ _COLORS = (
     "#c8b400",
     "#7b3294",
 )
-_SMOOTH = 5  # steps averaged in the loss curves
+_SMOOTH = 5  # steps averaged in the loss curve
+_LINEAR = 1e-3  # nats per byte
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Loss curves, ratio against error, and bytes held, of the record that the demo writes as JSON."""
     figure = Figure(figsize=(15, 5.6), dpi=120, layout="constrained")
-    loss, error, held = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    rows: list[Any] = [["loss", "error", "held"], ["change", "error", "held"]]
+    axes = figure.subplot_mosaic(rows, width_ratios=(1.25, 1, 1))
     runs = [{**run, "color": color} for run, color in zip(record["runs"], _COLORS, strict=True)]
-    _loss(loss, runs)
-    _error(error, runs)
-    _held(held, runs)
+    _loss(axes["loss"], runs[0])
+    _change(axes["change"], runs)
+    _error(axes["error"], runs)
+    _held(axes["held"], runs)
     shape, machine = record["settings"], record["environment"]
     figure.suptitle(
         f"GPT of {shape['layers']} layers of width {shape['width']}, trained on Python's standard library "
         f"({machine['device']}, torch {machine['torch']}, sidelane {machine['sidelane']})",
         fontsize=11,
     )
-    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    handles, names = axes["change"].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, format="png")
 
 
-def _loss(axes: Axes, runs: list[dict[str, Any]]) -> None:
-    for i, run in enumerate(runs):
-        values = run["losses"]
-        windows = [values[max(0, end - _SMOOTH) : end] for end in range(1, len(values) + 1)]
-        # Curves that coincide stay visible: the first is wide, those on top of it are dashed.
-        style = {"linewidth": 6, "alpha": 0.3} if i == 0 else {"linewidth": 1.6, "linestyle": (3 * i, (6, 4))}
-        axes.plot(
-            range(1, len(values) + 1),
-            [sum(window) / len(window) for window in windows],
-            color=run["color"],
-            label=run["name"],
-            **style,
-        )
-    axes.set_title("Training loss, same weights and batches")
+def _loss(axes: Axes, run: dict[str, Any]) -> None:
+    values = run["losses"]
+    windows = [values[max(0, end - _SMOOTH) : end] for end in range(1, len(values) + 1)]
+    means = [sum(window) / len(window) for window in windows]
+    axes.plot(range(1, len(values) + 1), means, color=run["color"])
+    axes.set_title(f"Training loss, {run['name']}")
+    axes.set_ylabel(f"nats per byte,\nmean of {_SMOOTH} steps")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+
+
+def _change(axes: Axes, runs: list[dict[str, Any]]) -> None:
+    """Of the loss, from that of the first run, on an axis that is linear up to `_LINEAR`."""
+    for i, run in enumerate(runs[1:]):
+        changes = [loss - without for loss, without in zip(run["losses"], runs[0]["losses"], strict=True)]
+        # Curves that coincide, as those of exact lanes do at 0, stay visible: they are dashed.
+        style = {"linewidth": 2.4, "linestyle": (3 * i, (6, 4))} if run["exact"] else {"linewidth": 1.2}
+        axes.plot(range(1, len(changes) + 1), changes, color=run["color"], label=run["name"], **style)
+    axes.set_yscale("symlog", linthresh=_LINEAR)
+    axes.set_title("Its change by each lane, same weights and batches")
     axes.set_xlabel("step")
-    axes.set_ylabel(f"nats per byte, mean of {_SMOOTH} steps")
+    axes.set_ylabel("nats per byte")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
 
