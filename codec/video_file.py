@@ -67,7 +67,6 @@ def open_video(path: str | os.PathLike[str], *, device: torch.device | str = "cu
     Raises FileNotFoundError and its like, VideoError for a file that is damaged or holds no video, LaneError
     for another codec or device, LaneUnavailable where there is no NVDEC, DriverError.
     """
-    index = _nvdec_device(device)
     av = _import_av()
     try:
         container = av.open(os.fspath(path))
@@ -76,7 +75,7 @@ def open_video(path: str | os.PathLike[str], *, device: torch.device | str = "cu
             raise
         raise VideoError(f"{path}: FFmpeg cannot read it ({error})") from error
     try:
-        return VideoFile(container, index)
+        return VideoFile(container, _nvdec_device(device))
     except BaseException:
         container.close()
         raise

@@ -46,7 +46,9 @@ class Blocks:
         self._modules = tuple(dict.fromkeys(modules))
         for module in self._modules:
             if not isinstance(module, nn.Module):
-                raise LaneError(f"blocks: {type(module).__name__} is no torch.nn.Module")
+                raise LaneError(
+                    f"blocks: {type(module).__name__} is no torch.nn.Module: pass modules, as model.layers"
+                )
         self._around = around
         self._lock = RLock()
         self._users: set[object] = set()

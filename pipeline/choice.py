@@ -19,7 +19,7 @@ from sidelane.pipeline.prediction import Candidate, Described, Prediction, Task,
 from sidelane.pipeline.samples import EXACT, LANES, SHARED, Probes, Sample
 
 LOADS = ("idle", "busy")
-MAX_RATE = 1e100  # bytes per second of a wire
+MIN_RATE, MAX_RATE = 1e3, 1e15  # bytes per second of a wire; others are of another unit
 NO_PROFILE = "no profile of this machine: run sidelane profile"
 
 Wire = str | float | Curve
@@ -230,15 +230,17 @@ def missing_wire(wires: Sequence[Wire], machine: Machine | None) -> str:
 
 def listed(wire: Wire | Sequence[Wire]) -> tuple[Wire, ...]:
     """One wire or a list or tuple of them, as a tuple. Raises LaneError for none, for what is no wire and for
-    a rate not above 0."""
+    a rate that none has."""
     wires = tuple(wire) if isinstance(wire, (list, tuple)) else (wire,)
     if not wires:
         raise LaneError("there is no wire: name one, or give bytes per second")
     for each in wires:
-        rate = isinstance(each, (int, float)) and not isinstance(each, bool) and 0 < each < MAX_RATE
-        if not (rate or isinstance(each, (str, Curve))):
-            what = f"{each!r:.60}".replace("\n", " ")
-            raise LaneError(f"wire={what} is neither a name, bytes per second above 0 nor a Curve")
+        number = isinstance(each, (int, float)) and not isinstance(each, bool)
+        what = f"{each!r:.60}".replace("\n", " ")
+        if not (number or isinstance(each, (str, Curve))):
+            raise LaneError(f"wire={what} is neither a name, bytes per second nor a Curve")
+        if isinstance(each, (int, float)) and not MIN_RATE <= each <= MAX_RATE:
+            raise LaneError(f"wire={what} is no rate: give bytes per second, as 1.25e9 for 1.25 GB/s")
     return wires
 
 

@@ -24,7 +24,7 @@ from sidelane.pipeline.lanes import (
 )
 
 CHUNK = 1 << 20  # elements measured at a time, in float64
-EXAMPLE = "sidelane.pipeline.lanes.PackedLane(bits=4)"
+EXAMPLE = "sidelane.PackedLane(bits=4)"
 
 
 def compress(
@@ -39,7 +39,7 @@ def compress(
 
     Args:
         lane: "raw", "exact", "packed", "video-cpu", "video", "dual", or a lane such as
-            `sidelane.pipeline.lanes.PackedLane(bits=4)`. Default: "exact", or "packed" when `max_rel_error`
+            `sidelane.PackedLane(bits=4)`. Default: "exact", or "packed" when `max_rel_error`
             is given. "auto" takes the lane that is predicted to be fastest over `wire=`; its options are
             those of `AutoLane`.
         max_rel_error: bound on ||decoded - tensor|| / ||tensor|| over the finite elements; NaN and Inf are

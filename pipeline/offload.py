@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
@@ -111,6 +113,7 @@ class offload(HookContext):
             raise LaneError(f"on_full={on_full!r} is not one of {', '.join(POLICIES)}")
         if not isinstance(checker, bool):
             raise LaneError(f"checker={checker!r} is neither True nor False")
+        _check_names(lane_options)
         automatic = isinstance(lane, str) and lane == "auto"
         asked = max_rel_error, basis, lane_options
         permitted = max_rel_error is not None or basis is not None or bool(lane_options)
@@ -309,6 +312,14 @@ def _open_disk(spill_dir: str | None) -> Disk:
         return Disk(spill_dir)
     except LaneError as error:
         raise LaneError(f"spill_dir: {error}") from error
+
+
+def _check_names(options: Iterable[str]) -> None:
+    """Tell what was meant by an argument that is none."""
+    known = inspect.signature(offload).parameters
+    for option in options:
+        for name in get_close_matches(option, known, 1, 0.8):
+            raise LaneError(f"offload has no argument '{option}': {name}= is meant?")
 
 
 def _check_size(name: str, value: object, optional: bool = False) -> None:

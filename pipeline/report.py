@@ -15,7 +15,7 @@ from sidelane.pipeline.extent import View
 MAX_CLASSES = 256  # of a report; tensors of further shapes are counted together
 MIB = 1 << 20
 
-_Class = tuple[torch.dtype | None, tuple[int, ...] | None, str]
+_Class = tuple[torch.dtype | None, tuple[int, ...] | None, str, int]
 
 
 @dataclass
@@ -36,7 +36,7 @@ class TensorClass:
 
     Attributes:
         dtype, shape: of the saved tensors; None for those of many shapes that are counted together.
-        lane: of the packets, after any fallback to a finer one.
+        lane, bits: of the packets, after any fallback to a finer one; 0 bits where the lane has no width.
         count, bytes_in: packets, and the bytes that went into them: those of a whole storage where it was
             stored.
         bytes_wire: of the packets.
@@ -46,6 +46,7 @@ class TensorClass:
     dtype: torch.dtype | None
     shape: tuple[int, ...] | None
     lane: str
+    bits: int = 0
     count: int = 0
     bytes_in: int = 0
     bytes_wire: int = 0
@@ -140,12 +141,12 @@ class Tally:
         self._counts: defaultdict[str, Count] = defaultdict(Count)
 
     def encoded(self, view: View, packet: Packet) -> None:
-        key: _Class = (view.dtype, view.geometry.size, packet.lane)
+        key: _Class = (view.dtype, view.geometry.size, packet.lane, packet.bits)
         with self._lock:
             known = self._classes.get(key)
             if known is None:
                 if len(self._classes) >= MAX_CLASSES:
-                    key = (None, None, packet.lane)
+                    key = (None, None, packet.lane, packet.bits)
                 known = self._classes.setdefault(key, TensorClass(*key))
             known.add(packet)
 
@@ -181,7 +182,8 @@ def _cells(row: TensorClass) -> tuple[str, ...]:
     error = "not measured" if isnan(row.worst_error) else f"{row.worst_error:.2e}" if row.worst_error else "0"
     ratio = "-" if isnan(row.ratio) else f"{row.ratio:.2f}"
     sizes = (f"{row.bytes_in / MIB:.1f}", f"{row.bytes_wire / MIB:.1f}")
-    return name, row.lane, str(row.count), *sizes, ratio, error
+    lane = f"{row.lane}, {row.bits} bits" if row.bits else row.lane
+    return name, lane, str(row.count), *sizes, ratio, error
 
 
 def _align(line: tuple[str, ...], widths: list[int]) -> list[str]:

@@ -361,13 +361,16 @@ def test_doctor_reads_both_kinds_of_control_groups(tmp_path: Path, monkeypatch: 
     assert doctor._smallest_limit(tmp_path / "other", "memory.max") is None
 
 
-def test_the_lane_for_a_wire(weights: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_the_lane_for_a_wire(
+    weights: Path, tmp_path: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "out"
     for arguments in (("--lane", "auto"), ("--wire", "0.1"), ("--lane", "exact", "--wire", "0.1")):
         assert "--lane auto and --wire" in fails("compress", weights, target, *arguments)
     assert "'nan' is no rate" in fails("compress", weights, target, "--lane", "auto", "--wire", "nan")
     assert not target.exists()
     assert cli.run(["compress", str(weights), str(target), "--lane", "auto", "--wire", "0.001"]) == 0
+    assert "until then everything goes raw" in capsys.readouterr().err
     restored = tmp_path / "restored.safetensors"
     assert cli.run(["decompress", str(target), str(restored)]) == 0
     assert restored.read_bytes() == weights.read_bytes()

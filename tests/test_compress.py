@@ -180,8 +180,7 @@ def test_gradients_do_not_flow():
         ({"max_rel_error": True}, "max_rel_error=True is not a number from 0 up"),
         (
             {"lane": 5},
-            "lane=5 is neither the name of a lane nor a lane such as "
-            "sidelane.pipeline.lanes.PackedLane(bits=4)",
+            "lane=5 is neither the name of a lane nor a lane such as sidelane.PackedLane(bits=4)",
         ),
         ({"lane": "packed", "bits": 4.0}, "bits=4.0 is not one of (2, 4, 8)"),
         ({"lane": "packed", "symmetric": "x"}, "symmetric='x' is neither True nor False"),

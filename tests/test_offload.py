@@ -463,6 +463,17 @@ def test_only_activations_lose_bits():
     assert lanes[torch.float32, (64, 64)] in ("packed", "exact") and lanes[torch.bool, (64, 64)] == "raw"
 
 
+def test_a_report_tells_how_many_bits_a_tensor_has():
+    """Those of four dimensions have 8 at least."""
+    rows, heads = activation(64, 64), activation(4, 4, 16, 16)
+    context = offload("packed", bits=4, min_bytes=0)
+    saved = save(context, rows, heads)
+    report = context.report()
+    assert {(row.shape, row.bits) for row in report.classes} == {((64, 64), 4), ((4, 4, 16, 16), 8)}
+    assert "packed, 4 bits" in str(report) and "packed, 8 bits" in str(report)
+    del saved
+
+
 @pytest.mark.parametrize("bound", [0.3, 0.05, 1e-3, 1e-6, 0.0])
 def test_every_saved_tensor_keeps_the_bound(bound):
     x = activation(64, 64)

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from sidelane.pipeline.chain import Chain
     from sidelane.pipeline.checkpoint import OffloadedCheckpoint, checkpoint
     from sidelane.pipeline.compress import compress, decompress
-    from sidelane.pipeline.dual import DualLane
+    from sidelane.pipeline.dual import DualLane, dual_share
     from sidelane.pipeline.dual_wire import DualWire
+    from sidelane.pipeline.lanes import PackedLane
     from sidelane.pipeline.machine import Machine
     from sidelane.pipeline.offload import offload
     from sidelane.pipeline.recompute import StoredKV
@@ -50,6 +51,7 @@ __all__ = [
     "Machine",
     "OffloadError",
     "OffloadedCheckpoint",
+    "PackedLane",
     "Packet",
     "PacketError",
     "ProfileError",
@@ -61,6 +63,7 @@ __all__ = [
     "checkpoint",
     "compress",
     "decompress",
+    "dual_share",
     "offload",
     "wrap",
 ]
@@ -72,12 +75,14 @@ _LAZY = {
     "DualWire": "sidelane.pipeline.dual_wire",
     "Machine": "sidelane.pipeline.machine",
     "OffloadedCheckpoint": "sidelane.pipeline.checkpoint",
+    "PackedLane": "sidelane.pipeline.lanes",
     "Packet": "sidelane.codec.packet",
     "StoredKV": "sidelane.pipeline.recompute",
     "calibrate": "sidelane.pipeline.calibrate",
     "checkpoint": "sidelane.pipeline.checkpoint",
     "compress": "sidelane.pipeline.compress",
     "decompress": "sidelane.pipeline.compress",
+    "dual_share": "sidelane.pipeline.dual",
     "offload": "sidelane.pipeline.offload",
     "wrap": "sidelane.pipeline.wrap",
 }

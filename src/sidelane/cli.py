@@ -170,6 +170,7 @@ def compress(
 ) -> None:
     """Compress a safetensors file tensor by tensor."""
     from sidelane.archive import compress_file
+    from sidelane.pipeline.choice import NO_PROFILE, present
     from sidelane.plan import parse_wire
 
     if (lane == "auto") != (wire is not None):
@@ -183,6 +184,8 @@ def compress(
         "qp": qp,
     }
     options = {name: value for name, value in given.items() if value is not None}
+    if lane == "auto" and present() is None:
+        print(f"{NO_PROFILE}; until then everything goes raw", file=sys.stderr)
     with _progress("compress") as progress:
         summary = compress_file(source, target, force=force, progress=progress, **options)
     _print_summary(summary, summary.bytes_in / summary.bytes_out)

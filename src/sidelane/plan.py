@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sidelane.errors import LaneError, ProfileError
-from sidelane.pipeline.choice import NO_PROFILE, Wire, choose, present
+from sidelane.pipeline.choice import MAX_RATE, MIN_RATE, NO_PROFILE, Wire, check_load, choose, present
+from sidelane.pipeline.compress import check_bound
 from sidelane.pipeline.machine import HOST_TIMES, MAX_SIZE, Machine
 from sidelane.pipeline.prediction import Described, speed_of
 from sidelane.pipeline.samples import LANES, probe
@@ -41,16 +42,17 @@ def plans(
 
     Raises ProfileError without a profile, LaneError for a file, a wire or a dtype that is none.
     """
+    check_bound(max_rel_error)
+    check_load(load)
+    routes = [parse_wire(wire) for wire in wires]
+    tensors = _random(dtype, sizes) if source is None else _read(source)
     machine = present() if profile is None else Machine.load(profile, foreign=True)
     if machine is None:
         raise ProfileError(NO_PROFILE)
-    routes = [parse_wire(wire) for wire in wires] or [(name,) for name in machine.wires if name not in HIDDEN]
+    routes = routes or [(name,) for name in machine.wires if name not in HIDDEN]
     if not routes:
         raise LaneError("the profile has no wires: give --wire with a rate in GB/s")
-    tensors = _random(dtype, sizes) if source is None else _read(source)
     for name, nbytes, tensor in tensors:
-        if tensor.numel() == 0:
-            continue
         what = _described(tensor, nbytes, machine)
         for route in routes:
             decision = choose(what, route, machine, load, max_rel_error, together=together, name=name)
@@ -69,12 +71,12 @@ def _wire(part: str) -> Wire:
         rate = float(part) * 1e9
     except ValueError:
         return part
-    if not (isfinite(rate) and rate > 0):
-        raise LaneError(f"wire '{part}' is no rate: give GB/s above 0, or a name in the profile")
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise LaneError(f"wire '{part}' is no rate: give GB/s, as 1.25, or a name in the profile")
     return rate
 
 
-def _random(dtype: str, sizes: Sequence[float]) -> Iterator[tuple[str, int, Tensor]]:
+def _random(dtype: str, sizes: Sequence[float]) -> list[tuple[str, int, Tensor]]:
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise LaneError(f"dtype '{dtype}' is no floating dtype of torch: use bfloat16, float16 or float32")
@@ -88,19 +90,23 @@ def _random(dtype: str, sizes: Sequence[float]) -> Iterator[tuple[str, int, Tens
     for size in sizes:
         if size * MIB > MAX_SIZE:
             raise LaneError(f"{size:g} MiB are more than the {MAX_SIZE // MIB} MiB that can be planned for")
-        yield "normal random numbers", int(size * MIB), tensor
+    return [("normal random numbers", int(size * MIB), tensor) for size in sizes]
 
 
 def _read(source: Path) -> Iterator[tuple[str, int, Tensor]]:
+    """The tensors of a file, one after the other; what is wrong with the file is said at once."""
     if not source.is_file():
         raise LaneError(f"{source} is no file: name a safetensors file, or none for random numbers")
     try:
-        with safe_open(source, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, it is no dictionary
-                tensor = file.get_tensor(name)
-                yield name, tensor.nbytes, tensor
+        file: Any = safe_open(source, framework="pt")
     except SafetensorError as error:
         raise LaneError(f"{source} is no safetensors file: {error}") from error
+    names = [name for name in file.keys() if 0 not in file.get_slice(name).get_shape()]  # noqa: SIM118
+    if not names:
+        raise LaneError(f"{source} has no tensor with elements: there is nothing to plan for")
+    return (
+        (name, tensor.nbytes, tensor) for name, tensor in ((name, file.get_tensor(name)) for name in names)
+    )
 
 
 def _described(tensor: Tensor, nbytes: int, machine: Machine) -> Described:
