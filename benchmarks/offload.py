@@ -178,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start, console, machine = monotonic(), Console(width=200), environment()
     speed = bandwidth()
     shape = SHAPES[options.shape]
+    shape = shape.with_tokens(shape.tokens) if options.longest else shape
     rows: list[Row] = []
     jobs = [
         Job(
