@@ -1,5 +1,4 @@
-"""The longest sequence that a setting trains on within 80 of the 141 parts of an H200: 79.3 GiB, as a card of "80 GB"
-has."""
+"""The longest sequence that a setting trains on within 79.3 GiB of the GPU: what a card of 80 GB has."""
 
 from __future__ import annotations
 
