@@ -59,7 +59,8 @@ class Plan:
         ]
         lines += _rows(self._table())
         others = (self._other(name, forecast) for name, forecast in plan.others.items())
-        lines += _rows([("instead", "ms", "MiB held", "MiB away", "fits"), *others])
+        mine = self._other("this plan", plan.forecast)
+        lines += _rows([("policy", "ms", "MiB held", "MiB away", "fits"), mine, *others])
         return "\n".join(lines)
 
     def _other(self, name: str, forecast: Forecast) -> tuple[str, ...]:

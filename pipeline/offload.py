@@ -66,7 +66,8 @@ class offload(HookContext):
         max_rel_error: bound on the relative Frobenius error of every saved tensor, kept by finer lanes
             (`compress`).
         min_bytes: smaller tensors are kept.
-        host_budget: bytes of packets in host memory, as allocated; None for no limit.
+        host_budget: bytes of packets in host memory, as allocated; None for no limit. With "auto" the first
+            step needs room for the exact codes of all that it saves, here or in `gpu_budget`.
         gpu_budget: bytes of packets on the device of the tensors, default 1 GiB; with "auto", of all tensors
             of `min_bytes` or more that are saved there, but for those of one block that runs again. The
             newest stay there, since backward starts with them; the others are on their way, fetched ahead, or

@@ -771,7 +771,16 @@ def test_the_plan_is_explained():
         gradients(model, tokens, context)
     text = str(context.report())
     assert text.endswith(context.plan.explain())
-    for part in ("plan: predicted", "measured", "bound by", "keep all", "fits", "outside", "recompute"):
+    for part in (
+        "plan: predicted",
+        "measured",
+        "bound by",
+        "this plan",
+        "keep all",
+        "fits",
+        "outside",
+        "recompute",
+    ):
         assert part in text
 
 
