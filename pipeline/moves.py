@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
@@ -67,7 +68,8 @@ class Parcel:
         self._moves = moves
         self._raw = host.raw
         self._local: DeviceCopy | None = DeviceCopy(packet, stream, claim)
-        self._claim: Claim | None = None  # on what was given away, as long as this lives
+        self._claim: Claim | None = None  # on what was given away
+        self._given: StorageWeakRef | None = None
         self._source = source
         self._version = 0 if source is None else source._version
         self._changed = False
@@ -91,14 +93,23 @@ class Parcel:
             if not self._raw or (self._local is not None and self._source is not None):
                 return None
             local = self._moves.acquire(self)
-            self._claim, self._local = local.claim, None
+            self._local = None
         stream = current_stream(self.device)
         self._moves.waits.open(local, stream)
         data = local.packet.sections["data"]
         self._stored.give(data)
+        self._given, self._claim = StorageWeakRef(data.untyped_storage()), local.claim  # type: ignore[no-untyped-call]
+        self._moves.given.append(ref(self))
         if stream != local.owner:
             data.record_stream(stream)
         return data.view(local.packet.dtype)
+
+    def returned(self) -> bool:
+        """What was given away is free again."""
+        if self._given is not None and not self._given.expired():  # type: ignore[no-untyped-call]
+            return False
+        self._claim = self._given = None
+        return True
 
     @property
     def here(self) -> bool:
@@ -211,6 +222,7 @@ class Moves:
         self._promise = promise
         self._leaving: deque[ref[Parcel]] = deque()  # copied out and on the device, oldest first
         self._away: list[tuple[int, ref[Parcel]]] = []  # those that are not on the device, by number
+        self.given: deque[ref[Parcel]] = deque()  # what they hold is with nodes, oldest first
         self._crates: deque[ref[Crate]] = deque()  # not sent yet, oldest first
         self._kept: WeakValueDictionary[Hashable, Claim] = WeakValueDictionary()
 
@@ -243,6 +255,7 @@ class Moves:
     def room(self, nbytes: int) -> Claim | None:
         """A claim on device memory, at the cost of parcels that leave; None if not enough do."""
         with self.lock:
+            self._take_back()
             while (claim := self._budget.claim(nbytes)) is None:
                 parcel = self._leaving.popleft()() if self._leaving else None
                 if parcel is not None and parcel.here:
@@ -334,6 +347,7 @@ class Moves:
             return
         with self.lock:
             self._close_crates()
+            self._take_back()
             limit = self._budget.limit or 0
             allowed = allowed_ahead(limit, gradients, again, left)
             while (at := bisect_left(self._away, (end,))) > 0:
@@ -351,6 +365,14 @@ class Moves:
                 del self._away[at - 1]
                 parcel.fetch(claim)
                 self.prefetched += 1
+
+    def _take_back(self) -> None:
+        """Let go of claims on what nodes have done with, though a graph that is retained holds the parcel."""
+        while self.given:
+            parcel = self.given[0]()
+            if parcel is not None and not parcel.returned():
+                return
+            self.given.popleft()
 
     def _forget(self, number: int) -> None:
         at = bisect_left(self._away, (number,))

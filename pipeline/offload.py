@@ -188,7 +188,8 @@ class offload(HookContext):
     def _told(self) -> str:
         if self._auto is None:
             return ""
-        return "no plan yet: the first step is learned" if self.plan is None else self.plan.explain()
+        plan = self.plan
+        return "no plan yet: the step is being learned" if plan is None else plan.explain()
 
     def _visit(self) -> Visit | None:
         return None if self._auto is None else self._auto.visit()
@@ -227,8 +228,8 @@ class offload(HookContext):
         nbytes = weight(tensor, view, key)
         trip, number, choice = auto.save(tensor, nbytes)
         before = trip.before()
-        if stash is not None and stash.lossy and number >= 0 and trip.entry(number).lossy is None:
-            stash = None  # another trip has stored it
+        if stash is not None and self._misleads(stash, trip, number):
+            stash = None
         if stash is not None and not self._in_order(stash, tensor, trip):
             stash = None
         if stash is not None:
@@ -266,6 +267,14 @@ class offload(HookContext):
         if choice is None or (choice.lane == "raw" and not tensor.is_cuda):
             return self._store.encode(tensor, view, key)
         return self._store.send(moves, choice, tensor, view, key)
+
+    @staticmethod
+    def _misleads(stash: Stash, trip: Trip, number: int) -> bool:
+        """Another trip has stored it, in a code that a trip that learns would take for the exact one, or with
+        loss where this one must not lose anything."""
+        if trip.learning:
+            return stash.lossy or stash.widened
+        return stash.lossy and number >= 0 and trip.entry(number).lossy is None
 
     @staticmethod
     def _in_order(stash: Stash, tensor: Tensor, trip: Trip) -> bool:
@@ -317,7 +326,8 @@ def _open_disk(spill_dir: str | None) -> Disk:
 
 def _check_names(options: Iterable[str]) -> None:
     """Tell what was meant by an argument that is none."""
-    known = inspect.signature(offload).parameters
+    parameters = inspect.signature(offload).parameters.values()
+    known = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
     for option in options:
         for name in get_close_matches(option, known, 1, 0.8):
             raise LaneError(f"offload has no argument '{option}': {name}= is meant?")

@@ -65,7 +65,7 @@ class Stash:
         # Its address is not reused while this lives.
         self._source = StorageWeakRef(source.untyped_storage())  # type: ignore[no-untyped-call]
         self.widened = False  # its packet has the upper halves of float32
-        self.lossy = False  # its packet may have lost bits
+        self.lossy = False  # its packet may have lost bits, or those that it is derived from
         self.users = Holders()  # tickets
         self.wire = 0  # bytes of the packet, once it was decoded
         self._decoded: _Decoded | None = None

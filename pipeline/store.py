@@ -141,6 +141,7 @@ class Store:
             if exact and not same_bits(truth.packed, truth.decoded):
                 raise OffloadError(f"{describe(tensor)} does not follow from what it was made from")
         stash = Stash(tensor, home, whole, truth)
+        stash.lossy = any(isinstance(source, Ticket) and source.stash.lossy for source in held)
         self._index.add(key, stash)
         self.tally.kept(DERIVED, view.nbytes)
         return stash

@@ -13,7 +13,7 @@ from sidelane.errors import LaneError
 from sidelane.pipeline.offload import offload
 
 M = TypeVar("M", bound=nn.Module)
-_CONTEXT = "sidelane_context"  # attribute of a forward pass that is wrapped
+_OFFLOAD = "sidelane_offload"  # attribute of a forward pass that is wrapped: its context
 
 
 def wrap(module: M, context: AbstractContextManager[object]) -> M:
@@ -27,15 +27,15 @@ def wrap(module: M, context: AbstractContextManager[object]) -> M:
     With `lane="auto"` the context may recompute the blocks of `module`, if none were given to it: the members
     of its longest `nn.ModuleList`.
 
-    Raises LaneError when `module` is no module, `context` no context, or both contexts of a module that is
-    wrapped again would be an `offload`, of which only the inner one would get anything.
+    Raises LaneError when `module` is no module, `context` no context, or a module that has an
+    `offload` would get another one: only the inner one would get anything.
     """
     if not isinstance(module, nn.Module):
         raise LaneError(f"{type(module).__name__} is no torch.nn.Module: wrap the model itself")
     if isinstance(context, type) or not isinstance(context, AbstractContextManager):
         raise LaneError(f"context={context!r} is no context: pass offload(...), with its arguments")
     inner: Any = module.forward
-    if isinstance(context, offload) and isinstance(getattr(inner, _CONTEXT, None), offload):
+    if isinstance(context, offload) and getattr(inner, _OFFLOAD, context) is not context:
         raise LaneError(f"{type(module).__name__} has an offload already: `del module.forward` takes it out")
     if isinstance(context, offload):
         context.find_blocks(module)
@@ -53,5 +53,6 @@ def _inside(function: Any, context: AbstractContextManager[object]) -> Any:
         with context:
             return function(*args, **kwargs)
 
-    setattr(forward, _CONTEXT, context)
+    if isinstance(context, offload):
+        setattr(forward, _OFFLOAD, context)  # `wraps` copies it to what goes around
     return forward

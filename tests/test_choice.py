@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -858,6 +859,17 @@ def test_plan_refuses(
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_plan_refuses_tensors_that_torch_does_not_have(
+    profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strange = tmp_path / "strange.safetensors"
+    header = json.dumps({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
+    strange.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    assert cli.run(["plan", "--profile", str(profile), str(strange)]) == 2
+    error = capsys.readouterr().err
+    assert "a cannot be read" in error and error.count("\n") == 1
 
 
 def test_plan_without_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,8 @@ from sidelane.pipeline.derive import is_widened, recipe_of, same_bits, upper_hal
 from sidelane.pipeline.lesson import BOUNDED
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.stash import Kept
-from sidelane.pipeline.step_model import DERIVED, HERE, UPPER, Choice
+from sidelane.pipeline.step_model import DERIVED, HERE, UPPER, Choice, Simulator
+from sidelane.pipeline.step_plan import StepPlan
 
 automatic = partial(offload, "auto", min_bytes=1024, gpu_budget=1 << 30, checker=True)
 TOKENS, WIDTH = 64, 48
@@ -395,6 +396,80 @@ def test_what_other_steps_lost_is_no_source_where_nothing_is_lost(monkeypatch, c
         loss = with_loss(a, b) + without(a, b)
     loss.backward()
     assert torch.equal(seen[-1], (a * b).detach())
+
+
+def choose(monkeypatch, *wanted, lossless):
+    """Plans take the first of these choices that a tensor has, with loss permitted or without."""
+
+    def plan(step, limit, host_limit):
+        simulator = Simulator(step, limit)
+        names = [[f"{o.choice.place} {o.choice.lane}" for o in options] for options in simulator.options]
+        picks = [next((mine.index(want) for want in wanted if want in mine), 0) for mine in names]
+        again = (False,) * len(step.blocks)
+        choices = tuple(o[pick].choice for o, pick in zip(simulator.options, picks, strict=True))
+        exact = all(not code.lane.startswith("packed") for saved in step.saved for code in saved.codes)
+        forecast = replace(simulator.run(picks, again), seconds=float(exact != lossless))
+        return StepPlan(choices, again, forecast, limit, host_limit)
+
+    monkeypatch.setattr(step_auto, "plan_step", plan)
+
+
+@pytest.mark.parametrize("checker", [False, True])
+def test_what_is_derived_from_what_lost_bits_is_no_source_either(monkeypatch, checker):
+    context = automatic(bits=4, checker=checker)
+    x, wide, narrow = (torch.randn(*s).requires_grad_() for s in ((2048, 4), (4096, 4), (2048, 3)))
+    seen = []
+
+    def product():
+        return (20 * x) * (x + 0.5)
+
+    def with_loss():
+        out = (wide * 1).exp().sum()
+        y = product()
+        return out + (y * y).sum(), y
+
+    def without(y):
+        return (narrow * 1).exp().sum() + Look.apply((y * y).view(-1), seen)
+
+    choose(monkeypatch, f"here {DERIVED}", "here packed:4", lossless=False)
+    for _ in range(4):
+        with context:
+            loss, _ = with_loss()
+        loss.backward()
+    choose(monkeypatch, f"here {DERIVED}", lossless=True)
+    for _ in range(4):
+        y = product()
+        with context:
+            loss = without(y)
+        loss.backward()
+    assert context.plan.script.lesson.lossless
+    with context:
+        loss, y = with_loss()
+        loss = loss + without(y)
+    loss.backward()
+    assert torch.equal(seen[-1], (y * y).view(-1).detach())
+
+
+def test_a_trip_that_learns_takes_no_code_of_another_one_for_its_own(monkeypatch):
+    force(monkeypatch, "here packed:4")
+    x, wide, narrow = (torch.randn(*s).requires_grad_() for s in ((2048, 64), (4096, 4), (2048, 3)))
+
+    def square(a, other):
+        return (other * 1).exp().sum() + (a * a).sum()
+
+    context = automatic(bits=4, checker=False)
+    for _ in range(4):
+        with context:
+            loss = square(x * 2, wide)
+        loss.backward()
+    a = x * 2
+    with context:
+        loss = square(a, wide) + square(a, narrow)  # the second is new, and the first still alive
+    loss.backward()
+    with context:
+        loss = square(x * 2, narrow)
+    loss.backward()
+    assert all(entry.wire > 0.8 * entry.weight for entry in context.plan.script.lesson.entries)
 
 
 def test_weights_are_no_sources_where_processes_train_together(monkeypatch, blocks):

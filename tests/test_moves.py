@@ -57,6 +57,9 @@ class Block:
     def view(self, *_):
         return self
 
+    def untyped_storage(self):
+        return self
+
     def copy_(self, memory):
         cell, torn = self.cell, self.model.torn
 
@@ -91,9 +94,22 @@ class Piece:
     def view(self, *_):
         return self
 
+    def untyped_storage(self):
+        return self.block
+
     def reader(self):
         cell, name = self.block.cell, self.name
         return lambda: cell["value"][name] if isinstance(cell["value"], dict) else POISON
+
+
+class Weak:
+    """Stands for StorageWeakRef."""
+
+    def __init__(self, block):
+        self._block = weakref.ref(block)
+
+    def expired(self):
+        return self._block() is None
 
 
 class Host:
@@ -139,6 +155,7 @@ def model(monkeypatch):
         for module in (moves_module, bundle_module):
             monkeypatch.setattr(module, "current_stream", lambda _: device.current)
         monkeypatch.setattr(moves_module, "HostCopy", Host)
+        monkeypatch.setattr(moves_module, "StorageWeakRef", Weak)
         on_modelled_streams(monkeypatch, device, lambda nbytes, **_: Block(device, nbytes))
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False: Event())
         return device
@@ -238,6 +255,21 @@ def test_what_is_given_away_counts_until_its_node_has_run(model):
     assert [home.here for home in homes] == [False] * 8 + [True] * 3 + [False]
     del homes[-1], given
     assert budget.held == 3 * SIZE
+
+
+def test_what_nodes_have_done_with_counts_no_longer(model):
+    """Though the graph is retained, and so the parcels are."""
+    device = model(0)
+    moves, budget, _ = make_moves(4 * SIZE, 24)
+    homes = [moves.send(raw(device, value), Source()) for value in range(12)]
+    moves.room(4 * SIZE)
+    device.run()
+    for home in reversed(homes):
+        moves.fetch_ahead(home.number + 1, 0, 0, 1.0)
+        assert home.give() is not None
+        device.run()
+        assert budget.held <= 4 * SIZE
+    assert moves.room(4 * SIZE) is not None and moves.fetched < 2
 
 
 def test_memory_is_given_away_while_it_is_copied_out(model):

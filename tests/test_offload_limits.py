@@ -207,6 +207,7 @@ def test_the_innermost_context_applies_and_contexts_can_be_entered_again():
     [
         ({"lane": "fast"}, "unknown lane 'fast'"),
         ({"gpu_bugdet": 1}, "offload has no argument 'gpu_bugdet': gpu_budget= is meant"),
+        ({"lane_options": {}}, "has no option 'lane_options'"),
         ({"lane": "packed", "bits": 3}, "bits=3"),
         ({"lane": "exact", "bits": 4}, "no option 'bits'"),
         ({"lane": RawLane(), "bits": 4}, "bits cannot be set on a lane that is open"),

@@ -101,8 +101,11 @@ def test_a_module_has_one_offload():
         with pytest.raises(LaneError, match="has an offload already"):
             wrap(again, exact())
     wrap(model, torch.no_grad())  # other contexts may be around it
+    with pytest.raises(LaneError, match="has an offload already"):
+        wrap(model, exact())
     del model.forward
-    wrap(model, exact())
+    context = exact()
+    wrap(wrap(model, context), context)
 
 
 @pytest.mark.parametrize("context", [None, "auto", offload])

@@ -99,14 +99,20 @@ def _read(source: Path) -> Iterator[tuple[str, int, Tensor]]:
         raise LaneError(f"{source} is no file: name a safetensors file, or none for random numbers")
     try:
         file: Any = safe_open(source, framework="pt")
+        names = [name for name in file.keys() if 0 not in file.get_slice(name).get_shape()]  # noqa: SIM118
     except SafetensorError as error:
         raise LaneError(f"{source} is no safetensors file: {error}") from error
-    names = [name for name in file.keys() if 0 not in file.get_slice(name).get_shape()]  # noqa: SIM118
     if not names:
         raise LaneError(f"{source} has no tensor with elements: there is nothing to plan for")
-    return (
-        (name, tensor.nbytes, tensor) for name, tensor in ((name, file.get_tensor(name)) for name in names)
-    )
+    return (_of(source, file, name) for name in names)
+
+
+def _of(source: Path, file: Any, name: str) -> tuple[str, int, Tensor]:
+    try:
+        tensor = file.get_tensor(name)
+    except SafetensorError as error:
+        raise LaneError(f"{source}: {name} cannot be read: {error}") from error
+    return name, tensor.nbytes, tensor
 
 
 def _described(tensor: Tensor, nbytes: int, machine: Machine) -> Described:
