@@ -29,8 +29,8 @@ EXAMPLE = "sidelane.PackedLane(bits=4)"
 
 def compress(
     tensor: Tensor,
-    *,
     lane: str | Lane | None = None,
+    *,
     max_rel_error: float | None = None,
     basis: Basis | None = None,
     **options: Any,

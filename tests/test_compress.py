@@ -81,6 +81,11 @@ def test_the_bound_holds(name, dtype, basis):
         assert sizes == sorted(sizes)
 
 
+def test_a_lane_by_its_position():
+    x = torch.randn(64, 64)
+    assert compress(x, "packed", bits=4).to_bytes() == compress(x, lane="packed", bits=4).to_bytes()
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_coarsest_code_is_taken(bits):
     x = torch.randn(N)
