@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sidelane.codec.packet import Packet
 from sidelane.pipeline.budget import Claim
-from sidelane.pipeline.streams import current_stream, on, side_stream
+from sidelane.pipeline.streams import current_stream, on, reached, side_stream
 from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk
 
 
@@ -51,7 +51,7 @@ class DeviceCopy:
 
     def filled(self, stream: torch.cuda.Stream) -> bool:
         """Work enqueued on `stream` from now on would not wait for it."""
-        return (stream == self.owner and not self._fetched) or bool(self.ready.query())  # type: ignore[no-untyped-call]
+        return (stream == self.owner and not self._fetched) or reached(self.ready)
 
     def open(self, stream: torch.cuda.Stream) -> Packet:
         """The packet, for work enqueued on `stream` from now on."""
@@ -106,7 +106,7 @@ class StoredCopy:
 
     def give(self, data: Tensor) -> None:
         """Before memory of the device is given away: it may be freed while the copy out reads it."""
-        if not self.copied.query():  # type: ignore[no-untyped-call]
+        if not reached(self.copied):
             data.record_stream(side_stream(self.device, "copy out"))
 
     def fetch(self, claim: Claim | None) -> DeviceCopy:

@@ -1,12 +1,14 @@
 """The automatic lane of an offload context: learns the step, plans it, and says what to do with each tensor.
 
 Note: [Cycle of a plan]
-The first trip of a kind takes the exact lane and learns. Its plan is made when the second begins. The first
-trips of a plan are timed, since a trip that learns computes with pauses, and show the step again. The next
-ones run as any other: what they take is what the plan is worth, since marks cost a plan the more the more it
-keeps. Then another plan takes over if it is predicted to be faster by `GAIN`, a few times at most. In the end
-the one stays that was fastest, whatever was predicted. From then on nothing is timed or planned, until steps
-take another time than they did, and each time that happens it has to last longer.
+The first trip of a kind takes the exact lane and learns. Its plan is made when the second begins; where loss
+is permitted and keeps tensors from being derived, with loss and without, and the better one is taken, now and
+whenever another plan is asked for. The first trips of a plan are timed, since a trip that learns computes
+with pauses, and show the step again. The next ones run as any other: what they take is what the plan is
+worth, since marks cost a plan the more the more it keeps. Then another plan takes over if it is predicted to
+be faster by `GAIN`, a few times at most. In the end the one stays that was fastest, whatever was predicted.
+From then on nothing is timed or planned, until steps take another time than they did, and each time that
+happens it has to last longer.
 A trip that is not the step of its script goes on as one that learns would, and the next of its kind learns
 again. Kinds are told apart by the first tensor they save and by which blocks are in training mode, so that
 batches of other shapes, and evaluation, have plans of their own.

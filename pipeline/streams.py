@@ -105,6 +105,11 @@ def current_stream(device: torch.device) -> Any:
     return stream
 
 
+def reached(event: Any) -> bool:
+    """Whether the device has come to `event`."""
+    return bool(event.query())
+
+
 def side_stream(device: torch.device, role: str, priority: int = 0) -> Any:
     """The stream of this process for `role` on `device`, made when first asked for; `HOST` for the CPU.
 

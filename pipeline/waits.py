@@ -10,6 +10,7 @@ from threading import RLock
 import torch
 
 from sidelane.pipeline.copies import DeviceCopy, StoredCopy
+from sidelane.pipeline.streams import reached
 
 
 class Waits:
@@ -30,7 +31,7 @@ class Waits:
 
     def leave(self, stored: StoredCopy, local: DeviceCopy) -> None:
         """Before `local` is dropped: its stream waits for the copy out. The host does not."""
-        if not _reached(stored.copied):
+        if not reached(stored.copied):
             with self._around(local.owner):
                 local.owner.wait_event(stored.copied)
 
@@ -53,14 +54,10 @@ class Waits:
             begin, end = self._marks[0]
             if block:
                 end.synchronize()
-            elif not _reached(end):
+            elif not reached(end):
                 return
             self._marks.popleft()
             self._seconds += begin.elapsed_time(end) / 1e3
-
-
-def _reached(event: torch.cuda.Event) -> bool:
-    return bool(event.query())  # type: ignore[no-untyped-call]
 
 
 def _timed_event() -> torch.cuda.Event:

@@ -23,7 +23,7 @@ from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
 from sidelane.pipeline.budget import Budget, Claim, Holders
 from sidelane.pipeline.copies import DeviceCopy, StoredCopy
-from sidelane.pipeline.streams import current_stream
+from sidelane.pipeline.streams import current_stream, reached
 from sidelane.pipeline.tiers import HostCopy, Memory
 from sidelane.pipeline.waits import Waits
 
@@ -278,7 +278,7 @@ class Wire:
         transit = late()
         if transit is not None and transit.late is not None:
             unknown = self._late_bytes - transit.late.before
-            if unknown <= most and not _reached(transit.late.packet.ready):
+            if unknown <= most and not reached(transit.late.packet.ready):
                 return False
             self._learn(transit, transit.late)
         del self._late[number]
@@ -375,7 +375,3 @@ class Wire:
 def _forget_dead(queue: _Queue) -> None:
     while queue and queue[next(iter(queue))]() is None:
         del queue[next(iter(queue))]
-
-
-def _reached(event: torch.cuda.Event) -> bool:
-    return bool(event.query())  # type: ignore[no-untyped-call]
