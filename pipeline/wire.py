@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from threading import RLock
 from typing import Any, Protocol
 from weakref import ref
@@ -29,10 +30,10 @@ from sidelane.pipeline.waits import Waits
 
 READ_AHEAD = 8  # those that a disk is told to read
 SIBLINGS = 32  # packets used last, which other nodes of the pass may want too
-AHEAD = 256 << 20  # bytes that may always be fetched ahead
+AHEAD = 256 << 20  # bytes that backward may always hold
 UNKNOWN = 512 << 20  # bytes of packets, as allocated, whose sizes the host may not know yet
 PRUNE = 1024  # transits that are gone and still in the books, beside as many as there are
-KEPT = 15 / 16  # of the device budget, for the packets that backward starts with; the rest for a bundle
+KEPT = 15 / 16  # of the device budget, for backward, whose own memory is larger than that of forward
 
 
 class Pending(Protocol):
@@ -127,8 +128,8 @@ class Wire:
     """The transits of one offload context.
 
     Packets stay on the device as long as the budget has room and are copied out meanwhile, the oldest leave
-    first. The last ones, by the count of the pass before, are not copied out: backward starts with them. What
-    happens to a late packet is decided when its size has become known, at a later call, in order.
+    first. The last ones, by the count of the pass before, are not copied out: backward starts with them, and
+    with no more than these. What happens to a late packet is decided when its size has become known, at a later call, in order.
 
     Args:
         budget: of device memory; without a limit nothing leaves the device. One packet in the middle of being
@@ -153,6 +154,7 @@ class Wire:
         self._late: _Queue = {}  # of unknown size, oldest first
         self._late_bytes = 0  # of all late packets that there were
         self._unknown = UNKNOWN if budget.limit is None else min(UNKNOWN, budget.limit // 4)
+        self._kept = inf if budget.limit is None else KEPT * budget.limit  # bytes that backward starts with
         # Device copies that may be dropped, by number, oldest first.
         self._used: _Queue = {}  # used, and wanted again if another node or pass comes
         self._ahead: _Queue = {}  # fetched for later
@@ -227,6 +229,8 @@ class Wire:
         with self._lock:
             self._settle(self._unknown if transit.late is None else 0)
             self._expected = self._sent
+            while self._budget.held > max(self._kept, AHEAD) and self._evict(self._leaving):
+                pass
             local = transit.local
             if local is None:
                 self.fetched += 1
@@ -301,10 +305,9 @@ class Wire:
 
     def _stays(self) -> bool:
         """Whether the packet to send next is one of the last that fit on the device."""
-        limit = self._budget.limit
-        if limit is None:
+        if self._budget.limit is None:
             return True
-        return self._expected is not None and self._expected - self._sent <= KEPT * limit
+        return self._expected is not None and self._expected - self._sent <= self._kept
 
     def _prefetch(self, device: torch.device) -> None:
         """Fetch the newest packets that are not on the device, while the budget has room: backward needs them
@@ -329,9 +332,8 @@ class Wire:
     def _claim_ahead(self, nbytes: int) -> Claim | None:
         """A claim on what the gradients of the weights that were saved leave of the budget. Where they are
         more than that, on less and less of it the further backward comes down."""
-        limit = self._budget.limit or 0
         left = (self._next - self._first + 1) / (self._count - self._first)
-        allowed = max(limit - self._grown, left * limit, AHEAD)
+        allowed = max(self._kept - self._grown, left * self._kept, AHEAD)
         spare = 1 if self._next >= self._current - 1 else SIBLINGS
         while True:
             claim = self._budget.claim(nbytes) if self._budget.held + nbytes <= allowed else None

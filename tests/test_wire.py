@@ -556,7 +556,8 @@ def test_nothing_is_kept_of_passes_that_are_over(model):
 
 
 def test_gradients_take_the_room_of_what_is_fetched_ahead(model, monkeypatch):
-    """Of 100 bytes, as many are left free as the weights have that were saved after the packet in use."""
+    """Of the 93 bytes for backward, as many are left free as the weights have that were saved after the packet
+    in use."""
     monkeypatch.setattr(wire_module, "AHEAD", 0)
     held = {}
     for weights in (0, 1):
@@ -573,8 +574,23 @@ def test_gradients_take_the_room_of_what_is_fetched_ahead(model, monkeypatch):
                 pass
             device.run()
             held[weights].append(wire._budget.held)
-    assert held[0][:31] == [90] * 31
-    assert all(80 - i <= nbytes <= 100 - i for i, nbytes in enumerate(held[1][:31]))
+    assert held[0][:31] == [80] * 31
+    assert all(73 - i <= nbytes <= 93 - i for i, nbytes in enumerate(held[1][:31]))
+
+
+def test_backward_starts_with_less_than_forward_may_hold(model, monkeypatch):
+    """What has been copied out leaves when backward begins, down to what it may hold, the oldest first."""
+    monkeypatch.setattr(wire_module, "AHEAD", 0)
+    device = model(0)
+    wire = Wire(Budget(160), Slots(40).take)
+    for _ in range(2):
+        transits = forward(wire, device, 40)
+        device.run()
+        assert wire._budget.held == 160
+        with transits.pop().use():
+            assert wire._budget.held == 150
+        assert [t.local is not None for t in transits[23:27]] == [False, False, True, True]
+        backward(device, transits)
 
 
 def test_an_interrupt_at_any_point_loses_no_late_packet(model):
