@@ -17,6 +17,7 @@ from sidelane.kernels._launch import (
     Part,
     cdiv,
     check_parts,
+    current_device,
     cut,
     launch,
     programs,
@@ -429,7 +430,7 @@ class _Packing:
         source, target = x.data_ptr(), buffer.data_ptr()
         device = x.device.index
         again = None if (source | target) % 16 else self._again.get(device)
-        if again is not None and device == torch.cuda.current_device():
+        if again is not None and device == current_device():
             parts = [target + start for start in self._starts]
             again(source, parts[0], parts[1], parts[-1], *self._tail)
             return

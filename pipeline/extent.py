@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -75,39 +74,6 @@ def geometry(tensor: Tensor) -> Geometry:
     return _geometry(tensor.shape, tensor.stride())
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Kind:
-    """What strided tensors of the same dtype, sizes, strides and dispatch keys have in common.
-
-    Attributes:
-        keys: the dispatch keys, which tell devices, and tensors that are conjugated or negated.
-        nbytes: of the distinct elements.
-    """
-
-    keys: int
-    dtype: torch.dtype
-    geometry: Geometry
-    nbytes: int
-    conj: bool
-    neg: bool
-
-
-_kinds: dict[tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]], Kind] = {}
-
-
-def kind_of(tensor: Tensor, keys: int) -> Kind:
-    """Of a strided tensor with these dispatch keys; made once for each kind."""
-    known = keys, tensor.dtype, tensor.shape, tensor.stride()
-    kind = _kinds.get(known)
-    if kind is None:
-        if len(_kinds) >= KINDS:
-            _kinds.clear()
-        shape = geometry(tensor)
-        nbytes = shape.numel * tensor.dtype.itemsize
-        kind = _kinds[known] = Kind(keys, tensor.dtype, shape, nbytes, tensor.is_conj(), tensor.is_neg())
-    return kind
-
-
 def distinct_bytes(tensor: Tensor) -> int:
     """Bytes of the elements of `tensor`, those of expanded dimensions counted once."""
     return geometry(tensor).numel * tensor.dtype.itemsize
@@ -127,11 +93,6 @@ class View(NamedTuple):
         return cls(
             tensor.dtype, geometry(tensor), int(tensor.storage_offset()), tensor.is_conj(), tensor.is_neg()
         )
-
-    @classmethod
-    def of_kind(cls, tensor: Tensor, kind: Kind) -> View:
-        """`of`, where the kind is known."""
-        return cls(kind.dtype, kind.geometry, int(tensor.storage_offset()), kind.conj, kind.neg)
 
     @property
     def nbytes(self) -> int:

@@ -210,7 +210,7 @@ class offload(HookContext):
                 if self._auto is not None:
                     self._auto.expect_gradient(nbytes)
             return Kept(tensor, reason == WEIGHT)
-        view = View.of_kind(tensor, kind)
+        view = kind.view_of(tensor)
         key = self._store.key(tensor, view, kind)
         stash = self._store.find(key)
         if self._auto is not None:

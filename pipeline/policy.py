@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from torch.nn import Parameter
 
 from sidelane.codec.lane import Lane
 from sidelane.codec.packet import DTYPES
-from sidelane.pipeline.extent import KINDS, Kind, kind_of
+from sidelane.kernels._launch import current_device
+from sidelane.pipeline.extent import KINDS, View, geometry
 from sidelane.pipeline.lanes import PackedLane
 from sidelane.pipeline.packed import LOSSY_DTYPES
 
@@ -50,20 +50,43 @@ _VIEWS = {
 _DEPTH = 8  # nodes from a cast weight to its parameter
 _PLAIN = (Tensor, Parameter)
 _plain_keys: dict[int, bool] = {}  # by the dispatch keys of a tensor, whether it is plain
+_kinds: dict[tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]], Kind] = {}
 _dispatch_keys, _graph_task = torch._C._dispatch_keys, torch._C._current_graph_task_id
-_static: dict[Kind, _Static] = {}
+_capturing = torch.cuda.is_current_stream_capturing
 
 
-class _Static(NamedTuple):
-    """What holds for all tensors of a kind.
+@dataclass(frozen=True, eq=False, slots=True)
+class Kind:
+    """What is known of plain tensors of the same dtype, sizes, strides and dispatch keys, which tell devices,
+    and tensors that are conjugated or negated. Made once.
 
     Attributes:
+        view: of one at the start of its storage.
+        nbytes: of the distinct elements.
         kept: why they are left alone whatever their size, or None.
         activation: their dtype, shape and layout are those of activations.
     """
 
+    view: View
+    nbytes: int
     kept: str | None
     activation: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Kind:
+        dtype, shape = tensor.dtype, geometry(tensor)
+        kept = None if tensor.device.type in DEVICES else OTHER_DEVICE
+        if kept is None and dtype not in DTYPES:
+            kept = "other dtype"
+        size, pairs = shape.size, shape.pairs
+        activation = dtype in LOSSY_DTYPES and len(size) >= 2 and size[-1] > 1 and pairs is not None
+        view = View(dtype, shape, 0, tensor.is_conj(), tensor.is_neg())
+        return cls(view, view.nbytes, kept, activation)
+
+    def view_of(self, tensor: Tensor) -> View:
+        """Of one of them."""
+        offset = int(tensor.storage_offset())
+        return self.view._replace(offset=offset) if offset else self.view
 
 
 def plain_kind(tensor: Tensor) -> Kind | None:
@@ -74,7 +97,15 @@ def plain_kind(tensor: Tensor) -> Kind | None:
     plain = _plain_keys.get(keys)
     if plain is None:
         plain = _plain_keys[keys] = is_plain(tensor)
-    return kind_of(tensor, keys) if plain else None
+    if not plain:
+        return None
+    known = keys, tensor.dtype, tensor.shape, tensor.stride()
+    kind = _kinds.get(known)
+    if kind is None:
+        if len(_kinds) >= KINDS:
+            _kinds.clear()
+        kind = _kinds[known] = Kind.of(tensor)
+    return kind
 
 
 def why_kept(tensor: Tensor, min_bytes: int, kind: Kind | None = None) -> str | None:
@@ -82,9 +113,8 @@ def why_kept(tensor: Tensor, min_bytes: int, kind: Kind | None = None) -> str | 
     kind = kind or plain_kind(tensor)
     if kind is None:
         return NOT_PLAIN
-    static = _static.get(kind) or _learn_static(tensor, kind)
-    if static.kept == OTHER_DEVICE:
-        return static.kept
+    if kind.kept == OTHER_DEVICE:
+        return kind.kept
     # What a backward pass saves (the recompute of a checkpoint, a graph for double backward) is used before
     # the pass ends: moving it out would only bring it straight back.
     if _graph_task() != -1:
@@ -93,30 +123,18 @@ def why_kept(tensor: Tensor, min_bytes: int, kind: Kind | None = None) -> str | 
         return WEIGHT
     if kind.nbytes < min_bytes or not kind.nbytes:
         return "below min_bytes"
-    if static.kept is not None:
-        return static.kept
+    if kind.kept is not None:
+        return kind.kept
     if tensor.is_cuda and is_capturing(tensor.device):
         return "graph capture"
     return None
 
 
-def _learn_static(tensor: Tensor, kind: Kind) -> _Static:
-    if len(_static) >= KINDS:
-        _static.clear()
-    kept = None if tensor.device.type in DEVICES else OTHER_DEVICE
-    if kept is None and kind.dtype not in DTYPES:
-        kept = "other dtype"
-    size, _, _, pairs = kind.geometry[:4]
-    activation = kind.dtype in LOSSY_DTYPES and len(size) >= 2 and size[-1] > 1 and pairs is not None
-    static = _static[kind] = _Static(kept, activation)
-    return static
-
-
 def is_capturing(device: torch.device) -> bool:
-    if device.index == torch.cuda.current_device():
-        return torch.cuda.is_current_stream_capturing()
+    if device.index == current_device():
+        return _capturing()
     with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
+        return _capturing()
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -164,8 +182,7 @@ def may_lose_bits(tensor: Tensor, kind: Kind | None = None) -> bool:
     """
     if not tensor.requires_grad or (kind := kind or plain_kind(tensor)) is None:
         return False
-    static = _static.get(kind) or _learn_static(tensor, kind)
-    return static.activation and "Softmax" not in _name(tensor.grad_fn)
+    return kind.activation and "Softmax" not in _name(tensor.grad_fn)
 
 
 def _name(node: Node | None) -> str:

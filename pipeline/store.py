@@ -20,13 +20,13 @@ from sidelane.pipeline.compress import compress
 from sidelane.pipeline.copies import DeviceCopy
 from sidelane.pipeline.derive import Recipe, Remade, upper_halves
 from sidelane.pipeline.disk import Disk
-from sidelane.pipeline.extent import WHOLE_SHARE, Kind, View, describe, whole_storage, without_flags
+from sidelane.pipeline.extent import WHOLE_SHARE, View, describe, whole_storage, without_flags
 from sidelane.pipeline.lanes import ExactLane, decode_packet, open_lane, undisturbed
 from sidelane.pipeline.late import LatePacket, encode_late
 from sidelane.pipeline.lesson import BOUNDED
 from sidelane.pipeline.moves import Moves, Parcel
 from sidelane.pipeline.packed import as_bytes
-from sidelane.pipeline.policy import for_heads, is_capturing, may_lose_bits
+from sidelane.pipeline.policy import Kind, for_heads, is_capturing, may_lose_bits
 from sidelane.pipeline.report import Tally
 from sidelane.pipeline.stash import Home, Index, Kept, Key, Resident, Stash, Ticket, data_key
 from sidelane.pipeline.step_model import DERIVED, HERE, UPPER, Choice

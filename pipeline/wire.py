@@ -129,7 +129,8 @@ class Wire:
 
     Packets stay on the device as long as the budget has room and are copied out meanwhile, the oldest leave
     first. The last ones, by the count of the pass before, are not copied out: backward starts with them, and
-    with no more than these. What happens to a late packet is decided when its size has become known, at a later call, in order.
+    with no more than these. What happens to a late packet is decided when its size has become known, at a
+    later call, in order.
 
     Args:
         budget: of device memory; without a limit nothing leaves the device. One packet in the middle of being

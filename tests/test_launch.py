@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from triton import knobs
 from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
@@ -19,6 +20,7 @@ class Kernel:
 
     def __init__(self):
         self.found, self.launched = [], []
+        self.past_hooks = 0
 
     def __getitem__(self, grid):
         def run(*args, **options):
@@ -31,9 +33,16 @@ class Kernel:
 class Compiled:
     def __init__(self, kernel):
         self.kernel = kernel
+        self.function, self.packed_metadata = "function", "metadata"
 
     def __getitem__(self, grid):
         return lambda *args: self.kernel.launched.append((grid, args))
+
+    def run(self, x, y, z, stream, function, metadata, told, enter, leave, *args):
+        assert (stream, function, metadata) == ("stream", "function", "metadata")
+        assert told is enter is leave is None
+        self.kernel.launched.append(((x, y, z), args))
+        self.kernel.past_hooks += 1
 
 
 def tensor(address=1024, dtype=torch.float32, cuda=True):
@@ -45,7 +54,8 @@ def tensor(address=1024, dtype=torch.float32, cuda=True):
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(_launch, "_compiled", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_launch, "current_device", lambda: 0)
+    monkeypatch.setattr(_launch, "_stream", lambda device: "stream")
     return Kernel()
 
 
@@ -56,6 +66,27 @@ def test_the_second_launch_of_a_kind_goes_straight_to_the_kernel(kernel):
     launch(kernel, 9, (tensor(4096), y), (160, 8), (4, True), num_warps=1)
     assert len(kernel.found) == 1
     assert kernel.launched == [((9, 1, 1), (4096, 2048, 160, 8, 4, True))]
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+@pytest.mark.parametrize("how", ["added", "in place of the chain"])
+def test_hooks_of_triton_are_told_of_launches(kernel, monkeypatch, hook, how):
+    def tell(metadata):
+        """Stands for a profiler."""
+
+    launch(kernel, 3, (tensor(),), (), ())
+    again = launch(kernel, 3, (tensor(),), (), ())
+    assert kernel.past_hooks == 1
+    if how == "added":
+        getattr(knobs.runtime, hook).add(tell)
+    else:
+        monkeypatch.setattr(knobs.runtime, hook, tell)
+    try:
+        again(1024)
+        assert kernel.launched == 2 * [((3, 1, 1), (1024,))] and kernel.past_hooks == 1
+    finally:
+        if how == "added":
+            getattr(knobs.runtime, hook).remove(tell)
 
 
 def test_parts_of_a_buffer_stand_for_tensors(kernel):

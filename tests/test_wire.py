@@ -556,8 +556,7 @@ def test_nothing_is_kept_of_passes_that_are_over(model):
 
 
 def test_gradients_take_the_room_of_what_is_fetched_ahead(model, monkeypatch):
-    """Of the 93 bytes for backward, as many are left free as the weights have that were saved after the packet
-    in use."""
+    """Of 93 bytes, as many are left free as the weights have that were saved after the packet in use."""
     monkeypatch.setattr(wire_module, "AHEAD", 0)
     held = {}
     for weights in (0, 1):
