@@ -378,38 +378,18 @@ def group_quantize_pack(
         )
     sizes = group_sizes(numel, bits, group, symmetric)
     buffer = torch.empty(span(sizes), dtype=torch.uint8, device=x.device)
-    group_quantize_pack_to(x, buffer, bits, group, symmetric=symmetric, seed=seed, max_programs=max_programs)
+    group_packer(numel, x.dtype, bits, group, symmetric, seed, max_programs)(x, buffer)
     parts = cut(buffer, sizes)
     return GroupCodes(parts[0], parts[1], None if symmetric else parts[2], bits, group, numel)
 
 
-def group_quantize_pack_to(
-    x: Tensor,
-    buffer: Tensor,
-    bits: int,
-    group: int,
-    *,
-    symmetric: bool = False,
-    seed: int | None = None,
-    max_programs: int | None = None,
-) -> None:
-    """`group_quantize_pack` of a valid x, contiguous of any shape, into `buffer` uint8 [span(sizes)].
+class GroupPacker:
+    """`group_quantize_pack` of tensors that differ in their elements and addresses alone.
 
-    Its parts begin at `starts(sizes)` of sizes = `group_sizes(n, bits, group, symmetric)`; `buffer` begins at
-    a multiple of 16.
+    Called with a valid x of `numel` elements, contiguous of any shape, and uint8 [span(sizes)] for the codes,
+    where sizes = `group_sizes(numel, bits, group, symmetric)`. That begins at a multiple of 16, and the parts
+    in it at `starts(sizes)`.
     """
-    numel = x.numel()
-    if not use_triton(x):
-        want = group_quantize_pack_ref(x.detach().reshape(-1), bits, group, symmetric=symmetric, seed=seed)
-        sizes = group_sizes(numel, bits, group, symmetric)
-        for part, found in zip(cut(buffer, sizes), want.sections.values(), strict=True):
-            part.copy_(found)
-        return
-    _packing(numel, x.dtype, bits, group, symmetric, seed, max_programs)(x, buffer)
-
-
-class _Packing:
-    """The launches of `group_quantize_pack_to` that differ in their addresses alone."""
 
     def __init__(
         self,
@@ -419,14 +399,18 @@ class _Packing:
         group: int,
         symmetric: bool,
         seed: int | None,
-        max_programs: int | None,
+        max_programs: int | None = None,
     ) -> None:
         self._how = bits, group, symmetric, seed, max_programs
-        self._starts = starts(group_sizes(numel, bits, group, symmetric))
+        self._sizes = group_sizes(numel, bits, group, symmetric)
+        self._starts = starts(self._sizes)
         self._again: dict[int | None, Callable[..., object] | None] = {}  # by device
         self._tail, _ = _arguments(numel, dtype, True, *self._how)
 
     def __call__(self, x: Tensor, buffer: Tensor) -> None:
+        if not use_triton(x):
+            self._by_reference(x, buffer)
+            return
         source, target = x.data_ptr(), buffer.data_ptr()
         device = x.device.index
         again = None if (source | target) % 16 else self._again.get(device)
@@ -439,8 +423,14 @@ class _Packing:
         if not (source | target) % 16:
             self._again[device] = again
 
+    def _by_reference(self, x: Tensor, buffer: Tensor) -> None:
+        bits, group, symmetric, seed, _ = self._how
+        found = group_quantize_pack_ref(x.detach().reshape(-1), bits, group, symmetric=symmetric, seed=seed)
+        for part, section in zip(cut(buffer, self._sizes), found.sections.values(), strict=True):
+            part.copy_(section)
 
-_packing = lru_cache(4096)(_Packing)
+
+group_packer = lru_cache(4096)(GroupPacker)
 
 
 def group_quantize_pack_into(

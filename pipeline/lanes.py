@@ -30,6 +30,7 @@ from sidelane.kernels.reference import (
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.packed import (
     LOSSY_DTYPES,
+    GroupPlan,
     as_bytes,
     decode_basis,
     decode_groups,
@@ -140,11 +141,22 @@ class PackedLane:
         flat = tensor if self.basis is None and tensor.is_contiguous() else flatten(tensor)
         if self.basis is not None and fits(self.basis, packet := Packet.like("packed", tensor)):
             return _or_raw(encode_basis(packet, flat, self.basis, self.width), flat)
-        kind = tensor.dtype, tuple(tensor.shape), tensor.stride()
-        plan = plan_groups(*kind, self.bits, self.group, self.symmetric)
+        plan = self._group_plan(tensor)
         if not plan.smaller:
             return _encode_raw(Packet.like("raw", tensor), flatten(tensor))
-        return encode_groups(plan, flat, self.seed)
+        return encode_groups(plan, flat)
+
+    def plan(self, tensor: Tensor) -> GroupPlan | None:
+        """What `encode` does with every plain, contiguous tensor of this dtype and these sizes; None where
+        that depends on its elements."""
+        if self.basis is not None or tensor.dtype not in LOSSY_DTYPES or not tensor.numel():
+            return None
+        plan = self._group_plan(tensor)
+        return plan if plan.smaller else None
+
+    def _group_plan(self, tensor: Tensor) -> GroupPlan:
+        kind = tensor.dtype, tuple(tensor.shape), tensor.stride()
+        return plan_groups(*kind, self.bits, self.group, self.symmetric, self.seed)
 
     def decode(self, packet: Packet) -> Tensor:
         return _decode_own(packet, "raw", "exact", "packed", basis=self.basis)

@@ -21,7 +21,7 @@ from sidelane.pipeline.explain import Plan
 from sidelane.pipeline.extent import View
 from sidelane.pipeline.lanes import open_lane, undisturbed
 from sidelane.pipeline.moves import Held, Moves
-from sidelane.pipeline.policy import NOT_PLAIN, WEIGHT, plain_kind, why_kept
+from sidelane.pipeline.policy import NOT_PLAIN, WEIGHT, Kind, plain_kind, why_kept
 from sidelane.pipeline.recorder import Trip
 from sidelane.pipeline.report import Report
 from sidelane.pipeline.stash import Kept, Key, Stash, Ticket
@@ -140,7 +140,7 @@ class offload(HookContext):
                 min_bytes,
                 store.lossy_names,
                 blocks,
-                lambda tensor: weight(tensor, view := View.of(tensor), store.key(tensor, view)),
+                store.weigh,
                 self.hooks_apply,
                 lambda: store.tickets.held,
             )
@@ -211,21 +211,23 @@ class offload(HookContext):
                     self._auto.expect_gradient(nbytes)
             return Kept(tensor, reason == WEIGHT)
         view = kind.view_of(tensor)
-        key = self._store.key(tensor, view, kind)
+        key = self._store.key(tensor, kind, view)
         stash = self._store.find(key)
         if self._auto is not None:
             with undisturbed(tensor.device):
-                return self._follow(self._auto, tensor, view, key, stash)
+                return self._follow(self._auto, tensor, kind, view, key, stash)
         if stash is None:
             with undisturbed(tensor.device):
-                stash = self._store.encode(tensor, view, key)
+                stash = self._store.encode(tensor, kind, key)
         else:
-            self._store.reuse(stash, tensor, view)
+            self._store.reuse(stash, tensor, kind)
         return self._store.ticket(stash, view)
 
-    def _follow(self, auto: Auto, tensor: Tensor, view: View, key: Key, stash: Stash | None) -> Tracked:
+    def _follow(
+        self, auto: Auto, tensor: Tensor, kind: Kind, view: View, key: Key, stash: Stash | None
+    ) -> Tracked:
         """Do with `tensor` what the plan says."""
-        nbytes = weight(tensor, view, key)
+        nbytes = weight(tensor, kind, key)
         trip, number, choice = auto.save(tensor, nbytes)
         before = trip.before()
         if stash is not None and self._misleads(stash, trip, number):
@@ -233,8 +235,8 @@ class offload(HookContext):
         if stash is not None and not self._in_order(stash, tensor, trip):
             stash = None
         if stash is not None:
-            self._store.reuse(stash, tensor, view)
-        found = stash or self._carry_out(auto.moves, choice, tensor, view, key, trip)
+            self._store.reuse(stash, tensor, kind)
+        found = stash or self._carry_out(auto.moves, choice, tensor, kind, key, trip)
         recipe = self._recipe(tensor, trip) if trip.learning and stash is None else None
         if isinstance(found, Stash):
             if trip.learning:
@@ -247,26 +249,26 @@ class offload(HookContext):
         return Tracked(inner, trip, number, recipe)
 
     def _carry_out(
-        self, moves: Moves, choice: Choice | None, tensor: Tensor, view: View, key: Key, trip: Trip
+        self, moves: Moves, choice: Choice | None, tensor: Tensor, kind: Kind, key: Key, trip: Trip
     ) -> Stash | Held:
         """Keep, or encode and move, a tensor that is not stored yet."""
         if choice is not None and choice.lane == DERIVED:
             recipe = self._recipe(tensor, trip)
             if recipe is not None:
                 sources = (s.inner if isinstance(s, Tracked) else s for s in recipe.sources)
-                return self._store.derive(recipe, sources, tensor, view, key)
+                return self._store.derive(recipe, sources, tensor, kind, key)
             choice = Choice(AWAY)
         if choice is not None and choice.place == KEEP:
-            held = moves.keep(tensor, key.data, weight(tensor, view, key))
+            held = moves.keep(tensor, key.data, weight(tensor, kind, key))
             if held is not None:
-                self._store.tally.kept("plan", view.nbytes)
+                self._store.tally.kept("plan", kind.nbytes)
                 return held
             choice = Choice(AWAY)
         if choice is not None and choice.lane == UPPER and not is_widened(tensor):
             choice = Choice(AWAY)
         if choice is None or (choice.lane == "raw" and not tensor.is_cuda):
-            return self._store.encode(tensor, view, key)
-        return self._store.send(moves, choice, tensor, view, key)
+            return self._store.encode(tensor, kind, key)
+        return self._store.send(moves, choice, tensor, kind, key)
 
     @staticmethod
     def _misleads(stash: Stash, trip: Trip, number: int) -> bool:

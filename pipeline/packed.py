@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import nan
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from sidelane.codec.packet import Packet, Sections, compact
 from sidelane.errors import PacketError
 from sidelane.kernels._launch import aligned, cdiv, span, starts
 from sidelane.kernels.bits import pack_bits, unpack_bits
-from sidelane.kernels.groups import group_quantize_pack_to, group_sizes, group_unpack_dequantize
+from sidelane.kernels.groups import group_packer, group_sizes, group_unpack_dequantize
 from sidelane.kernels.reference import GROUP_BITS, GROUP_SIZES, MAX_CODE_BITS, GroupCodes, packed_bits_size
 from sidelane.kernels.surface import MAX_SIZE, dequantize_project, project_quantize
 from sidelane.pipeline.basis import Basis
@@ -32,14 +33,18 @@ class GroupPlan(NamedTuple):
 
     Attributes:
         packet: without sections.
-        sizes: bytes of the sections.
+        names, starts, sizes: of the sections.
         nbytes: of all sections in memory.
+        pack: writes them, of contiguous floats, to a vector of so many bytes.
         smaller: than a raw packet.
     """
 
     packet: Packet
+    names: tuple[str, ...]
+    starts: tuple[int, ...]
     sizes: tuple[int, ...]
     nbytes: int
+    pack: Callable[[Tensor, Tensor], None]
     smaller: bool
 
 
@@ -51,6 +56,7 @@ def plan_groups(
     bits: int,
     group: int,
     symmetric: bool,
+    seed: int | None,
 ) -> GroupPlan:
     """For a tensor of at least one element and these strides."""
     packet = Packet(
@@ -62,21 +68,22 @@ def plan_groups(
         bits=bits,
         rel_error=nan,
     )
-    sizes = group_sizes(packet.flat_numel, bits, group, symmetric)
+    numel = packet.flat_numel
+    sizes = group_sizes(numel, bits, group, symmetric)
     smaller = packet.wire_nbytes(sizes) < packet.stored_nbytes
-    return GroupPlan(packet, sizes, span(sizes), smaller)
+    names, pack = _GROUP_SECTIONS[: len(sizes)], group_packer(numel, dtype, bits, group, symmetric, seed)
+    return GroupPlan(packet, names, starts(sizes), sizes, span(sizes), pack, smaller)
 
 
-def encode_groups(plan: GroupPlan, flat: Tensor, seed: int | None) -> Packet:
+def encode_groups(plan: GroupPlan, flat: Tensor) -> Packet:
     """The group code of contiguous floats.
 
     Sections: codes, scale and, unless symmetric, offset of `GroupCodes`; params: group, symmetric.
     """
-    packet, sizes, nbytes, _ = plan
-    group, symmetric = packet.params
+    packet, names, begins, sizes, nbytes, pack, _ = plan
     buffer = torch.empty(nbytes, dtype=torch.uint8, device=flat.device)
-    group_quantize_pack_to(flat, buffer, packet.bits, group, symmetric=symmetric == 1, seed=seed)
-    return packet.with_(sections=Sections(_GROUP_SECTIONS[: len(sizes)], starts(sizes), sizes, buffer))
+    pack(flat, buffer)
+    return packet.with_(sections=Sections(names, begins, sizes, buffer))
 
 
 def decode_groups(packet: Packet) -> Tensor:

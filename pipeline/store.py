@@ -20,13 +20,13 @@ from sidelane.pipeline.compress import compress
 from sidelane.pipeline.copies import DeviceCopy
 from sidelane.pipeline.derive import Recipe, Remade, upper_halves
 from sidelane.pipeline.disk import Disk
-from sidelane.pipeline.extent import WHOLE_SHARE, View, describe, whole_storage, without_flags
-from sidelane.pipeline.lanes import ExactLane, decode_packet, open_lane, undisturbed
+from sidelane.pipeline.extent import KINDS, WHOLE_SHARE, View, describe, whole_storage, without_flags
+from sidelane.pipeline.lanes import ExactLane, PackedLane, decode_packet, open_lane, undisturbed
 from sidelane.pipeline.late import LatePacket, encode_late
 from sidelane.pipeline.lesson import BOUNDED
 from sidelane.pipeline.moves import Moves, Parcel
-from sidelane.pipeline.packed import as_bytes
-from sidelane.pipeline.policy import Kind, for_heads, is_capturing, may_lose_bits
+from sidelane.pipeline.packed import GroupPlan, as_bytes, encode_groups
+from sidelane.pipeline.policy import Kind, for_heads, is_capturing, may_lose_bits, plain_kind
 from sidelane.pipeline.report import Tally
 from sidelane.pipeline.stash import Home, Index, Kept, Key, Resident, Stash, Ticket, data_key
 from sidelane.pipeline.step_model import DERIVED, HERE, UPPER, Choice
@@ -66,18 +66,19 @@ class Store:
         disk: Disk | None,
         checker: bool,
     ) -> None:
-        self._lane = lane
-        self._heads_lane = for_heads(lane)
         self._exact = lane if lane.exact else open_lane("exact")
-        self._may_lose = lossy is not None or not lane.exact
-        self._basis: Basis | None = getattr(lossy or lane, "basis", None)
+        self._coarse = lossy or lane  # for activations, and those of four dimensions
+        self._coarse_heads = for_heads(self._coarse)
+        self._may_lose = not self._coarse.exact
+        self._basis: Basis | None = getattr(self._coarse, "basis", None)
         self._max_rel_error = max_rel_error
+        self._plans: dict[Kind, GroupPlan | None] = {}
         self._on_full = on_full
         self._checker = checker
         self._index = Index()
         self._shared: deque[ref[Stash]] = deque()  # those that may hold decoded elements, oldest first
-        self._lossy: dict[str, Lane] = {}
-        self.lossy_names = None if lossy is None else self._name_lossy(lossy)
+        names = self._name(self._coarse_heads), self._name(self._coarse)
+        self.lossy_names = None if lossy is None else names
         self.host = Budget(host_budget)
         self.device = Budget(gpu_budget)
         self.tickets = Holders()
@@ -93,79 +94,82 @@ class Store:
     def ticket(self, stash: Stash, view: View) -> Ticket:
         return Ticket(stash, view, self.tickets.claim(1))
 
-    def key(self, tensor: Tensor, view: View, kind: Kind | None = None) -> Key:
+    def weigh(self, tensor: Tensor) -> int:
+        """Bytes that a tensor would hold; 0 for one that is not plain."""
+        kind = plain_kind(tensor)
+        return 0 if kind is None else weight(tensor, kind, self.key(tensor, kind, kind.view_of(tensor)))
+
+    def key(self, tensor: Tensor, kind: Kind, view: View) -> Key:
         """What a stash of `tensor` is made from."""
         data, pairs = data_key(tensor, view.geometry), view.geometry.pairs
         if self._may_lose and may_lose_bits(tensor, kind):
             # The error bound is of this tensor, so only views of the same elements may share its packet.
             return Key(data, "lossy", view.dtype, view.offset, pairs)
-        if pairs is None or view.nbytes * WHOLE_SHARE >= tensor.untyped_storage().nbytes():
+        if pairs is None or kind.nbytes * WHOLE_SHARE >= tensor.untyped_storage().nbytes():
             return Key(data, "whole")
         return Key(data, "elements", view.dtype, view.offset, pairs)
 
-    def reuse(self, stash: Stash, tensor: Tensor, view: View) -> None:
+    def reuse(self, stash: Stash, tensor: Tensor, kind: Kind) -> None:
         """Count `tensor` as stored already."""
         if stash.truth is not None:
             with undisturbed(tensor.device):
                 stash.truth.match(_elements(tensor, stash.whole), tensor)
-        self.tally.add("deduplicated", view.nbytes)
+        self.tally.add("deduplicated", kind.nbytes)
 
-    def encode(self, tensor: Tensor, view: View, key: Key) -> Stash:
-        """Encode a tensor through the lane of the context, and send it off."""
+    def encode(self, tensor: Tensor, kind: Kind, key: Key) -> Stash:
+        """Encode a tensor through the lane of the context, without loss where plans decide on that, and send
+        it off."""
         whole = key.kind == "whole"
-        if key.kind == "lossy":
-            packet = self._encode_lossy(tensor, view)
-        elif (late := self._encode_late(tensor, view, whole)) is None:
-            packet = self._exact_lane(tensor, view).encode(_elements(tensor, whole))
-        elif (home := self._send_late(late, view)) is None:
+        if key.kind == "lossy" and self.lossy_names is None:
+            packet = self._encode_lossy(tensor, kind)
+        elif (late := self._encode_late(tensor, kind, whole)) is None:
+            packet = self._exact_lane(tensor, kind).encode(_elements(tensor, whole))
+        elif (home := self._send_late(late, kind)) is None:
             packet = late.settle()
         else:
             stash = Stash(tensor, home, whole, None)
             self._index.add(key, stash)
             return stash
         truth = self._truth(tensor, packet, whole) if self._checker else None
-        stash = Stash(tensor, self._place(packet, view), whole, truth)
+        stash = Stash(tensor, self._place(packet, kind), whole, truth)
         self._index.add(key, stash)
-        self.tally.encoded(view, packet)
+        self.tally.encoded(kind, packet)
         return stash
 
     def derive(
-        self, recipe: Recipe, sources: Iterable[Ticket | Kept], tensor: Tensor, view: View, key: Key
+        self, recipe: Recipe, sources: Iterable[Ticket | Kept], tensor: Tensor, kind: Kind, key: Key
     ) -> Stash:
         """A stash of a tensor that is made again from these sources when it is used."""
         held = [self.ticket(s.stash, s.view) if isinstance(s, Ticket) else s for s in sources]
         home, whole, truth = Remade(recipe, tuple(held)), key.kind == "whole", None
         if self._checker:
             truth = Truth(_elements(tensor, whole).clone(), home.make(self.open))
-            exact = not self._lossy or self._max_rel_error is not None
+            exact = not self._may_lose or self._max_rel_error is not None
             if exact and not same_bits(truth.packed, truth.decoded):
                 raise OffloadError(f"{describe(tensor)} does not follow from what it was made from")
         stash = Stash(tensor, home, whole, truth)
         stash.lossy = any(isinstance(source, Ticket) and source.stash.lossy for source in held)
         self._index.add(key, stash)
-        self.tally.kept(DERIVED, view.nbytes)
+        self.tally.kept(DERIVED, kind.nbytes)
         return stash
 
-    def send(self, moves: Moves, choice: Choice, tensor: Tensor, view: View, key: Key) -> Stash:
+    def send(self, moves: Moves, choice: Choice, tensor: Tensor, kind: Kind, key: Key) -> Stash:
         """Encode a tensor for its place, on the device or off it."""
-        whole = key.kind == "whole"
-        elements, source = _elements(tensor, whole), None
-        if choice.lane == "raw":
+        whole, source = key.kind == "whole", None
+        if lossy := choice.lane in (self.lossy_names or ()):
+            packet = self._encode_lossy(tensor, kind)
+        elif choice.lane == "raw":
+            elements = _elements(tensor, whole)
             packet = Packet.like("raw", elements).with_(sections={"data": as_bytes(elements)})
             if elements.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
                 source = tensor.detach()
         elif choice.lane == UPPER:
-            upper = upper_halves(elements)
+            upper = upper_halves(_elements(tensor, whole))
             data = as_bytes(upper)
             sections = Sections(("data",), (0,), (data.numel(),), data)
             packet = Packet.like("raw", upper).with_(sections=sections)
-        elif choice.lane == "exact":
-            packet = self._exact_lane(tensor, view).encode(elements)
-        elif self._max_rel_error is None:
-            packet = self._lossy[choice.lane].encode(without_flags(tensor))
         else:
-            lossy = self._lossy[choice.lane]
-            packet = compress(without_flags(tensor), lane=lossy, max_rel_error=self._max_rel_error)
+            packet = self._exact_lane(tensor, kind).encode(_elements(tensor, whole))
         truth = self._truth(tensor, packet, whole, choice.lane == UPPER) if self._checker else None
         home: Home | None = None
         if tensor.is_cuda:
@@ -176,10 +180,10 @@ class Store:
                 home = moves.bundles.send(packet) if source is None else moves.send(packet, source)
                 if home is None and source is not None:
                     packet = RAW.encode(elements)
-        stash = Stash(tensor, home or self._place(packet, view), whole, truth)
-        stash.widened, stash.lossy = choice.lane == UPPER, choice.lane in self._lossy
+        stash = Stash(tensor, home or self._place(packet, kind), whole, truth)
+        stash.widened, stash.lossy = choice.lane == UPPER, lossy
         self._index.add(key, stash)
-        self.tally.encoded(view, packet)
+        self.tally.encoded(kind, packet)
         return stash
 
     def open(self, packed: Ticket | Kept) -> Tensor:
@@ -202,34 +206,44 @@ class Store:
                 stash.truth.verify(flat, view)
             return view.over(flat) if stash.whole else view.over_elements(flat)
 
-    def _name_lossy(self, lane: Lane) -> tuple[str, str]:
-        """Names of the lanes that may take activations of four dimensions, and others, for plans."""
-        names = []
-        for each in (for_heads(lane), lane):
-            bits = getattr(each, "bits", 8)
-            name = f"packed:{bits}" if self._max_rel_error is None else BOUNDED
-            self._lossy[name] = each
-            names.append(name)
-        return names[0], names[1]
+    def _name(self, lane: Lane) -> str:
+        """Of a lossy lane, in plans."""
+        return f"packed:{getattr(lane, 'bits', 8)}" if self._max_rel_error is None else BOUNDED
 
-    def _encode_lossy(self, tensor: Tensor, view: View) -> Packet:
-        source = without_flags(tensor) if view.conj or view.neg else tensor
+    def _encode_lossy(self, tensor: Tensor, kind: Kind) -> Packet:
+        if kind not in self._plans:
+            if len(self._plans) >= KINDS:
+                self._plans.clear()
+            self._plans[kind] = self._plan(tensor, kind)
+        plan = self._plans[kind]
+        if plan is not None:
+            return encode_groups(plan, tensor)
+        source = without_flags(tensor)
         if self._max_rel_error is None:
-            return (self._heads_lane if tensor.ndim == 4 else self._lane).encode(source)
-        return compress(source, lane=self._lane, max_rel_error=self._max_rel_error)
+            return (self._coarse_heads if tensor.ndim == 4 else self._coarse).encode(source)
+        return compress(source, lane=self._coarse, max_rel_error=self._max_rel_error)
 
-    def _encode_late(self, tensor: Tensor, view: View, whole: bool) -> LatePacket | None:
+    def _plan(self, tensor: Tensor, kind: Kind) -> GroupPlan | None:
+        """How all tensors of its kind are encoded; None where that depends on their elements, or they are not
+        contiguous."""
+        lane = self._coarse_heads if tensor.ndim == 4 else self._coarse
+        if not isinstance(lane, PackedLane) or self._max_rel_error is not None:
+            return None
+        contiguous = tensor.is_contiguous() and not (kind.view.conj or kind.view.neg)
+        return lane.plan(tensor) if contiguous else None
+
+    def _encode_late(self, tensor: Tensor, kind: Kind, whole: bool) -> LatePacket | None:
         """The exact packet of a tensor on a GPU, without a wait for its size; None of others."""
-        if self._checker or not tensor.is_cuda or not isinstance(self._exact_lane(tensor, view), ExactLane):
+        if self._checker or not tensor.is_cuda or not isinstance(self._exact_lane(tensor, kind), ExactLane):
             return None
         return encode_late(_elements(tensor, whole))
 
-    def _send_late(self, late: LatePacket, view: View) -> Home | None:
+    def _send_late(self, late: LatePacket, kind: Kind) -> Home | None:
         self._bundles.close()
-        return self.wire.send_late(late, partial(self.tally.encoded, view))
+        return self.wire.send_late(late, partial(self.tally.encoded, kind))
 
-    def _exact_lane(self, tensor: Tensor, view: View) -> Lane:
-        small = tensor.is_cuda and view.nbytes < EXACT_BYTES and self._exact.name == "exact"
+    def _exact_lane(self, tensor: Tensor, kind: Kind) -> Lane:
+        small = tensor.is_cuda and kind.nbytes < EXACT_BYTES and self._exact.name == "exact"
         return RAW if small else self._exact
 
     def _decode(self, stash: Stash) -> Tensor:
@@ -253,7 +267,7 @@ class Store:
         if len(self._shared) > SHARED and (oldest := self._shared.popleft()()) is not None:
             oldest.forget()
 
-    def _place(self, packet: Packet, view: View) -> Home:
+    def _place(self, packet: Packet, kind: Kind) -> Home:
         """A home for `packet` within the budgets. Raises BudgetError when there is none."""
         on_gpu = packet.device.type == "cuda"
         home = self._bundles.send(packet) if on_gpu else self._place_cpu(packet)
@@ -261,14 +275,15 @@ class Store:
             return home
         if self._on_full == "error":
             raise BudgetError(
-                f"host budget: {describe(view)} needs {packet.nbytes} bytes, {self.host.held} of "
+                f"host budget: {describe(kind.view)} needs {packet.nbytes} bytes, {self.host.held} of "
                 f"{self.host.limit} are held; raise host_budget, or set on_full='keep' or 'spill'"
             )
         claim = self.device.claim(packet.nbytes)
         if claim is None:
             raise BudgetError(
-                f"host and device budgets: {describe(view)} needs {packet.nbytes} bytes, {self.device.held} "
-                f"of {self.device.limit} are held on the device; raise gpu_budget or host_budget"
+                f"host and device budgets: {describe(kind.view)} needs {packet.nbytes} bytes, "
+                f"{self.device.held} of {self.device.limit} are held on the device; raise gpu_budget or "
+                "host_budget"
             )
         self.tally.add("over_budget", packet.nbytes)
         if on_gpu:
@@ -289,9 +304,9 @@ class Store:
         return Truth.of(tensor, _elements(tensor, whole).clone(), decoded, packet.lane, self._max_rel_error)
 
 
-def weight(tensor: Tensor, view: View, key: Key) -> int:
+def weight(tensor: Tensor, kind: Kind, key: Key) -> int:
     """Bytes that are stored for `tensor` under `key`."""
-    return tensor.untyped_storage().nbytes() if key.kind == "whole" else view.nbytes
+    return tensor.untyped_storage().nbytes() if key.kind == "whole" else kind.nbytes
 
 
 def _elements(tensor: Tensor, whole: bool) -> Tensor:

@@ -459,14 +459,14 @@ def test_programs_that_share_tiles(
 ) -> None:
     """Of four tiles, all to one program or two to each of two, one has a wide group or none has."""
     monkeypatch.setattr(groups, "MANY", 1)
-    groups._packing.cache_clear()
+    groups.group_packer.cache_clear()
     x = torch.randn(4096).to(torch.bfloat16)
     if wide is not None:
         x[wide] = nan
     want = group_quantize_pack_ref(x, 2, 64, seed=seed)
     for _ in range(2):  # the second launch is the kept one
         assert_same_codes(group_quantize_pack(x.to(device), 2, 64, seed=seed), want)
-    groups._packing.cache_clear()
+    groups.group_packer.cache_clear()
 
 
 @pytest.mark.kernel

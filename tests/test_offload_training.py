@@ -386,7 +386,7 @@ def test_heads_of_attention_take_eight_bits_since_their_errors_are_in_an_exponen
 
     context = offload("packed", bits=4, min_bytes=0)
     if not spared:
-        context._store._heads_lane = context._store._lane
+        context._store._coarse_heads = context._store._coarse
     got, want = gradient(context), gradient(nullcontext())
     cosine = torch.nn.functional.cosine_similarity(got, want, dim=0)
     assert cosine > 0.95 if spared else cosine < 0.5
