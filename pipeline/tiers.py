@@ -169,11 +169,11 @@ class HostCopy:
             memory.copy_(sections.buffer, non_blocking=True)
             return
         parts = list(sections.values())
-        for first, start, size in self.runs:
-            if size:
-                run = parts[first].as_strided((size,), (1,))
-                target = memory if size == self.nbytes else memory[start : start + size]
-                target.copy_(run, non_blocking=True)
+        runs = [run for run in self.runs if run[2]]
+        sources = [parts[first].as_strided((size,), (1,)) for first, _, size in runs]
+        targets = [memory[start : start + size] for _, start, size in runs]
+        if runs:
+            torch._foreach_copy_(targets, sources, non_blocking=True)
 
     def read(self, memory: Tensor, device: torch.device) -> Packet:
         """The packet in `memory` as a copy on `device`, on its current stream."""
