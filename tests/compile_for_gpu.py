@@ -19,6 +19,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from sidelane.kernels import _launch, bits, exact, groups, surface
+from sidelane.kernels.multiply import multiply
 from sidelane.kernels.reference import EXACT_FIELDS, ExactCodes, exact_sizes
 from sidelane.layout import (
     CHANNEL_ROWS,
@@ -64,6 +65,7 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwarg
         "cubin": len(kernel.asm["cubin"]),
         "wgmma": "wgmma.mma_async" in ptx,
         "fma": "fma.rn" in ptx,
+        "wide": "ld.global.v4.b32" in ptx and ("st.global.v4.b32" in ptx or "st.global.v2.b32" in ptx),
         "descriptors": "cp.async.bulk.tensor" in ptx,
         "shared": kernel.metadata.shared,
         "stack": stack_bytes(kernel.asm["cubin"]),
@@ -83,6 +85,9 @@ with _launch.interpret():  # CPU tensors go to the kernels
         for symmetric, seed in ((False, None), (True, 1)):
             codes = groups.group_quantize_pack(flat, 4, 64, symmetric=symmetric, seed=seed)
             groups.group_unpack_dequantize_into(codes, flat)
+    rows, weight = torch.randn(8, 2048), torch.randn(2048)
+    multiply(rows, rows[:, :1].contiguous(), torch.bfloat16)
+    multiply(rows.bfloat16(), weight.bfloat16(), torch.bfloat16)
     planes = bits.pack_bits(torch.zeros((256, 64), dtype=torch.int16), [4] * 64)
     bits.unpack_bits(planes, [4] * 64, 256)
     for dtype in EXACT_FIELDS:

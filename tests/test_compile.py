@@ -34,6 +34,7 @@ def test_every_kernel_compiles_for_hopper(compiled: list[dict[str, object]]) -> 
         "_exact_finish_kernel",
         "_exact_list_kernel",
         "_exact_decode_kernel",
+        "_multiply_kernel",
         "project_quantize_kernel",
         "quantize_kernel",
         "split_kernel",
@@ -50,6 +51,11 @@ def test_group_kernels_round_after_every_operation(compiled: list[dict[str, obje
     groups = [row for row in compiled if str(row["kernel"]).startswith("_group")]
     assert groups
     assert not any(row["fma"] for row in groups)
+
+
+def test_products_with_a_factor_move_several_numbers_at_a_time(compiled: list[dict[str, object]]) -> None:
+    rows = [row for row in compiled if row["kernel"] == "_multiply_kernel"]
+    assert len(rows) == 2 and all(row["wide"] for row in rows)
 
 
 PRODUCTS = ("project_quantize_kernel", "restore_kernel", "restore_narrow_kernel", "restore_hopper_kernel")

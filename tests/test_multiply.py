@@ -1,0 +1,73 @@
+"""Products with a factor for each row or column: the bits of PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sidelane.kernels import multiply as multiply_module
+from sidelane.kernels.multiply import FLOATS, multiply
+
+FACTORS = {
+    "of columns": lambda shape: (shape[-1],),
+    "of columns, with dimensions of one": lambda shape: (*(1 for _ in shape[:-1]), shape[-1]),
+    "of rows": lambda shape: (*shape[:-1], 1),
+}
+SHAPES = [(3, 7, 40), (5, 1030), (4100,), (1, 1), (2, 1), (1, 3)]
+
+
+def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int, reach: float) -> Tensor:
+    """Up to and down to 10^reach, with zeros of both signs, the least of them and infinities among them."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=random) * 10 ** ((torch.rand(shape, generator=random) * 2 - 1) * reach)
+    special = torch.tensor([0.0, -0.0, 10**-reach, float("inf"), 1.0])
+    where = torch.randint(0, 40, shape, generator=random)
+    return torch.where(where < 5, special[where % 5], x).to(dtype)
+
+
+def bits(x: Tensor) -> Tensor:
+    """With one NaN for all."""
+    return torch.where(x.isnan(), float("nan"), x).cpu().view(torch.uint8)
+
+
+@pytest.mark.kernel
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # of NumPy, which interprets kernels
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("by", FACTORS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_bits_of_a_product(device: torch.device, monkeypatch, shape, by, dtype) -> None:
+    launches = []
+    kept = multiply_module.launch
+    monkeypatch.setattr(multiply_module, "launch", lambda *a, **k: launches.append(a) or kept(*a, **k))
+    reach = 42.0 if device.type == "cuda" else 18.0  # a CPU rounds subnormal bfloat16 to zero
+    x = numbers(shape, dtype, 1, reach).to(device)
+    factor = numbers(FACTORS[by](shape), dtype, 2, reach).to(device)
+    for out in FLOATS:
+        for a, b in ((x, factor), (factor, x)):
+            got, want = multiply(a, b, out), torch.mul(a, b).to(out)
+            assert got.shape == want.shape and got.dtype == out and got.is_contiguous()
+            assert torch.equal(bits(got), bits(want))
+    assert len(launches) == 6
+
+
+OTHERS = {
+    "not contiguous": lambda: (torch.rand(4, 6).t(), torch.rand(4)),
+    "a factor with gaps": lambda: (torch.rand(6, 4), torch.rand(8)[::2]),
+    "of equal shape": lambda: (torch.rand(6, 4), torch.rand(6, 4)),
+    "float64": lambda: (torch.rand(6, 4).double(), torch.rand(4).double()),
+    "of two dtypes": lambda: (torch.rand(6, 4), torch.rand(4).bfloat16()),
+    "integers": lambda: (torch.arange(24).view(6, 4), torch.arange(4)),
+    "an outer product": lambda: (torch.rand(4), torch.rand(3, 1)),
+    "without dimensions": lambda: (torch.rand(()), torch.rand(())),
+    "empty": lambda: (torch.rand(0, 4), torch.rand(4)),
+}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_products_are_those_of_torch(device: torch.device, monkeypatch, case) -> None:
+    a, b = OTHERS[case]()
+    monkeypatch.setattr(multiply_module, "launch", None)
+    want = torch.mul(a, b).to(torch.float32)
+    assert torch.equal(multiply(a.to(device), b.to(device), torch.float32).cpu(), want)
