@@ -1,4 +1,4 @@
-"""The group and exact kernels on a GPU, beside torch, torch.compile and a plain copy in the same run.
+"""The group, exact and product kernels on a GPU, beside torch, torch.compile and a plain copy in one run.
 
 Every row passes a gate first: integers equal to the reference, floats bit for bit. Times are medians of CUDA
 graphs. Groups get random numbers, so theirs are times and no statement about compression; the exact code gets
@@ -8,6 +8,7 @@ activations of a trained encoder, repeated to the size of a large tensor. These 
     python benchmarks/kernels_codes.py --save activations.npz
     python benchmarks/kernels_codes.py --activations activations.npz
     python benchmarks/kernels_codes.py --groups
+    python benchmarks/kernels_codes.py --products
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -34,6 +36,7 @@ from sidelane.kernels.groups import (
     group_unpack_dequantize,
     group_unpack_dequantize_into,
 )
+from sidelane.kernels.multiply import multiply
 from sidelane.kernels.reference import (
     EXACT_BLOCK,
     exact_decode_ref,
@@ -340,6 +343,36 @@ def repeated(x: Tensor, numel: int) -> Tensor:
     return x.cuda().repeat(cdiv(numel, x.numel()))[:numel].contiguous()
 
 
+# Products that tensors are made again of
+
+
+def measure_products(rows: Rows) -> None:
+    """A norm before and after its weight, as in backward of a Llama."""
+    torch.manual_seed(0)
+    shape = TOKENS, DEPTHS[0]
+    for name, dtype, factor_shape in (("by row", FP32, (TOKENS, 1)), ("by column", BF16, (DEPTHS[0],))):
+        x = torch.randn(shape, device="cuda").to(dtype)
+        factor = torch.randn(factor_shape, device="cuda").to(dtype)
+        out = torch.empty(shape, device="cuda", dtype=BF16)
+        require(same_bits(multiply(x, factor, BF16), torch.mul(x, factor).to(BF16)), name)
+        compiled = torch.compile(lambda a, b: torch.mul(a, b).to(BF16), dynamic=False)
+        methods: dict[str, Callable[[], Any]] = {
+            "sidelane": partial(multiply, x, factor, BF16),
+            "torch": partial(torch.mul, x, factor, out=out),
+            "torch.compile": partial(compiled, x, factor),
+        }
+        columns = {
+            "code": f"product {name}",
+            "data": "random",
+            "dtype": str(dtype)[6:],
+            "elements": x.numel(),
+        }
+        columns |= dict.fromkeys(("group", "symmetric", "rounding", "max_programs"), "")
+        moved, raw = x.nbytes + factor.nbytes + out.nbytes, x.nbytes
+        for method, run in methods.items():
+            rows.add(columns, "to bfloat16", method, microseconds(run), moved, raw)
+
+
 # Time on the CPU
 
 
@@ -421,6 +454,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=1 << 19, help="elements of each kind to save")
     parser.add_argument("--activations", type=Path, help="read them from this .npz")
     parser.add_argument("--groups", action="store_true", help="measure nothing but the groups")
+    parser.add_argument("--products", action="store_true", help="measure nothing but the products")
     parser.add_argument("--compiled", choices=("none", "few"), default="few")
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels_codes.csv")
     options = parser.parse_args()
@@ -428,6 +462,10 @@ def main() -> None:
         save_activations(options.save, options.each)
         return
     rows = Rows(options.out)
+    if not options.groups:
+        measure_products(rows)
+    if options.products:
+        return
     if not options.groups:
         measure_exact_code(options.activations, rows)
     for case in cases():
