@@ -52,22 +52,21 @@ def test_bits_of_a_product(device: torch.device, monkeypatch, shape, by, dtype) 
 
 
 OTHERS = {
-    "not contiguous": lambda: (torch.rand(4, 6).t(), torch.rand(4)),
-    "a factor with gaps": lambda: (torch.rand(6, 4), torch.rand(8)[::2]),
-    "of equal shape": lambda: (torch.rand(6, 4), torch.rand(6, 4)),
-    "float64": lambda: (torch.rand(6, 4).double(), torch.rand(4).double()),
-    "of two dtypes": lambda: (torch.rand(6, 4), torch.rand(4).bfloat16()),
-    "integers": lambda: (torch.arange(24).view(6, 4), torch.arange(4)),
-    "an outer product": lambda: (torch.rand(4), torch.rand(3, 1)),
-    "without dimensions": lambda: (torch.rand(()), torch.rand(())),
-    "empty": lambda: (torch.rand(0, 4), torch.rand(4)),
+    "not contiguous": lambda on: (torch.rand(4, 6, **on).t(), torch.rand(4, **on)),
+    "a factor with gaps": lambda on: (torch.rand(6, 4, **on), torch.rand(8, **on)[::2]),
+    "of equal shape": lambda on: (torch.rand(6, 4, **on), torch.rand(6, 4, **on)),
+    "float64": lambda on: (torch.rand(6, 4, **on).double(), torch.rand(4, **on).double()),
+    "of two dtypes": lambda on: (torch.rand(6, 4, **on), torch.rand(4, **on).bfloat16()),
+    "integers": lambda on: (torch.arange(24, **on).view(6, 4), torch.arange(4, **on)),
+    "an outer product": lambda on: (torch.rand(4, **on), torch.rand(3, 1, **on)),
+    "without dimensions": lambda on: (torch.rand((), **on), torch.rand((), **on)),
+    "empty": lambda on: (torch.rand(0, 4, **on), torch.rand(4, **on)),
 }
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("case", OTHERS)
 def test_other_products_are_those_of_torch(device: torch.device, monkeypatch, case) -> None:
-    a, b = OTHERS[case]()
+    a, b = OTHERS[case]({"device": device})
     monkeypatch.setattr(multiply_module, "launch", None)
-    want = torch.mul(a, b).to(torch.float32)
-    assert torch.equal(multiply(a.to(device), b.to(device), torch.float32).cpu(), want)
+    assert torch.equal(multiply(a, b, torch.float32), torch.mul(a, b).float())
