@@ -109,8 +109,8 @@ def _again(compiled: Any, count: int) -> Callable[..., object]:
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
 
     def again(*args: object) -> object:
-        hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        if _stream is None or any(getattr(hook, "calls", True) for hook in hooks):
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        if _stream is None or getattr(enter, "calls", True) or getattr(leave, "calls", True):
             return with_hooks(*args)
         stream = _stream(current_device())
         return run(count, 1, 1, stream, function, metadata, None, None, None, *args)
