@@ -354,7 +354,8 @@ def measure_products(rows: Rows) -> None:
         x = torch.randn(shape, device="cuda").to(dtype)
         factor = torch.randn(factor_shape, device="cuda").to(dtype)
         out = torch.empty(shape, device="cuda", dtype=BF16)
-        require(same_bits(multiply(x, factor, BF16), torch.mul(x, factor).to(BF16)), name)
+        product = multiply(x, factor, BF16)
+        require(product is not None and same_bits(product, torch.mul(x, factor).to(BF16)), name)
         compiled = torch.compile(lambda a, b: torch.mul(a, b).to(BF16), dynamic=False)
         methods: dict[str, Callable[[], Any]] = {
             "sidelane": partial(multiply, x, factor, BF16),

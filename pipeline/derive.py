@@ -28,7 +28,7 @@ from torch.autograd.graph import Node
 
 from sidelane.codec.packet import Packet, flatten
 from sidelane.errors import OffloadError
-from sidelane.kernels.multiply import multiply
+from sidelane.kernels.multiply import is_factor, multiply
 from sidelane.pipeline.extent import distinct_bytes, geometry, without_flags
 from sidelane.pipeline.stash import Kept
 
@@ -47,7 +47,7 @@ class Recipe(NamedTuple):
         sources: what autograd keeps in place of their arguments.
         cast: the result is cast to `dtype`.
         shape, stride, dtype: of the result.
-        moved: bytes that the operations read and write, about.
+        moved: bytes that the operations read and write, as a rule of thumb.
         places: of the sources that stay, where they lie and how many bytes their storage has; None of others.
     """
 
@@ -71,8 +71,13 @@ class Recipe(NamedTuple):
                     "a weight that saved tensors are made again from was moved between forward and backward: "
                     "leave it where it is, or use another lane than 'auto'"
                 )
-        if self.make is torch.mul:
-            made = multiply(sources[0], sources[1], self.dtype)
+        floats = self.make is torch.mul and torch.result_type(*sources).is_floating_point
+        if self.make is torch.mul and (product := multiply(sources[0], sources[1], self.dtype)) is not None:
+            made = product
+        elif floats and self.cast and self.dtype.is_floating_point:
+            # In one kernel, which rounds as two do.
+            made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=sources[0].device)
+            torch.mul(*sources, out=made)
         else:
             made = self.make(*sources).to(self.dtype)
         if made.shape != self.shape or made.stride() != self.stride:
@@ -120,7 +125,13 @@ def recipe_of(tensor: Tensor) -> Recipe | None:
         return None
     if inner.name() == "GeluBackward0":
         operation = partial(operation, approximate=inner._saved_approximate)  # type: ignore[attr-defined]
-    parts = len(names) + 1 + cast  # a cast is from twice as many bytes
+    kept = [source.open() for source in sources if isinstance(source, Kept)]
+    by_factor = operation is torch.mul and made.is_cuda and any(is_factor(t, made.shape) for t in kept)
+    parts = len(names) + 1
+    if by_factor:
+        parts = _FACTOR
+    elif cast or kept:
+        parts = _CAST if cast else _BROADCAST
     places = tuple(place_of(source.open()) if isinstance(source, Kept) else None for source in sources)
     moved = parts * made.nbytes
     return Recipe(operation, sources, cast, made.shape, made.stride(), made.dtype, moved, places)
@@ -161,6 +172,9 @@ def upper_halves(flat: Tensor) -> Tensor:
     return upper.clone(memory_format=torch.contiguous_format)  # of a single element too
 
 
+# Times the bytes of its result, what an operation could move on an H200 in its time: one that casts, one of
+# PyTorch that broadcasts what stays in any case, and a product with a factor, cast from twice as many bytes.
+_CAST, _BROADCAST, _FACTOR = 8, 5, 3
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OPERATIONS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor] | None]] = {
     "MulBackward0": (("self", "other"), torch.mul),

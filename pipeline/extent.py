@@ -88,12 +88,6 @@ class View(NamedTuple):
     conj: bool
     neg: bool
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> View:
-        return cls(
-            tensor.dtype, geometry(tensor), int(tensor.storage_offset()), tensor.is_conj(), tensor.is_neg()
-        )
-
     @property
     def nbytes(self) -> int:
         """Bytes of the distinct elements."""

@@ -49,6 +49,7 @@ _VIEWS = {
 }
 _DEPTH = 8  # nodes from a cast weight to its parameter
 _PLAIN = (Tensor, Parameter)
+Shape = tuple[torch.dtype, tuple[int, ...]]
 _plain_keys: dict[int, bool] = {}  # by the dispatch keys of a tensor, whether it is plain
 _kinds: dict[tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]], Kind] = {}
 _dispatch_keys, _graph_task = torch._C._dispatch_keys, torch._C._current_graph_task_id
@@ -62,26 +63,28 @@ class Kind:
 
     Attributes:
         view: of one at the start of its storage.
+        shape: their dtype and sizes.
         nbytes: of the distinct elements.
         kept: why they are left alone whatever their size, or None.
         activation: their dtype, shape and layout are those of activations.
     """
 
     view: View
+    shape: Shape
     nbytes: int
     kept: str | None
     activation: bool
 
     @classmethod
     def of(cls, tensor: Tensor) -> Kind:
-        dtype, shape = tensor.dtype, geometry(tensor)
+        dtype, laid = tensor.dtype, geometry(tensor)
         kept = None if tensor.device.type in DEVICES else OTHER_DEVICE
         if kept is None and dtype not in DTYPES:
             kept = "other dtype"
-        size, pairs = shape.size, shape.pairs
+        size, pairs = laid.size, laid.pairs
         activation = dtype in LOSSY_DTYPES and len(size) >= 2 and size[-1] > 1 and pairs is not None
-        view = View(dtype, shape, 0, tensor.is_conj(), tensor.is_neg())
-        return cls(view, view.nbytes, kept, activation)
+        view = View(dtype, laid, 0, tensor.is_conj(), tensor.is_neg())
+        return cls(view, (dtype, size), view.nbytes, kept, activation)
 
     def view_of(self, tensor: Tensor) -> View:
         """Of one of them."""

@@ -6,15 +6,16 @@ from collections import defaultdict
 from dataclasses import dataclass
 from math import isnan, nan
 from threading import Lock
-from typing import Any
 
 import torch
 
 from sidelane.codec.packet import Packet
-from sidelane.pipeline.policy import Kind
+from sidelane.pipeline.policy import Kind, Shape
 
 MAX_CLASSES = 256  # of a report; tensors of further shapes are counted together
 MIB = 1 << 20
+
+_Class = tuple[Shape | None, str, int]
 
 
 @dataclass
@@ -59,14 +60,7 @@ class TensorClass:
         self.count += 1
         self.bytes_in += packet.raw_nbytes
         self.bytes_wire += packet.nbytes
-        self.worst_error = _worst(self.worst_error, packet.rel_error)
-
-    def merge(self, other: TensorClass) -> None:
-        """Count what the other one has counted."""
-        self.count += other.count
-        self.bytes_in += other.bytes_in
-        self.bytes_wire += other.bytes_wire
-        self.worst_error = _worst(self.worst_error, other.worst_error)
+        self.worst_error = nan if isnan(packet.rel_error) else max(self.worst_error, packet.rel_error)
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,10 @@ class Report:
         """All classes together."""
         out = TensorClass(None, None, "all")
         for row in self.classes:
-            out.merge(row)
+            out.count += row.count
+            out.bytes_in += row.bytes_in
+            out.bytes_wire += row.bytes_wire
+            out.worst_error = nan if isnan(row.worst_error) else max(out.worst_error, row.worst_error)
         return out
 
     def __str__(self) -> str:
@@ -139,19 +136,20 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._rows: dict[tuple[Kind | None, str, int], TensorClass] = {}
+        self._classes: dict[_Class, TensorClass] = {}
         self._kept: defaultdict[str, Count] = defaultdict(Count)
         self._counts: defaultdict[str, Count] = defaultdict(Count)
 
     def encoded(self, kind: Kind, packet: Packet) -> None:
-        key: tuple[Kind | None, str, int] = kind, packet.lane, packet.bits
+        key: _Class = kind.shape, packet.lane, packet.bits
         with self._lock:
-            row = self._rows.get(key)
-            if row is None:
-                if len(self._rows) >= MAX_CLASSES:
+            known = self._classes.get(key)
+            if known is None:
+                if len(self._classes) >= MAX_CLASSES:
                     key = None, packet.lane, packet.bits
-                row = self._rows.setdefault(key, _class_of(*key))
-            row.add(packet)
+                dtype, shape = key[0] or (None, None)
+                known = self._classes.setdefault(key, TensorClass(dtype, shape, packet.lane, packet.bits))
+            known.add(packet)
 
     def kept(self, reason: str, nbytes: int) -> None:
         with self._lock:
@@ -163,13 +161,9 @@ class Tally:
             self._counts[name].add(nbytes)
 
     def classes(self) -> tuple[TensorClass, ...]:
-        """Kinds of the same dtype and shape together."""
-        found: dict[tuple[Any, ...], TensorClass] = {}
         with self._lock:
-            for key, row in self._rows.items():
-                known = found.setdefault((row.dtype, row.shape, *key[1:]), _class_of(*key))
-                known.merge(row)
-        return tuple(sorted(found.values(), key=lambda row: -row.bytes_in))
+            rows = [TensorClass(**vars(row)) for row in self._classes.values()]
+        return tuple(sorted(rows, key=lambda row: -row.bytes_in))
 
     def reasons(self) -> dict[str, Count]:
         with self._lock:
@@ -179,16 +173,6 @@ class Tally:
         with self._lock:
             c = self._counts[name]
             return Count(c.count, c.nbytes)
-
-
-def _class_of(kind: Kind | None, lane: str, bits: int) -> TensorClass:
-    if kind is None:
-        return TensorClass(None, None, lane, bits)
-    return TensorClass(kind.view.dtype, kind.view.geometry.size, lane, bits)
-
-
-def _worst(a: float, b: float) -> float:
-    return nan if isnan(a) or isnan(b) else max(a, b)
 
 
 def _cells(row: TensorClass) -> tuple[str, ...]:

@@ -95,9 +95,9 @@ class Store:
         return Ticket(stash, view, self.tickets.claim(1))
 
     def weigh(self, tensor: Tensor) -> int:
-        """Bytes that a tensor would hold; 0 for one that is not plain."""
-        kind = plain_kind(tensor)
-        return 0 if kind is None else weight(tensor, kind, self.key(tensor, kind, kind.view_of(tensor)))
+        """Bytes that a plain tensor would hold."""
+        kind = plain_kind(tensor) or Kind.of(tensor)
+        return weight(tensor, kind, self.key(tensor, kind, kind.view_of(tensor)))
 
     def key(self, tensor: Tensor, kind: Kind, view: View) -> Key:
         """What a stash of `tensor` is made from."""
@@ -211,12 +211,12 @@ class Store:
         return f"packed:{getattr(lane, 'bits', 8)}" if self._max_rel_error is None else BOUNDED
 
     def _encode_lossy(self, tensor: Tensor, kind: Kind) -> Packet:
-        if kind not in self._plans:
+        plan = self._plans.get(kind, self)
+        if plan is self:
             if len(self._plans) >= KINDS:
                 self._plans.clear()
-            self._plans[kind] = self._plan(tensor, kind)
-        plan = self._plans[kind]
-        if plan is not None:
+            plan = self._plans[kind] = self._plan(tensor, kind)
+        if isinstance(plan, GroupPlan):
             return encode_groups(plan, tensor)
         source = without_flags(tensor)
         if self._max_rel_error is None:
@@ -227,7 +227,7 @@ class Store:
         """How all tensors of its kind are encoded; None where that depends on their elements, or they are not
         contiguous."""
         lane = self._coarse_heads if tensor.ndim == 4 else self._coarse
-        if not isinstance(lane, PackedLane) or self._max_rel_error is not None:
+        if type(lane) is not PackedLane or self._max_rel_error is not None:
             return None
         contiguous = tensor.is_contiguous() and not (kind.view.conj or kind.view.neg)
         return lane.plan(tensor) if contiguous else None

@@ -230,6 +230,7 @@ class Wire:
         with self._lock:
             self._settle(self._unknown if transit.late is None else 0)
             self._expected = self._sent
+            self._leaving.pop(transit.number, None)  # it is wanted now
             while self._budget.held > max(self._kept, AHEAD) and self._evict(self._leaving):
                 pass
             local = transit.local

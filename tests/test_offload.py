@@ -15,7 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from saving import activation, assert_identical, save
 from sidelane.errors import LaneError
 from sidelane.pipeline import policy
+from sidelane.pipeline.extent import without_flags
+from sidelane.pipeline.lanes import PackedLane
 from sidelane.pipeline.offload import offload
+from sidelane.pipeline.policy import for_heads
 
 KIB = 1 << 10
 
@@ -231,6 +234,57 @@ def test_a_change_in_place_between_saves_makes_a_second_packet():
     x.add_(1)
     assert first.saved_tensors[0].eq(1).all() and second.saved_tensors[0].eq(2).all()
     assert context.report().total.count == 2
+
+
+LOSSY_LAYOUTS = {
+    "contiguous": lambda: activation(64, 64),
+    "bfloat16": lambda: activation(64, 64, dtype=torch.bfloat16),
+    "an offset": lambda: activation(65, 64)[1:],
+    "an odd address": lambda: activation(64 * 64 + 1)[1:].view(64, 64),
+    "transposed": lambda: activation(64, 48).t(),
+    "gaps": lambda: activation(64, 128)[:, ::2],
+    "negated": lambda: torch._neg_view(activation(64, 64)),
+    "expanded": lambda: activation(64, 1, 64).expand(64, 3, 64),
+    "one row": lambda: activation(1, 4096),
+    "heads": lambda: activation(2, 4, 8, 64),
+    "transposed heads": lambda: activation(2, 8, 4, 64).transpose(1, 2),
+    "channels_last": lambda: activation(2, 8, 16, 16).to(memory_format=torch.channels_last),
+    "too small": lambda: activation(2, 4),
+}
+
+
+@pytest.mark.parametrize("layout", LOSSY_LAYOUTS)
+def test_every_tensor_of_a_kind_is_packed_as_the_lane_packs_it(layout):
+    lane = PackedLane(bits=4, seed=3)
+    context = offload(lane, min_bytes=0)
+    for _ in range(2):
+        x = LOSSY_LAYOUTS[layout]()
+        (back,) = save(context, x).saved_tensors
+        expected = for_heads(lane) if x.ndim == 4 else lane
+        memory, found = without_flags(x), without_flags(back)
+        assert torch.equal(found, expected.decode(expected.encode(memory))) and back.stride() == x.stride()
+
+
+def test_a_lane_of_ones_own_encodes_every_tensor():
+    class Counted(PackedLane):
+        calls = 0
+
+        def encode(self, tensor):
+            Counted.calls += 1
+            return super().encode(tensor)
+
+    context = offload(Counted(bits=8), min_bytes=0)
+    for _ in range(2):
+        save(context, activation(64, 64))
+    assert Counted.calls == 2
+
+
+def test_tensors_of_one_shape_are_a_line_of_the_report():
+    context = offload("packed", bits=8, min_bytes=0)
+    for x in (activation(64, 64), activation(64, 64).t(), torch._neg_view(activation(64, 64))):
+        save(context, x)
+    (line,) = context.report().classes
+    assert (line.shape, line.count) == ((64, 64), 3)
 
 
 def test_unpacked_tensors_do_not_alias_the_packet():

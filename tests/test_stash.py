@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sidelane.codec.packet import flatten
 from sidelane.errors import OffloadError
-from sidelane.pipeline.extent import View, element_set, whole_storage, without_flags
+from sidelane.pipeline.extent import element_set, whole_storage, without_flags
+from sidelane.pipeline.policy import Kind
 from sidelane.pipeline.stash import Index, Kept, Key, Stash, _Entry, data_key
 
 
@@ -40,7 +41,7 @@ def occupied(x: Tensor) -> list[int]:
 @given(strided())
 @settings(max_examples=200, deadline=None)
 def test_views_are_laid_over_both_kinds_of_storage(x):
-    view = View.of(x)
+    view = Kind.of(x).view_of(x)
     assert view.nbytes == 4 * x.reshape(-1).unique().numel()
     whole = whole_storage(x).clone()
     elements = flatten(x).clone()
@@ -52,7 +53,7 @@ def test_views_are_laid_over_both_kinds_of_storage(x):
 @settings(max_examples=300, deadline=None)
 def test_element_sets_are_equal_exactly_for_equal_elements(a, b):
     same = occupied(a) == occupied(b)
-    assert (View.of(a).geometry.pairs == View.of(b).geometry.pairs) == same
+    assert (Kind.of(a).view.geometry.pairs == Kind.of(b).view.geometry.pairs) == same
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ keep = kept.append
     ],
 )
 def test_the_next_node_shares_what_nobody_else_holds_or_changed(meanwhile, shared):
-    view, stash, found = View.of(torch.randn(4)), stash_of(torch.randn(4)), []
+    view, stash, found = Kind.of(torch.randn(4)).view, stash_of(torch.randn(4)), []
     tickets = [stash.users.claim(1) for _ in range(2)]
     kept.clear()
 

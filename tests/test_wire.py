@@ -251,11 +251,16 @@ def model(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("limit", [None, 0, 10, 25, 60])
+@pytest.mark.parametrize(("limit", "ahead"), [(None, 0), (0, 0), (10, 0), (25, 0), (60, 0), (60, 100)])
 @pytest.mark.parametrize("slots", [12, 4])
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize(("late", "gathered"), [(0, 0), (0.5, 0), (1, 0), (0, 1), (0.4, 0.5)])
-def test_every_use_reads_what_was_sent_in_any_order_of_work(model, limit, slots, streams, late, gathered):
+def test_every_use_reads_what_was_sent_in_any_order_of_work(
+    model, monkeypatch, limit, ahead, slots, streams, late, gathered
+):
+    """`ahead`: bytes that backward may always hold; with less it drops what forward has left."""
+    monkeypatch.setattr(wire_module, "AHEAD", ahead)
+    monkeypatch.setattr(wire_module, "KEPT", 0.6)
     for seed in range(40):
         device = model(seed)
         rng = device.rng
@@ -590,6 +595,15 @@ def test_backward_starts_with_less_than_forward_may_hold(model, monkeypatch):
             assert wire._budget.held == 150
         assert [t.local is not None for t in transits[23:27]] == [False, False, True, True]
         backward(device, transits)
+
+
+def test_the_packet_that_backward_asks_for_first_is_not_dropped(model, monkeypatch):
+    monkeypatch.setattr(wire_module, "AHEAD", 0)
+    device = model(0)
+    wire = Wire(Budget(160), Slots(16).take)
+    transits = forward(wire, device, 16)
+    with transits[0].use():
+        assert wire.fetched == 0 and transits[1].local is None
 
 
 def test_an_interrupt_at_any_point_loses_no_late_packet(model):
