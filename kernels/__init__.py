@@ -8,7 +8,7 @@ Where to begin reading:
 - Projection into a video surface: `surface` checks (`_arguments`) and calls `_project`; back through
   `_restore`, whose first pass is `_center`, with the GEMM of `_restore_hopper` where the GPU is one.
   `_surface` knows positions in a surface, `_tiles` cuts the work.
-- `multiply`: products with a factor for each row or column, of which the pipeline makes tensors again.
+- `multiply`: products with a factor for each row or column, which `torch.mul` specifies.
 - `_launch`: whether a call runs on a GPU, in the interpreter or in the reference; how results lie in memory.
 
 What was tried and measured is in benchmarks/log.md.
