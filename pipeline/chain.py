@@ -136,6 +136,8 @@ class Chain:
             self._decode = partial(decode_packet, basis=getattr(self._lane, "basis", None))
         if host_budget is not None and (type(host_budget) is not int or host_budget < 0):
             raise LaneError(f"host_budget={host_budget!r} is not a whole number from 0 up or None")
+        if not isinstance(trace, bool):
+            raise LaneError(f"trace={trace!r} is neither True nor False")
         self._depth = depth
         self._device = None if device is None else _with_index(present_device(device))
         self._kernel, self._inverse = kernel, inverse

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import sidelane
 from samples import bits_of, hadamard_basis
 from sidelane.codec.packet import Packet
 from sidelane.errors import BasisError, LaneError, PacketError
@@ -119,7 +120,7 @@ def test_a_basis_is_used_while_it_holds():
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.floats(width=32), min_size=1, max_size=300),
-    st.floats(0, 2),
+    st.floats(0, 1, exclude_max=True),
     st.sampled_from(LOSSY),
     st.booleans(),
 )
@@ -176,13 +177,33 @@ def test_gradients_do_not_flow():
 
 
 @pytest.mark.parametrize(
+    ("call", "advice"),
+    [
+        (lambda x: compress(x, x), "a lane such as sidelane.PackedLane(bits=4)"),
+        (lambda x: compress(x, max_rel_error=x), "is not a number from 0 up, below 1"),
+        (lambda x: sidelane.checkpoint(x, x), "cannot be called: pass the function first"),
+        (lambda x: sidelane.offload(x), "a lane such as sidelane.PackedLane(bits=4)"),
+        (lambda x: sidelane.Chain(x), "a lane such as sidelane.PackedLane(bits=4)"),
+        (lambda x: sidelane.Chain(trace=x), "is neither True nor False"),
+        (lambda x: sidelane.DualWire(x), "DualLane"),
+    ],
+)
+def test_a_tensor_in_the_wrong_place_is_told_in_one_line(call, advice):
+    with pytest.raises(LaneError) as found:
+        call(torch.randn(300, 300))
+    message = str(found.value)
+    assert "tensor([[" in message and advice in message and "\n" not in message and len(message) < 500
+
+
+@pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"max_rel_error": -0.1}, "max_rel_error=-0.1 is not a number from 0 up"),
-        ({"max_rel_error": nan}, "max_rel_error=nan is not a number from 0 up"),
-        ({"max_rel_error": inf}, "max_rel_error=inf is not a number from 0 up"),
-        ({"max_rel_error": "0.1"}, "max_rel_error='0.1' is not a number from 0 up"),
-        ({"max_rel_error": True}, "max_rel_error=True is not a number from 0 up"),
+        ({"max_rel_error": -0.1}, "max_rel_error=-0.1 is not a number from 0 up, below 1"),
+        ({"max_rel_error": nan}, "max_rel_error=nan is not a number from 0 up, below 1"),
+        ({"max_rel_error": 1.0}, "max_rel_error=1.0 is not a number from 0 up, below 1"),
+        ({"max_rel_error": inf}, "max_rel_error=inf is not a number from 0 up, below 1"),
+        ({"max_rel_error": "0.1"}, "max_rel_error='0.1' is not a number from 0 up, below 1"),
+        ({"max_rel_error": True}, "max_rel_error=True is not a number from 0 up, below 1"),
         (
             {"lane": 5},
             "lane=5 is neither the name of a lane nor a lane such as sidelane.PackedLane(bits=4)",

@@ -8,8 +8,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LONGEST = 400  # characters of a message
+
+
 class SidelaneError(Exception):
-    """Base of all errors raised by sidelane."""
+    """Base of all errors raised by sidelane.
+
+    Where a message shows what a program passed, and that is long, its middle is left out.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(_line(each) if isinstance(each, str) else each for each in arguments))
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    if len(line) <= LONGEST:
+        return line
+    return f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 class PacketError(SidelaneError, ValueError):
