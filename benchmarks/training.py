@@ -40,7 +40,7 @@ from sidelane.demo_model import GPT, Corpus, Shape, call_layer
 Row = dict[str, Any]
 
 MIN_BYTES = 1024  # of a tensor that is offloaded: nearly all of them are
-GPU_BUDGET = 256 << 20  # of 0.86 GiB that a step saves
+GPU_BUDGETS = {"full": 256 << 20, "tiny": 128 << 10}  # a third of what a step saves
 LEARNING_RATE, WARM_UP = 1e-3, 100
 HELD_OUT = 0.05  # of the text
 HELD_BATCHES = 64
@@ -59,10 +59,11 @@ class Setting:
     def exact(self) -> bool:
         return self.lane in (None, "raw", "exact")
 
-    def context(self) -> sidelane.offload | None:
+    def context(self, shape: str) -> sidelane.offload | None:
         if self.lane is None:
             return None
-        return sidelane.offload(self.lane, min_bytes=MIN_BYTES, gpu_budget=GPU_BUDGET, **self.options)
+        budget = GPU_BUDGETS[shape]
+        return sidelane.offload(self.lane, min_bytes=MIN_BYTES, gpu_budget=budget, **self.options)
 
 
 SETTINGS = {
@@ -72,6 +73,7 @@ SETTINGS = {
     "4-bit": Setting("packed", {"bits": 4, "seed": 0}),
     "4-bit layers": Setting("packed", {"bits": 4, "seed": 0}, layers_only=True),
     "4-bit nearest": Setting("packed", {"bits": 4}),
+    "auto 4-bit": Setting("auto", {"bits": 4, "seed": 0}),
     "2-bit": Setting("packed", {"bits": 2, "seed": 0}),
 }
 
@@ -92,14 +94,14 @@ def train(job: Job) -> Run:
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=place.type == "cuda"
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, job.steps))
-    context = setting.context()
+    context = setting.context(job.shape)
     losses, cosines = [], []
     for step in range(job.steps):
         if time() > job.until:
             raise TimeoutError(f"out of time at step {step}")
         tokens = learn.batch(shape, job.seed, step).to(place)
         if step in PROBES and not setting.exact:
-            cosines += [(step, *pair) for pair in probe(model, tokens, setting)]
+            cosines += [(step, *pair) for pair in probe(model, tokens, setting, job.shape, context)]
         losses.append(backward(model, tokens, context, setting.layers_only))
         optimizer.step()
         schedule.step()
@@ -151,14 +153,18 @@ def backward(
     return loss.detach()
 
 
-def probe(model: GPT, tokens: Tensor, setting: Setting) -> Iterator[tuple[str, float]]:
-    """Cosines of the gradients of one batch with and without the lane."""
-    reference = gradients(model, tokens, None)
-    found = gradients(model, tokens, setting.context(), setting.layers_only)
+def probe(
+    model: GPT, tokens: Tensor, setting: Setting, shape: str, planned: sidelane.offload | None
+) -> Iterator[tuple[str, float]]:
+    """Cosines of the gradients of one batch with and without the lane, also in one region alone; of lane
+    "auto" through `planned`, which has learned the step."""
+    reference, automatic = gradients(model, tokens, None), setting.lane == "auto"
+    around = planned if automatic else setting.context(shape)
+    found = gradients(model, tokens, around, setting.layers_only)
     for part, gradient in reference.items():
         yield part, float(torch.cosine_similarity(gradient, found[part], dim=0))
-    for region in REGIONS:
-        context = setting.context()
+    for region in () if automatic else REGIONS:
+        context = setting.context(shape)
         if context is not None:
             with lane_in(model, region, context):
                 found = gradients(model, tokens, None)

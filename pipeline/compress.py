@@ -101,12 +101,12 @@ def choose_lane(
 
 
 def check_bound(max_rel_error: float | None) -> None:
-    """Raise LaneError unless `max_rel_error` is None or a number from 0 up, below 1."""
+    """Raise LaneError unless `max_rel_error` is None or a number from 0 up."""
     if max_rel_error is None:
         return
     number = isinstance(max_rel_error, (int, float)) and not isinstance(max_rel_error, bool)
-    if not (number and 0 <= max_rel_error < 1):
-        raise LaneError(f"max_rel_error={max_rel_error!r} is not a number from 0 up, below 1")
+    if not (number and 0 <= max_rel_error < inf):
+        raise LaneError(f"max_rel_error={max_rel_error!r} is not a number from 0 up")
 
 
 def decompress(

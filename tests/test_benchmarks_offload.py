@@ -296,10 +296,10 @@ def test_one_file_of_torchtune_loads_alone(
 
 def test_training_runs_and_their_rows(script: Script, tmp_path: Path) -> None:
     training = script("training")
-    settings = ("none", "exact", "8-bit", "4-bit", "4-bit layers")
+    settings = ("none", "exact", "8-bit", "4-bit", "auto 4-bit", "4-bit layers")
     runs = [training.train(training.Job(name, seed, "tiny", 3)) for name in settings for seed in (0, 1)]
     rows = training.summary(runs, ["exact"])
-    assert [row["bitwise"] for row in rows] == 4 * [True] + 6 * [False]
+    assert [row["bitwise"] for row in rows] == 4 * [True] + 8 * [False]
     by_name = {(row["setting"], row["seed"]): row for row in rows}
     assert by_name["none", 0]["held_out_loss"] != by_name["none", 1]["held_out_loss"]
     assert by_name["4-bit", 0]["cosine"] < by_name["8-bit", 0]["cosine"] < 1

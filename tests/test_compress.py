@@ -120,7 +120,7 @@ def test_a_basis_is_used_while_it_holds():
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.floats(width=32), min_size=1, max_size=300),
-    st.floats(0, 1, exclude_max=True),
+    st.floats(0, 2),
     st.sampled_from(LOSSY),
     st.booleans(),
 )
@@ -180,7 +180,7 @@ def test_gradients_do_not_flow():
     ("call", "advice"),
     [
         (lambda x: compress(x, x), "a lane such as sidelane.PackedLane(bits=4)"),
-        (lambda x: compress(x, max_rel_error=x), "is not a number from 0 up, below 1"),
+        (lambda x: compress(x, max_rel_error=x), "is not a number from 0 up"),
         (lambda x: sidelane.checkpoint(x, x), "cannot be called: pass the function first"),
         (lambda x: sidelane.offload(x), "a lane such as sidelane.PackedLane(bits=4)"),
         (lambda x: sidelane.Chain(x), "a lane such as sidelane.PackedLane(bits=4)"),
@@ -198,12 +198,11 @@ def test_a_tensor_in_the_wrong_place_is_told_in_one_line(call, advice):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"max_rel_error": -0.1}, "max_rel_error=-0.1 is not a number from 0 up, below 1"),
-        ({"max_rel_error": nan}, "max_rel_error=nan is not a number from 0 up, below 1"),
-        ({"max_rel_error": 1.0}, "max_rel_error=1.0 is not a number from 0 up, below 1"),
-        ({"max_rel_error": inf}, "max_rel_error=inf is not a number from 0 up, below 1"),
-        ({"max_rel_error": "0.1"}, "max_rel_error='0.1' is not a number from 0 up, below 1"),
-        ({"max_rel_error": True}, "max_rel_error=True is not a number from 0 up, below 1"),
+        ({"max_rel_error": -0.1}, "max_rel_error=-0.1 is not a number from 0 up"),
+        ({"max_rel_error": nan}, "max_rel_error=nan is not a number from 0 up"),
+        ({"max_rel_error": inf}, "max_rel_error=inf is not a number from 0 up"),
+        ({"max_rel_error": "0.1"}, "max_rel_error='0.1' is not a number from 0 up"),
+        ({"max_rel_error": True}, "max_rel_error=True is not a number from 0 up"),
         (
             {"lane": 5},
             "lane=5 is neither the name of a lane nor a lane such as sidelane.PackedLane(bits=4)",
