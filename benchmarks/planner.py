@@ -57,7 +57,7 @@ KINDS = ("hidden", "mlp", "norm", "kv", "codes")
 CHAIN_KINDS = ("hidden", "norm", "codes")
 RATES = {25.0: 32, 12.5: 16, 7.0: 16, 3.0: 8, 1.25: 2, 0.125: 0.5}  # GB/s: MiB of a tensor
 FLIP_KINDS = ("hidden", "mlp", "norm", "kv")
-FLIP_MIB = 1
+FLIP_MIBS = 1, 8  # launches decide for the first, kernels for the second
 QUIET = 4  # CPUs, chosen anew for each piece of the work: a disk keeps several busy
 WEIGHTS = {"host": 2.5, "chain": 8.0, "disk": 4.0, "flips": 2.5}  # of the time; others 1
 
@@ -120,16 +120,15 @@ def units(setting: Setting, kinds: dict[str, Tensor], folder: str) -> list[Unit]
 
         return Unit(f"chain {kind}", WEIGHTS["chain"], work)
 
-    wire = Simulated(setting, "d2h", 25e9, FLIP_MIB)
-
-    def flip(kind: str) -> Unit:
-        x = head(kinds[kind], FLIP_MIB * MIB // setting.scale)
-        return Unit(f"flips {kind}", WEIGHTS["flips"], lambda _: flips(setting, wire, kind, x), flips=True)
+    def flip(mib: int, kind: str) -> Unit:
+        wire, x = Simulated(setting, "d2h", 25e9, mib), head(kinds[kind], mib * MIB // setting.scale)
+        name, weight = f"flips {kind}, {mib} MiB", WEIGHTS["flips"]
+        return Unit(name, weight, lambda _: flips(setting, wire, kind, x), flips=True)
 
     host, disk = Host(setting), OnDisk(setting, folder)
     found = [of(path, kind) for path in (host, disk) for kind in KINDS]
     found += [chain(kind) for kind in CHAIN_KINDS]
-    found += [flip(kind) for kind in FLIP_KINDS]
+    found += [flip(mib, kind) for mib in FLIP_MIBS for kind in FLIP_KINDS]
     for rate, mib in RATES.items():
         for way in ("d2h", "h2d"):
             path = Simulated(setting, way, rate * 1e9, mib)

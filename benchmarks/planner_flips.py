@@ -26,6 +26,7 @@ Row = dict[str, Any]
 
 FLIP_LANES = ("exact", "packed:8", "packed:4")
 FLIP_RATES = tuple(0.15e9 * 1.5**i for i in range(13))  # bytes/s, to 19.5e9
+SLOWEST = 0.02  # seconds that a tensor takes raw
 FINE = tuple(1.12**i for i in range(-4, 5))  # of a rate around which a flip is sought
 COARSE_ROUNDS, FINE_ROUNDS = 5, 11
 
@@ -47,7 +48,8 @@ def flips(setting: Setting, path: Simulated, kind: str, x: Tensor) -> list[Row]:
     found = zip(lanes, path.overheads(packets), strict=True)
     overheads = {lane: Curve((1, MAX_SIZE), (seconds,) * 2) for lane, seconds in found}
     rows, residuals, untimed = [], Residuals(), Untimed()
-    coarse = sweep(setting, path, x, FLIP_RATES, lanes, COARSE_ROUNDS, residuals)
+    swept = [rate for rate in FLIP_RATES if x.nbytes <= SLOWEST * rate]
+    coarse = sweep(setting, path, x, swept, lanes, COARSE_ROUNDS, residuals)
     for lane in FLIP_LANES:
         probes = Probes()
 
@@ -63,7 +65,7 @@ def flips(setting: Setting, path: Simulated, kind: str, x: Tensor) -> list[Row]:
             return (rate or nan) / 1e9
 
         row = {"tables": predicted(Residuals(), untimed), "predicted": predicted(Residuals(), probes)}
-        near = crossing(FLIP_RATES, coarse[lane])
+        near = crossing(swept, coarse[lane])
         measured = nan
         if near is not None:
             rates = [near * part for part in FINE]

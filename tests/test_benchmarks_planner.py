@@ -190,7 +190,7 @@ def test_a_simulated_wire_keeps_its_rate(planner: ModuleType, cells: ModuleType,
 def test_a_unit_of_rows(planner: ModuleType, cells: ModuleType, setting) -> None:
     kinds = {kind: torch.randn(64, 64).bfloat16() for kind in planner.KINDS}
     names = [unit.name for unit in planner.units(setting, kinds, "/tmp")]
-    assert len(names) == len(set(names)) == 5 * (2 + 2 * len(planner.RATES)) + 3 + 4
+    assert len(names) == len(set(names)) == 5 * (2 + 2 * len(planner.RATES)) + 3 + 4 * 2
     found = [unit for unit in planner.units(setting, kinds, "/tmp") if unit.name == "d2h 0.125 GB/s kv"]
     rows = found[0].work(0.0)
     assert [row["lane"] for row in rows] == list(LANES)
