@@ -104,7 +104,7 @@ def launch(
 
 
 def _again(compiled: Any, count: int) -> Callable[..., object]:
-    """`compiled[count, 1, 1]`, which takes twice as long since it calls hooks where there are none, too."""
+    """`compiled[count, 1, 1]`, without the calls of hooks that it makes where there are none, too."""
     with_hooks = compiled[count, 1, 1]
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
 
