@@ -8,18 +8,25 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from math import inf
+from operator import attrgetter
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CPUS = sorted(os.sched_getaffinity(0))  # that the process was given
 LOOP = 20_000  # rounds of `loop_us`
+DISTURBED = 1.15  # times the least that `loop_us` took: others are on the CPU
+TRIES = 20  # of work that is to run undisturbed
 
 
 def environment() -> dict[str, str]:
@@ -58,7 +65,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def loop_us() -> float:
     """Microseconds that a fixed loop of Python takes on the present CPU, least of three."""
-    least = float("inf")
+    least = inf
     for _ in range(3):
         begin, total = perf_counter(), 0
         for i in range(LOOP):
@@ -96,6 +103,47 @@ def _run_on(cpus: Sequence[int]) -> None:
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it has ended meanwhile
             os.sched_setaffinity(int(thread), cpus)
+
+
+@dataclass(frozen=True)
+class Turn(Generic[T]):
+    """What work returned that began at `begin`, and the longest that `loop_us` took before and after it."""
+
+    begin: float
+    loop: float
+    value: T
+
+
+@dataclass
+class Quiet:
+    """Tells by `loop_us` whether others disturb this process, and moves it by `move` where they do."""
+
+    move: Callable[[], None]
+    least: float = inf
+
+    def run(self, work: Callable[[], T]) -> Turn[T]:
+        before = self._loop()
+        if before > DISTURBED * self.least:
+            self.move()
+            before = self._loop()
+        begin = perf_counter()
+        value = work()
+        return Turn(begin, max(before, self._loop()), value)
+
+    def is_quiet(self, turn: Turn[Any]) -> bool:
+        return turn.loop <= DISTURBED * self.least
+
+    def undisturbed(self, work: Callable[[], T]) -> T:
+        """What `work` returns when it runs undisturbed, or the least disturbed of `TRIES` times."""
+        turns = [self.run(work)]
+        while not self.is_quiet(turns[-1]) and len(turns) < TRIES:
+            turns.append(self.run(work))
+        return min(turns, key=attrgetter("loop")).value
+
+    def _loop(self) -> float:
+        loop = loop_us()
+        self.least = min(self.least, loop)
+        return loop
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from common import loop_us, quiet_cpus, timing_event
+from common import DISTURBED, loop_us, quiet_cpus, timing_event
 from llama import Llama, Shape, batch, gradients, train_step
 from peers import Method, Setting, none
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ GIB = 1 << 30
 WARM, TIMED = 5, 20
 SLOW, SLOW_WARM, SLOW_TIMED = 1.0, 2, 5  # seconds; fewer steps of settings that take longer than that
 QUIET = 2  # CPUs that a setting has
-DISTURBED = 1.15  # times the least that a loop of Python took: a step beside others on the CPU
 MOST = 2  # times as many steps as are wanted, at most, to find undisturbed ones
 LEAST_BUDGET = 256 << 20
 MARGIN = 32 << 20  # a peak that is closer to the one that was asked for is close enough

@@ -14,7 +14,9 @@ timed; `over_raw` is the median ratio of times of the same round. Flips: the rat
 which raw and a lane take the same time, predicted, and measured by two sweeps. Files: planner.csv,
 planner_flips.csv, planner_summary.csv (see `planner_summary.figures`).
 
-The process has the CPUs that are quietest before each piece of the work (see `quiet_cpus`). With
+The process has the CPUs that are quietest before each piece of the work (see `quiet_cpus`). At sizes at which
+lanes flip launches decide, which a disturbed host makes twice as slow for a second: of what flips are made of
+count turns beside which a loop of Python ran undisturbed (`common.Quiet`). With
 several GPUs each has a process, on any CPUs, and a part of the work; the disk belongs to the first, which
 begins alone, so that its profile of the disk is not disturbed. Without a GPU the same runs on made-up wires,
 to see that it runs; nothing is written.
@@ -36,7 +38,7 @@ from time import perf_counter, sleep
 from typing import Any
 
 import torch
-from common import CPUS, RESULTS, append_rows, environment, quiet_cpus
+from common import CPUS, RESULTS, Quiet, append_rows, environment, quiet_cpus
 from planner_cells import cell, chain_cell
 from planner_flips import flips
 from planner_paths import MIB, Host, OnDisk, Path, Setting, Simulated
@@ -156,13 +158,13 @@ def part_of(arguments: Namespace, deadline: float) -> Row:
     """This process's part of the work; what is done is in --out after each unit."""
     alone = arguments.part[1] == 1  # several would choose the same CPUs
     with quiet_cpus(QUIET if alone else len(CPUS)) as move:
-        return _worked(arguments, deadline, move)
+        return _worked(arguments, deadline, Quiet(move))
 
 
-def _worked(arguments: Namespace, deadline: float, move_to_quiet_cpus: Callable[[], None]) -> Row:
+def _worked(arguments: Namespace, deadline: float, quiet: Quiet) -> Row:
     number, count = arguments.part
-    move_to_quiet_cpus()
-    setting = setting_of(arguments)
+    quiet.move()
+    setting = replace(setting_of(arguments), quiet=quiet)
     gpu = setting.stream is not None
     keep = gpu or count > 1
     if keep:
@@ -181,7 +183,7 @@ def _worked(arguments: Namespace, deadline: float, move_to_quiet_cpus: Callable[
         if now > deadline:
             done["missing"].append(unit.name)
             continue
-        move_to_quiet_cpus()
+        quiet.move()
         done["flips" if unit.flips else "rows"] += unit.work((deadline - now) * unit.weight / left)
         left -= unit.weight
         if keep:

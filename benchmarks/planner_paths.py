@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import median
 from time import perf_counter, sleep
 from typing import Any, TypeVar
 
 import torch
+from common import Quiet
 from torch import Tensor
 
 from sidelane.codec.packet import Packet
@@ -30,13 +30,15 @@ T = TypeVar("T")
 
 @dataclass
 class Setting:
-    """What everything runs on. `scale`: sizes of tensors are divided by it. `stream`: None without a GPU."""
+    """What everything runs on. `scale`: sizes of tensors are divided by it. `stream`: None without a GPU.
+    `quiet`: of the process."""
 
     device: torch.device
     machine: Machine
     scale: int
     stream: Any = None
     loads: dict[str, Load | None] = field(default_factory=lambda: {"idle": None})
+    quiet: Quiet = field(default_factory=lambda: Quiet(lambda: None))
 
     def apart(self, work: Callable[[], T]) -> T:
         """What `work` returns, on the stream of the tensors."""
@@ -148,16 +150,6 @@ class Simulated(Path):
         while perf_counter() < end:
             pass
         self.setting.join()  # a wire that is faster than the copy stays out of reach
-
-    def overheads(self, packets: Sequence[Packet]) -> list[float]:
-        """Seconds that each packet takes besides both wires, which is the host's time; in turns."""
-        times: list[list[float]] = [[] for _ in packets]
-        for _ in range(3 * CALIBRATE):
-            for packet, found in zip(packets, times, strict=True):
-                found.append(self.setting.timed(partial(self.carry, [packet])))
-        other = self.setting.machine.wires[self.other]
-        wires = [packet.nbytes / self.rate + other(packet.nbytes) for packet in packets]
-        return [max(median(found) - wire, 1e-9) for found, wire in zip(times, wires, strict=True)]
 
     def calibrate(self) -> None:
         """Take this path as one wire that is measured, since a profile measures its wires too."""
