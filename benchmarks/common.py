@@ -6,7 +6,7 @@ import csv
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -133,12 +133,16 @@ class Quiet:
     def is_quiet(self, turn: Turn[Any]) -> bool:
         return turn.loop <= DISTURBED * self.least
 
-    def undisturbed(self, work: Callable[[], T]) -> T:
-        """What `work` returns when it runs undisturbed, or the least disturbed of `TRIES` times."""
+    def undisturbed(self, work: Callable[[], T]) -> Turn[T]:
+        """Of `work` when it runs undisturbed, or the least disturbed of `TRIES` times."""
         turns = [self.run(work)]
         while not self.is_quiet(turns[-1]) and len(turns) < TRIES:
             turns.append(self.run(work))
-        return min(turns, key=attrgetter("loop")).value
+        return min(turns, key=attrgetter("loop"))
+
+    def slowed(self, turns: Iterable[Turn[Any]]) -> float:
+        """How many times as long as undisturbed the loop took at the worst of `turns`."""
+        return max(turn.loop for turn in turns) / self.least
 
     def _loop(self) -> float:
         loop = loop_us()

@@ -5,8 +5,13 @@ cuBLAS, the chain of torch operations, the same chain under torch.compile(max-au
 that the measured copy bandwidth and the measured rate of a large GEMM allow. Inputs are random: these are
 times, no statement about compression.
 
+The chains of the inverse multiply in the dtype of x, which rounds codes to 8 bits where that is bfloat16;
+"torch.compile, float16" keeps their 10, as the kernels do. "sidelane, weights ready": with `weigh_components`
+called once before, as a lane does for a basis.
+
     python benchmarks/kernels_surface.py --compiled few
     python benchmarks/kernels_surface.py --essential --compiled none    # five cases
+    python benchmarks/kernels_surface.py --essential --channels 1024,512
 """
 
 from __future__ import annotations
@@ -24,7 +29,12 @@ from common import RESULTS, append_rows, environment, figure, timing_event
 from torch import Tensor
 
 from sidelane.kernels.reference import project_quantize_ref, unpack_surface_ref
-from sidelane.kernels.surface import project_quantize_pack, unpack_dequantize_project
+from sidelane.kernels.surface import (
+    Weights,
+    project_quantize_pack,
+    unpack_dequantize_project,
+    weigh_components,
+)
 from sidelane.layout import (
     CHANNEL_ROWS,
     CHANNEL_TILES,
@@ -113,9 +123,13 @@ class Inputs:
         quantizer = (self.offset, self.inv_scale, self.levels)
         return project_quantize_pack(self.x, self.components, *quantizer, self.surface, self.layout)
 
-    def unpack(self) -> Tensor:
+    def unpack(self, weights: Weights | None = None) -> Tensor:
         operands = (self.components, self.scale, self.bias)
-        return unpack_dequantize_project(self.surface, self.layout, *operands, self.x.dtype)
+        return unpack_dequantize_project(self.surface, self.layout, *operands, self.x.dtype, weights=weights)
+
+    def unpack_ready(self) -> Callable[[], Tensor]:
+        operands = (self.components, self.scale, self.bias)
+        return partial(self.unpack, weigh_components(*operands, self.layout.format, self.x.dtype))
 
 
 def gate(inputs: Inputs) -> None:
@@ -132,7 +146,10 @@ def gate(inputs: Inputs) -> None:
     if (clamped - count).abs() > off.count_nonzero():
         raise RuntimeError(f"{int(clamped)} codes were clamped, {int(count)} by the reference")
     some = codes[:GATED]
-    restored = inputs.unpack()[:GATED].double()
+    whole = inputs.unpack()
+    if not torch.equal(inputs.unpack_ready()(), whole):
+        raise RuntimeError("weights made before restore other values")
+    restored = whole[:GATED].double()
     exact = _restored(some, inputs.components, inputs.scale, inputs.bias)
     away = (some - inputs.layout.fill).abs()
     terms = _restored(away, inputs.components.abs(), inputs.scale, inputs.bias.abs())
@@ -162,16 +179,21 @@ def chain_pack(inputs: Inputs) -> Callable[[], Tensor]:
     return run
 
 
-def chain_unpack(inputs: Inputs) -> Callable[[], Tensor]:
-    dtype = inputs.x.dtype
+def chain_unpack(inputs: Inputs, dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
+    """The inverse in torch, multiplied in `dtype`, default: that of x."""
+    dtype = dtype or inputs.x.dtype
     components, bias = inputs.components.to(dtype).t(), inputs.bias.to(dtype)
     surface, layout, scale = inputs.surface, inputs.layout, inputs.scale
 
     def run() -> Tensor:
         z = (read_codes(surface, layout).float() * scale).to(dtype)
-        return torch.addmm(bias, z, components)
+        return torch.addmm(bias, z, components).to(inputs.x.dtype)
 
     return run
+
+
+def in_float16(inputs: Inputs) -> Callable[[], Tensor]:
+    return chain_unpack(inputs, torch.float16)
 
 
 def write_codes(codes: Tensor, surface: Tensor, layout: SurfaceLayout) -> None:
@@ -265,16 +287,24 @@ def measure(case: Case, limits: Limits, compiled: bool) -> Iterator[dict[str, An
     least = limits.least(case, inputs.layout)
     x, components = inputs.x, inputs.components.to(case.dtype)
     z, y = x @ components, torch.empty_like(x)
-    for direction, ours, chain, product in (
-        ("pack", inputs.pack, chain_pack, lambda: torch.mm(x, components, out=z)),
-        ("unpack", inputs.unpack, chain_unpack, lambda: torch.mm(z, components.t(), out=y)),
+    for direction, ours, chains, product in (
+        ("pack", {"": inputs.pack}, {"": chain_pack}, lambda: torch.mm(x, components, out=z)),
+        (
+            "unpack",
+            {"": inputs.unpack, ", weights ready": inputs.unpack_ready()},
+            {"": chain_unpack} | ({", float16": in_float16} if case.dtype == BF16 else {}),
+            lambda: torch.mm(z, components.t(), out=y),
+        ),
     ):
-        runs: dict[str, Callable[[], Any]] = {"cublas, projection alone": product, "sidelane": ours}
+        runs: dict[str, Callable[[], Any]] = {"cublas, projection alone": product}
+        runs |= {f"sidelane{name}": own for name, own in ours.items()}
         if case.mapping != CHANNEL_TILES:
-            runs["torch"] = chain(inputs)
+            runs["torch"] = chains[""](inputs)
             if compiled:
                 torch._dynamo.reset()
-                runs["torch.compile"] = torch.compile(runs["torch"], mode="max-autotune-no-cudagraphs")
+                for name, other in chains.items():
+                    run = torch.compile(other(inputs), mode="max-autotune-no-cudagraphs")
+                    runs[f"torch.compile{name}"] = run
         times = {name: microseconds(run) for name, run in runs.items()}
         alone = times["cublas, projection alone"][1]
         for name, (q1, median, q3) in times.items():
@@ -314,13 +344,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--compiled", choices=("none", "few", "all"), default="few")
     parser.add_argument("--essential", action="store_true", help="five cases, without the figure")
+    parser.add_argument("--channels", default="", help="K of cases, by commas; default: all, with the figure")
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels_surface.csv")
     options = parser.parse_args()
     limits = Limits.measure()
     rates = ", ".join(f"{str(k)[6:]} {v / 1e6:.0f} TFLOP/s" for k, v in limits.gemm.items())
     print(f"copy {limits.copy / 1e6:.2f} TB/s, {rates}")
     rows: list[dict[str, Any]] = []
+    wanted = [int(channels) for channels in options.channels.split(",") if channels]
     for case in essential_cases() if options.essential else cases():
+        if wanted and case.channels not in wanted:
+            continue
         found = list(measure(case, limits, with_compiled(case, options.compiled)))
         append_rows(options.out, found)
         rows += found
@@ -329,7 +363,7 @@ def main() -> None:
                 row[name] for name in (*case.columns, "direction", "method", "us", "of_cublas", "of_limit")
             ]
             print(*kept, flush=True)
-    if not options.essential:
+    if not (options.essential or wanted):
         draw(rows, options.out.with_suffix(".png"))
 
 

@@ -15,8 +15,9 @@ which raw and a lane take the same time, predicted, and measured by two sweeps. 
 planner_flips.csv, planner_summary.csv (see `planner_summary.figures`).
 
 The process has the CPUs that are quietest before each piece of the work (see `quiet_cpus`). At sizes at which
-lanes flip launches decide, which a disturbed host makes twice as slow for a second: of what flips are made of
-count turns beside which a loop of Python ran undisturbed (`common.Quiet`). With
+lanes flip launches decide, which a disturbed host makes twice as slow for a second: flips are made of turns
+beside which a loop of Python ran undisturbed (`common.Quiet`); where too few were found in the time, the flip
+does not count. With
 several GPUs each has a process, on any CPUs, and a part of the work; the disk belongs to the first, which
 begins alone, so that its profile of the disk is not disturbed. Without a GPU the same runs on made-up wires,
 to see that it runs; nothing is written.
@@ -31,6 +32,7 @@ import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path as FilePath
 from statistics import median
 from subprocess import Popen
@@ -125,7 +127,7 @@ def units(setting: Setting, kinds: dict[str, Tensor], folder: str) -> list[Unit]
     def flip(mib: int, kind: str) -> Unit:
         wire, x = Simulated(setting, "d2h", 25e9, mib), head(kinds[kind], mib * MIB // setting.scale)
         name, weight = f"flips {kind}, {mib} MiB", WEIGHTS["flips"]
-        return Unit(name, weight, lambda _: flips(setting, wire, kind, x), flips=True)
+        return Unit(name, weight, partial(flips, setting, wire, kind, x), flips=True)
 
     host, disk = Host(setting), OnDisk(setting, folder)
     found = [of(path, kind) for path in (host, disk) for kind in KINDS]

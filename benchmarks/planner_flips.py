@@ -9,6 +9,7 @@ from math import log, nan
 from operator import attrgetter
 from random import Random
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 from common import Turn
@@ -37,6 +38,24 @@ FAST = 25e9  # bytes/s at which overheads are timed
 MOST = 3  # times as many, at most, to find undisturbed ones
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Turns by rate in which a tensor crosses in each lane, and how many were left out."""
+
+    turns: dict[float, list[Turn[Stages]]]
+    left_out: int
+
+    def gaps(self, lane: str) -> list[float]:
+        """For each rate log(lane / raw), the median over turns."""
+        return [
+            log(ratio_of(*([sum(turn.value[name]) for turn in turns] for name in (lane, "raw")))[0])
+            for turns in self.turns.values()
+        ]
+
+    def all(self) -> list[Turn[Stages]]:
+        return [turn for turns in self.turns.values() for turn in turns]
+
+
 class Untimed(Probes):
     """As if samples had not been timed."""
 
@@ -44,16 +63,22 @@ class Untimed(Probes):
         return replace(super().sample(kind, lane, tensor), nbytes=0)
 
 
-def flips(setting: Setting, path: Simulated, kind: str, x: Tensor) -> list[Row]:
+def flips(setting: Setting, path: Simulated, kind: str, x: Tensor, seconds: float) -> list[Row]:
     """The rate of a wire out at which each lane and raw take the same time: by the tables alone ("tables"),
     as a first decision predicts it, with a sample that is timed ("predicted"), and with what both sweeps
-    taught about encode and decode ("learned"). Samples, overheads and sweeps are of an undisturbed host."""
+    taught about encode and decode ("learned").
+
+    After `seconds` nothing is repeated because others disturbed it. slowed: the worst of what predictions and
+    sweeps are made of, by the loop of Python; left_out: turns that were more disturbed.
+    """
     lanes = ("raw", *FLIP_LANES)
-    overheads = _overheads(setting, path, x, lanes)
-    probes = setting.quiet.undisturbed(partial(_probes, x, kind))
-    rows, residuals, untimed = [], Residuals(), Untimed()
-    swept = [rate for rate in FLIP_RATES if x.nbytes <= SLOWEST * rate]
-    coarse = sweep(setting, path, x, swept, lanes, COARSE_ROUNDS, residuals)
+    take = partial(taken, setting, path, x, until=perf_counter() + seconds)
+    begun = take([FAST], lanes, FINE_ROUNDS)
+    overheads = _overheads(setting, path, x, begun)
+    sampled = setting.quiet.undisturbed(partial(_probes, x, kind))
+    probes, rows, residuals, untimed = sampled.value, [], Residuals(), Untimed()
+    coarse = take([rate for rate in FLIP_RATES if x.nbytes <= SLOWEST * rate], lanes, COARSE_ROUNDS)
+    learn(setting.machine, x, coarse, residuals)
     for lane in FLIP_LANES:
 
         def predicted(learned: Residuals, samples: Probes, lane: str = lane) -> float:
@@ -68,14 +93,15 @@ def flips(setting: Setting, path: Simulated, kind: str, x: Tensor) -> list[Row]:
             return (rate or nan) / 1e9
 
         row = {"tables": predicted(Residuals(), untimed), "predicted": predicted(Residuals(), probes)}
-        near = crossing(swept, coarse.gaps[lane])
-        measured, last = nan, coarse
+        near = crossing(list(coarse.turns), coarse.gaps(lane))
+        measured, fine = nan, coarse
         if near is not None:
-            rates = [near * part for part in FINE]
-            last = sweep(setting, path, x, rates, ("raw", lane), FINE_ROUNDS, residuals)
-            measured = flip_of(rates, last.gaps[lane], near) / 1e9
+            fine = take([near * part for part in FINE], ("raw", lane), FINE_ROUNDS)
+            learn(setting.machine, x, fine, residuals)
+            measured = flip_of(list(fine.turns), fine.gaps(lane), near) / 1e9
+        used: list[Turn[Any]] = [sampled, *begun.all(), *coarse.all(), *fine.all()]
         row |= {"learned": predicted(residuals, probes), "measured": measured}
-        row |= {"slowed": round(last.slowed, 2), "left_out": last.left_out}
+        row |= {"slowed": round(setting.quiet.slowed(used), 3), "left_out": fine.left_out}
         for name in ("raw", lane):
             show(setting, x, name, probes.sample(kind_of(x, kind), name, x), residuals)
         print(f"flip of {lane}, {kind}, GB/s: {row}", flush=True)
@@ -83,14 +109,13 @@ def flips(setting: Setting, path: Simulated, kind: str, x: Tensor) -> list[Row]:
     return rows
 
 
-def _overheads(setting: Setting, path: Simulated, x: Tensor, lanes: Sequence[str]) -> dict[str, Curve]:
+def _overheads(setting: Setting, path: Simulated, x: Tensor, sweep: Sweep) -> dict[str, Curve]:
     """Seconds that a packet of each lane takes besides both wires, which is the host's time."""
-    packets = setting.apart(lambda: {lane: lane_named(lane).encode(x) for lane in lanes})
-    turns = least_disturbed(taken(setting, path, x, [FAST], lanes, FINE_ROUNDS)[FAST], FINE_ROUNDS)
     other = setting.machine.wires[path.other]
     found = {}
-    for lane, packet in packets.items():
-        carry = median(turn.value[lane][1] for turn in turns)
+    for lane in sweep.turns[FAST][0].value:
+        packet = setting.apart(partial(lane_named(lane).encode, x))
+        carry = median(turn.value[lane][1] for turn in sweep.turns[FAST])
         seconds = max(carry - packet.nbytes / FAST - other(packet.nbytes), 1e-9)
         found[lane] = Curve((1, MAX_SIZE), (seconds,) * 2)
     return found
@@ -118,62 +143,29 @@ def show(setting: Setting, x: Tensor, lane: str, sample: Sample, residuals: Resi
         print(f"{stage} {lane}, us: {times}", flush=True)
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """Of turns in which a tensor crosses in each lane.
-
-    Attributes:
-        gaps: for each rate log(lane / raw), the median over turns.
-        slowed: the worst turn that counts, by the loop of Python. left_out: turns that were more disturbed.
-    """
-
-    gaps: dict[str, list[float]]
-    slowed: float
-    left_out: int
-
-
-def sweep(
+def taken(
     setting: Setting,
     path: Simulated,
     x: Tensor,
     rates: Sequence[float],
     lanes: Sequence[str],
     rounds: int,
-    residuals: Residuals,
+    until: float,
 ) -> Sweep:
     """`rounds` turns at each rate in which others did not disturb the host, or the least disturbed of `MOST`
-    times as many, rates and lanes in random order. `residuals` learns encode and decode of these turns."""
-    turns = taken(setting, path, x, rates, lanes, rounds)
-    chosen = {rate: least_disturbed(found, rounds) for rate, found in turns.items()}
-    for turn in sorted((turn for found in chosen.values() for turn in found), key=attrgetter("begin")):
-        learn(setting.machine, x, turn.value, residuals)
-    gaps = {
-        lane: [log(ratio_of(_totals(found, lane), _totals(found, "raw"))[0]) for found in chosen.values()]
-        for lane in lanes
-    }
-    slowed = max(turn.loop for found in chosen.values() for turn in found) / setting.quiet.least
-    return Sweep(gaps, slowed, sum(len(turns[rate]) - len(chosen[rate]) for rate in rates))
-
-
-def taken(
-    setting: Setting, path: Simulated, x: Tensor, rates: Sequence[float], lanes: Sequence[str], rounds: int
-) -> dict[float, list[Turn[Stages]]]:
-    """Turns at each rate, `rounds` of which others did not disturb, or `MOST` times as many."""
+    times as many, or of those begun by `until`. Rates and lanes are in random order."""
     turns: dict[float, list[Turn[Stages]]] = {rate: [] for rate in rates}
     order, missing = Random(0), list(rates)
-    for _ in range(MOST * rounds):
+    for done in range(MOST * rounds):
+        if not missing or (done >= rounds and perf_counter() > until):
+            break
         for rate in order.sample(missing, len(missing)):
             path.pace(rate)
             work = partial(in_turn, setting, path, x, order.sample(list(lanes), len(lanes)))
             turns[rate].append(setting.quiet.run(work))
         missing = [rate for rate in rates if sum(map(setting.quiet.is_quiet, turns[rate])) < rounds]
-        if not missing:
-            break
-    return turns
-
-
-def least_disturbed(turns: Sequence[Turn[Stages]], count: int) -> list[Turn[Stages]]:
-    return sorted(turns, key=attrgetter("loop"))[:count]
+    chosen = {rate: sorted(found, key=attrgetter("loop"))[:rounds] for rate, found in turns.items()}
+    return Sweep(chosen, sum(map(len, turns.values())) - sum(map(len, chosen.values())))
 
 
 def in_turn(setting: Setting, path: Simulated, x: Tensor, lanes: Sequence[str]) -> Stages:
@@ -185,17 +177,14 @@ def in_turn(setting: Setting, path: Simulated, x: Tensor, lanes: Sequence[str]) 
     return found
 
 
-def _totals(turns: Sequence[Turn[Stages]], lane: str) -> list[float]:
-    return [sum(turn.value[lane]) for turn in turns]
-
-
-def learn(machine: Machine, x: Tensor, found: Stages, residuals: Residuals) -> None:
-    """Observe encode and decode of each lane beside what the tables of the profile say."""
-    for lane, (encode, _, decode) in found.items():
-        speed = speed_of(machine, lane, x.dtype, "idle")
-        if speed is not None:
-            residuals.observe(f"encode {lane}", x.nbytes, speed.encode(x.nbytes), encode)
-            residuals.observe(f"decode {lane}", x.nbytes, speed.decode(x.nbytes), decode)
+def learn(machine: Machine, x: Tensor, sweep: Sweep, residuals: Residuals) -> None:
+    """Observe encode and decode of each lane, in the order of time, beside what the profile says."""
+    for turn in sorted(sweep.all(), key=attrgetter("begin")):
+        for lane, (encode, _, decode) in turn.value.items():
+            speed = speed_of(machine, lane, x.dtype, "idle")
+            if speed is not None:
+                residuals.observe(f"encode {lane}", x.nbytes, speed.encode(x.nbytes), encode)
+                residuals.observe(f"decode {lane}", x.nbytes, speed.decode(x.nbytes), decode)
 
 
 def stages(setting: Setting, path: Path, lane: str, x: Tensor) -> tuple[float, float, float]:

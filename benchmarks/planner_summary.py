@@ -8,6 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
+from common import DISTURBED
 
 Row = dict[str, Any]
 
@@ -135,16 +136,21 @@ def summary(rows: Sequence[Row], flips: Sequence[Row], costs: Row) -> list[Row]:
                 f"{name}_error_worst": _short(max(off)) if off else "",
                 f"{name}s_within_20": sum(each <= 0.2 for each in off) if off else "",
             }
+        line["flips_disturbed"] = sum(
+            flip["slowed"] > DISTURBED and isfinite(flip["measured"]) for flip in mine
+        )
         line |= {name: _short(value) if group == "all" else "" for name, value in costs.items()}
         found.append(line)
     return found
 
 
 def flip_errors(flips: Sequence[Row], by: str) -> list[float]:
-    """max(predicted / measured, measured / predicted) - 1 where a flip was measured; infinite where none
-    was predicted. `by`: the column of predictions."""
+    """max(predicted / measured, measured / predicted) - 1 where a flip was measured on an undisturbed host;
+    infinite where none was predicted. `by`: the column of predictions."""
     found = []
     for flip in flips:
+        if flip["slowed"] > DISTURBED:
+            continue
         measured, predicted = flip["measured"], flip[by]
         if isfinite(measured):
             found.append(exp(abs(log(predicted / measured))) - 1 if isfinite(predicted) else float("inf"))

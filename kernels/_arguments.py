@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from sidelane.errors import LaneError
 from sidelane.layout import SurfaceLayout
+
+if TYPE_CHECKING:
+    from sidelane.kernels._restore import Weights
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_SIZE = 2**30  # of one dimension: kernels index within a dimension in int32
@@ -59,6 +64,19 @@ def check_restoration(
     if dtype not in FLOATS:
         raise LaneError(f"cannot restore {dtype}: use one of {', '.join(map(str, FLOATS))}")
     _check_sms(sms)
+
+
+def check_weights(
+    weights: Weights, components: Tensor | None, levels: Tensor | None, parts: int, middle: int
+) -> None:
+    if components is None or levels is not None:
+        raise LaneError("weights need components, and codes without levels: leave weights out")
+    found = (weights.weights.shape[1], weights.unit.numel(), weights.parts, weights.middle)
+    depth, channels = components.shape
+    if found != (channels, depth, parts, middle) or weights.weights.device != components.device:
+        raise LaneError(
+            "weights are of other components, format, dtype or device: make them with weigh_components"
+        )
 
 
 def check_codes(codes: Tensor) -> tuple[int, int]:

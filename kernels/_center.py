@@ -94,6 +94,47 @@ def _weigh_components(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def weigh_kernel(  # type: ignore[no-untyped-def]
+    components_ptr,
+    scale_ptr,
+    bias_ptr,
+    levels_ptr,
+    weights_ptr,
+    unit_ptr,
+    constant_ptr,
+    depth,
+    channels,
+    rows_of_part,
+    weights_pitch,
+    strides,
+    MIDDLE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`_weigh_components` of all rows, BLOCK_D for each program."""
+    _weigh_components(
+        components_ptr,
+        scale_ptr,
+        bias_ptr,
+        levels_ptr,
+        weights_ptr,
+        unit_ptr,
+        constant_ptr,
+        tl.program_id(0) * BLOCK_D,
+        depth,
+        channels,
+        rows_of_part,
+        strides,
+        weights_pitch,
+        MIDDLE,
+        PARTS,
+        BLOCK_D,
+        BLOCK_K,
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def center_kernel(  # type: ignore[no-untyped-def]
     codes_ptr,
     centered_ptr,
@@ -128,7 +169,8 @@ def center_kernel(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Operands of `restore_kernel`: code - middle, float16 [lines, length], and `_weigh_components`.
+    """Operands of `restore_kernel`: code - middle, float16 [lines, length], and `_weigh_components`, which is
+    left out where `rows_of_part` is 0.
 
     EARLY: the next kernel may take its place as soon as there is room, and waits itself.
     """

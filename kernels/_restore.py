@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from sidelane.kernels._center import center_kernel
+from sidelane.kernels._center import center_kernel, weigh_kernel
 from sidelane.kernels._launch import cdiv, device_of
 from sidelane.kernels._surface import Geometry, load_codes
 from sidelane.kernels._tiles import (
@@ -173,6 +173,61 @@ def dequantize_kernel(  # type: ignore[no-untyped-def]
         tl.store(at, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+class Weights(NamedTuple):
+    """What `restore_kernel` multiplies codes by and adds; see `_center._weigh_components`.
+
+    `weights` float16 [parts * rows of a part, K] for float16 results and bfloat16 (`parts` 1), or others (2);
+    `unit` and `constant` float32 [D], the latter for codes less `middle`.
+    """
+
+    weights: Tensor
+    unit: Tensor
+    constant: Tensor
+    parts: int
+    middle: int
+
+    @property
+    def rows_of_part(self) -> int:
+        return len(self.weights) // self.parts
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Rows and channels of a program that makes them."""
+        block_k = side(self.weights.shape[1], 1024)
+        return {"BLOCK_D": min(16, WEIGHTS // block_k), "BLOCK_K": block_k}
+
+    @classmethod
+    def empty(cls, components: Tensor, bias: Tensor, parts: int, middle: int) -> Weights:
+        depth, channels = components.shape
+        shape = (parts * cdiv(depth, 16) * 16, cdiv(channels, 8) * 8)
+        weights = torch.empty(shape, dtype=torch.float16, device=components.device)[:, :channels]
+        return cls(weights, torch.empty_like(bias), torch.empty_like(bias), parts, middle)
+
+
+def weigh(components: Tensor, scale: Tensor, bias: Tensor, parts: int, middle: int) -> Weights:
+    """Launch the kernel that makes the weights alone."""
+    out = Weights.empty(components, bias, parts, middle)
+    with device_of(components):
+        weigh_kernel[(out.rows_of_part // out.blocks["BLOCK_D"],)](
+            components,
+            scale,
+            bias,
+            scale,  # not read
+            out.weights,
+            out.unit,
+            out.constant,
+            *components.shape,
+            out.rows_of_part,
+            out.weights.stride(0),
+            components.stride(),
+            MIDDLE=middle,
+            PARTS=parts,
+            enable_fp_fusion=False,
+            **out.blocks,
+        )
+    return out
+
+
 def restore(
     codes: Tensor,
     tokens: int,
@@ -186,10 +241,12 @@ def restore(
     middle: int,
     parts: int,
     sms: int | None,
+    weights: Weights | None = None,
 ) -> Tensor:
     """Launch the inverse kernels; returns [tokens, D].
 
     `middle` is that of the codes where `levels` are not given, `parts` the float16 numbers for each weight.
+    `weights`: of `weigh` for the other operands.
     """
     out = torch.empty((tokens, bias.numel()), dtype=dtype, device=codes.device)
     flags = {"VECTOR": g.alignment, "WIDE": g.wide, **flags}
@@ -224,14 +281,9 @@ def restore(
             levels = scale  # not read
         else:
             middle = 0
-        depth, channels = components.shape
-        rows_of_part = cdiv(depth, 16) * 16
-        shape = (parts * rows_of_part, cdiv(channels, 8) * 8)
-        weights = torch.empty(shape, dtype=torch.float16, device=codes.device)
-        unit, constant = torch.empty_like(bias), torch.empty_like(bias)
-        block_k = side(channels, 1024)
-        block_d = min(16, WEIGHTS // block_k)
-        tiles += rows_of_part // block_d
+        made = weights or Weights.empty(components, bias, parts, middle)
+        rows_to_weigh = 0 if weights else made.rows_of_part
+        tiles += rows_to_weigh // made.blocks["BLOCK_D"]
         # Without a limit every tile is a program: that takes less time than sharing them.
         grid = tiles if sms is None else programs(tiles, PASS_PER_SM, sms, codes.device)
         center_kernel[(grid,)](
@@ -241,36 +293,34 @@ def restore(
             scale,
             bias,
             levels,
-            weights,
-            unit,
-            constant,
+            made.weights,
+            made.unit,
+            made.constant,
             lines,
             length,
-            depth,
-            channels,
-            rows_of_part,
+            *components.shape,
+            rows_to_weigh,
             centered.stride(0),
-            weights.stride(0),
+            made.weights.stride(0),
             components.stride(),
             g,
             MIDDLE=middle,
             PARTS=parts,
-            BLOCK_D=block_d,
-            BLOCK_K=block_k,
             EARLY=starts_early(),
             enable_fp_fusion=False,
+            **made.blocks,
             **blocks,
             **flags,
         )
         a = centered[:, :length]
         a = a.t() if flags["CHANNEL_LINES"] else a
-        w = weights[:, :channels]
-        if channels <= NARROW:
-            _restore_narrow(a, w, unit, constant, out, parts, sms)
+        operands = (a, made.weights, made.unit, made.constant, out)
+        if components.shape[1] <= NARROW:
+            _restore_narrow(*operands, parts, sms)
         elif (hopper := _hopper()) is not None and hopper.runs_here(out, parts):
-            hopper.restore_hopper(a, w, unit, constant, out, sms)
+            hopper.restore_hopper(*operands, sms)
         else:
-            _restore(a, w, unit, constant, out, parts, sms)
+            _restore(*operands, parts, sms)
     return out
 
 

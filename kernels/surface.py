@@ -13,10 +13,12 @@ from sidelane.kernels._arguments import (
     check_projection,
     check_restoration,
     check_surface,
+    check_weights,
 )
 from sidelane.kernels._launch import use_triton
 from sidelane.kernels._project import project
-from sidelane.kernels._restore import restore
+from sidelane.kernels._restore import Weights as Weights
+from sidelane.kernels._restore import restore, weigh
 from sidelane.kernels._surface import Geometry
 from sidelane.kernels.reference import (
     MAX_CODE_BITS,
@@ -25,7 +27,7 @@ from sidelane.kernels.reference import (
     project_quantize_ref,
     unpack_dequantize_project_ref,
 )
-from sidelane.layout import CHANNEL_TILES, TOKEN_ROWS, SurfaceLayout
+from sidelane.layout import CHANNEL_TILES, TOKEN_ROWS, SurfaceFormat, SurfaceLayout
 
 _PLAIN = {"CHANNEL_LINES": False, "TILES": False, "SPLIT": False, "SHIFT": 0}
 
@@ -91,6 +93,23 @@ def project_quantize(
     return codes, project(x, components, offset, inv_scale, levels, codes, g, 0, _PLAIN, sms)
 
 
+def weigh_components(
+    components: Tensor, scale: Tensor, bias: Tensor, fmt: SurfaceFormat, dtype: torch.dtype
+) -> Weights | None:
+    """What `unpack_dequantize_project` makes of its operands for surfaces of `fmt`, made once for many calls.
+
+    Returns:
+        Its `weights`; None without a GPU, where it makes nothing of them.
+
+    Raises:
+        LaneError: a shape, dtype, stride or device does not fit.
+    """
+    check_restoration(scale.numel(), components, scale, bias, dtype, components.device, None, None)
+    if not use_triton(components):
+        return None
+    return weigh(components, scale, bias, _parts(dtype), fmt.fill)
+
+
 def unpack_dequantize_project(
     surface: Tensor,
     layout: SurfaceLayout,
@@ -100,6 +119,7 @@ def unpack_dequantize_project(
     dtype: torch.dtype,
     *,
     levels: Tensor | None = None,
+    weights: Weights | None = None,
     sms: int | None = None,
 ) -> Tensor:
     """Read the codes of a video surface and restore x = (codes * scale) @ components^T + bias.
@@ -116,6 +136,7 @@ def unpack_dequantize_project(
         dtype: float dtype of the result.
         levels: [K] float32, contiguous: the largest codes, where they are smaller than those of the format;
             the error above is smaller with them.
+        weights: of `weigh_components` for components, scale, bias, format and dtype, without `levels`.
         sms: multiprocessors to use at most; None for all.
 
     Returns:
@@ -128,25 +149,23 @@ def unpack_dequantize_project(
     check_restoration(layout.channels, components, scale, bias, dtype, surface.device, levels, sms)
     if not use_triton(surface):
         return unpack_dequantize_project_ref(surface, layout, components, scale, bias, dtype)
-    codes, g, parts = (
-        _samples(surface, layout),
-        Geometry.of(layout),
-        1 if dtype.itemsize == 2 else 2,
-    )
-    flags = _flags(layout)
+    parts = _parts(dtype)
+    if weights is not None:
+        check_weights(weights, components, levels, parts, layout.fill)
     return restore(
-        codes,
+        _samples(surface, layout),
         layout.tokens,
         components,
         scale,
         bias,
         dtype,
-        g,
-        flags,
+        Geometry.of(layout),
+        _flags(layout),
         levels,
         layout.fill,
         parts,
         sms,
+        weights,
     )
 
 
@@ -188,6 +207,11 @@ def dequantize_project(
         parts,
         sms,
     )
+
+
+def _parts(dtype: torch.dtype) -> int:
+    """Float16 numbers for each weight."""
+    return 1 if dtype.itemsize == 2 else 2
 
 
 def _flags(layout: SurfaceLayout) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sidelane.errors import BasisError
 from sidelane.kernels.reference import MAX_CODE_BITS
+from sidelane.pipeline.streams import settle
 
 FORMAT = "sidelane-basis-1"
 _TENSORS = ("mean", "components", "std", "peak", "spectrum")
@@ -138,6 +139,7 @@ class Basis:
             return self
         if device not in self._copies:
             moved: dict[str, Any] = {name: t.to(device) for name, t in self._tensors.items()}
+            settle(device)
             self._copies[device] = replace(self, **moved)
         return self._copies[device]
 
@@ -152,7 +154,9 @@ class Basis:
         if width is not None and not 1 <= width <= MAX_CODE_BITS:
             raise BasisError(f"code width {width} is outside 1..{MAX_CODE_BITS}")
         if width not in self._quantizers:
-            self._quantizers[width] = self._make_quantizer(width)
+            made = self._make_quantizer(width)
+            settle(self.device)
+            self._quantizers[width] = made
         return self._quantizers[width]
 
     def _make_quantizer(self, width: int | None) -> Quantizer:

@@ -105,6 +105,11 @@ def current_stream(device: torch.device) -> Any:
     return stream
 
 
+def settle(device: torch.device) -> None:
+    """Wait for the work of the current stream: what it makes may then be used on any."""
+    current_stream(device).record_event().synchronize()
+
+
 def reached(event: Any) -> bool:
     """Whether the device has come to `event`."""
     return bool(event.query())

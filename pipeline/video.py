@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf, nan
-from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,19 +18,26 @@ from sidelane.codec.lane import Lane
 from sidelane.codec.packet import NO_DIGEST, Packet, flatten
 from sidelane.errors import LaneError, PacketError
 from sidelane.kernels._launch import cdiv
-from sidelane.kernels.surface import project_quantize_pack, unpack_dequantize_project
+from sidelane.kernels.surface import (
+    Weights,
+    project_quantize_pack,
+    unpack_dequantize_project,
+    weigh_components,
+)
 from sidelane.layout import (
     CHANNEL_ROWS,
     FORMATS,
     MAPPINGS,
     MAX_SIDE,
     MIN_SIDE,
+    SurfaceFormat,
     SurfaceLayout,
     plan_surface,
 )
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.lanes import ExactLane, RawLane, decode_packet, packet_basis, plain
 from sidelane.pipeline.packed import LOSSY_DTYPES, as_bytes, check_lossy_dtype, escaped_rows, fits
+from sidelane.pipeline.streams import settle
 
 QP_STEP = 6  # halves the quantizer step of HEVC
 FINER_FORMAT = {
@@ -46,7 +54,8 @@ LARGEST = 2.0**100  # rows with larger magnitudes could overflow float32 in a pr
 FRAMES_AHEAD = 8  # under way in encode_many: enough for every engine of a GPU
 
 
-class SurfaceQuantizer(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class SurfaceQuantizer:
     """Operands of the surface kernels for x [T, D] and codes [T, K] of one width, mid-grey at the mean.
 
     `components` [D, K] or None for the identity; `scale` and `offset` [K], `bias` [D], all float32.
@@ -57,10 +66,28 @@ class SurfaceQuantizer(NamedTuple):
     offset: Tensor
     bias: Tensor
 
-    @property
+    @cached_property
     def inv_scale(self) -> Tensor:
         tiny = torch.finfo(torch.float32).tiny
         return torch.where(self.scale >= tiny, 1 / self.scale, 0.0)
+
+    def weights(self, fmt: SurfaceFormat, dtype: torch.dtype) -> Weights | None:
+        """Of `unpack_dequantize_project`, made once."""
+        if self.components is None:
+            return None
+        if (fmt, dtype) not in self._weights:
+            operands = (self.components, self.scale, self.bias)
+            made = weigh_components(*operands, fmt, dtype)
+            settle(self.scale.device)
+            self._weights[fmt, dtype] = made
+        return self._weights[fmt, dtype]
+
+    @cached_property
+    def _weights(self) -> dict[tuple[SurfaceFormat, torch.dtype], Weights | None]:
+        return {}
+
+
+_QUANTIZERS: WeakKeyDictionary[Basis, dict[int, SurfaceQuantizer]] = WeakKeyDictionary()  # by bits
 
 
 @dataclass(frozen=True)
@@ -285,18 +312,30 @@ def decode_video(
         q = channel_quantizer(*_packet_scales(packet, length), length)
     else:
         q = basis_quantizer(basis.to(packet.device), packet.bits)
-    x = unpack_dequantize_project(surface, layout, q.components, q.scale, q.bias, packet.dtype)
+    weights = q.weights(layout.format, packet.dtype)
+    x = unpack_dequantize_project(
+        surface, layout, q.components, q.scale, q.bias, packet.dtype, weights=weights
+    )
     if len(rows):
         x[rows] = escapes
     return packet.unflatten(x.view(-1)[: packet.flat_numel])
 
 
 def basis_quantizer(basis: Basis, bits: int) -> SurfaceQuantizer:
-    """One step for all coefficients, such that the widest of them fills the codes.
+    """One step for all coefficients, such that the widest of them fills the codes; made once.
 
     Equal noise in all coefficients costs least for its squared error (reverse water-filling: T. Cover and
     J. Thomas, Elements of Information Theory, section 10.3); the entropy coder collects the gain.
     """
+    made = _QUANTIZERS.setdefault(basis, {})
+    if bits not in made:
+        quantizer = _made_quantizer(basis, bits)
+        settle(basis.device)
+        made[bits] = quantizer
+    return made[bits]
+
+
+def _made_quantizer(basis: Basis, bits: int) -> SurfaceQuantizer:
     q = basis.quantizer(bits)
     middle = 2 ** (bits - 1)
     limit = q.scale * q.levels / 2

@@ -119,3 +119,4 @@ with _launch.interpret():  # CPU tensors go to the kernels
         for basis in (components, None) if layout.channels == 512 else (components,):
             surface.project_quantize_pack(rows, basis, channel, channel, channel, planes, layout)
             surface.unpack_dequantize_project(planes, layout, basis, channel, bias, dtype)
+        surface.weigh_components(components, channel, bias, layout.format, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from threading import Event, Thread, get_native_id
 from types import ModuleType
@@ -137,3 +138,24 @@ def test_environment_names_the_machine_and_versions(common: ModuleType) -> None:
 def test_the_commit_can_be_named_from_outside(common: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIDELANE_COMMIT", "0123456789ab")
     assert common.environment()["commit"] == "0123456789ab"
+
+
+@pytest.mark.parametrize(
+    ("loops", "moves", "value", "slowed"),
+    [
+        ("10 10", 0, 0, 1.0),
+        ("20 10 9 9", 0, 1, 1.0),  # what was the least at first was not undisturbed
+        ("10 20 20 10 10", 1, 1, 1.0),  # a second loop after a move
+        ("10 12" + " 15 15 12" * 19, 19, 0, 1.2),  # never undisturbed
+    ],
+)
+def test_work_is_repeated_until_it_runs_undisturbed(
+    common: ModuleType, monkeypatch: pytest.MonkeyPatch, loops: str, moves: int, value: int, slowed: float
+) -> None:
+    coming = [float(loop) for loop in loops.split()]
+    monkeypatch.setattr(common, "loop_us", lambda: coming.pop(0))
+    moved: list[int] = []
+    quiet, runs = common.Quiet(lambda: moved.append(1)), count()
+    turn = quiet.undisturbed(lambda: next(runs))
+    assert not coming and len(moved) == moves
+    assert turn.value == value and quiet.slowed([turn]) == pytest.approx(slowed)

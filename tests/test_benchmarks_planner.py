@@ -56,7 +56,8 @@ def test_flip_rates_lie_where_the_times_cross(planner: ModuleType, summary: Modu
 def test_errors_of_flips(summary: ModuleType) -> None:
     nan = float("nan")
     pairs = [(2.0, 2.5), (3.0, 2.0), (nan, 1.0), (1.0, nan)]
-    flips = [{"predicted": predicted, "measured": measured} for predicted, measured in pairs]
+    flips = [{"predicted": predicted, "measured": measured, "slowed": 1.1} for predicted, measured in pairs]
+    flips.append({"predicted": 1.0, "measured": 9.0, "slowed": 1.3})  # others disturbed it
     assert summary.flip_errors(flips, "predicted") == pytest.approx([0.25, 0.5, float("inf")])
 
 
@@ -103,7 +104,10 @@ def cell(
 def test_summary_by_group_of_wires(summary: ModuleType) -> None:
     rows = cell("host", (4.0, 3.0, 2.0, 1.0, 5.0, 4.1), {"raw": 4.4, "packed:4": 1.0}, "packed:8", "exact")
     rows += cell("1 GB/s", (4.0, 5.0, 2.0, 1.0, 5.0, 3.0), {"raw": 3.6}, "packed:4", "raw")
-    flips = [{"predicted": 2.0, "learned": 2.4, "measured": 2.5}]
+    flips = [
+        {"predicted": 2.0, "learned": 2.4, "measured": 2.5, "slowed": 1.0},
+        {"predicted": 2.0, "learned": 2.4, "measured": 9.0, "slowed": 1.3},
+    ]
     lines = {line["group"]: line for line in summary.summary(rows, flips, {"cached_us": 1.5})}
     assert list(lines) == ["host", "simulated d2h", "real", "simulated", "all"]
     assert {line["cells"] for line in lines.values()} == {1, 2}

@@ -39,6 +39,7 @@ def test_every_kernel_compiles_for_hopper(compiled: list[dict[str, object]]) -> 
         "quantize_kernel",
         "split_kernel",
         "center_kernel",
+        "weigh_kernel",
         "restore_kernel",
         "restore_narrow_kernel",
         "restore_hopper_kernel",

@@ -24,6 +24,7 @@ from sidelane.kernels.surface import (
     project_quantize,
     project_quantize_pack,
     unpack_dequantize_project,
+    weigh_components,
 )
 from sidelane.layout import (
     CHANNEL_ROWS,
@@ -366,6 +367,46 @@ def test_few_multiprocessors_do_the_same(device: torch.device, channels: int | N
     bias = torch.zeros(depth, device=device)
     out = unpack_dequantize_project(surface, layout, components, vectors[1], bias, torch.float32, sms=1)
     assert torch.equal(out.cpu().double(), restore(codes, args.components, args.inv_scale, bias.cpu()))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("channels", [45, 130, 1100])
+@pytest.mark.parametrize("fmt", [NV12, P010], ids=lambda f: f.name)
+def test_weights_made_before_give_the_same(
+    device: torch.device, fmt: SurfaceFormat, channels: int, dtype: torch.dtype
+) -> None:
+    layout = small_layout(fmt, TOKEN_ROWS, 30, channels)
+    surface = torch.randint(0, 256, layout.shape, dtype=torch.uint8).to(device)
+    components, scale, bias = torch.randn(67, channels), torch.rand(channels) / 256, torch.randn(67)
+    on = [t.to(device) for t in (components, scale, bias)]
+    expected = unpack_dequantize_project(surface, layout, *on, dtype)
+    weights = weigh_components(*on, fmt, dtype)
+    assert weights is not None
+    on[0] = torch.zeros_like(on[0])  # not read again
+    assert torch.equal(unpack_dequantize_project(surface, layout, *on, dtype, weights=weights), expected)
+
+
+@pytest.mark.kernel
+def test_weights_of_other_operands_are_refused(device: torch.device) -> None:
+    layout = small_layout(P010, TOKEN_ROWS, 30, 45)
+    surface = torch.zeros(layout.shape, dtype=torch.uint8, device=device)
+    components, levels = torch.randn(67, 45, device=device), torch.ones(45, device=device)
+    vectors = levels, torch.zeros(67, device=device)
+    weights = weigh_components(components, *vectors, P010, torch.float16)
+    others = {
+        "features": weigh_components(components[:66], levels, vectors[1][:66], P010, torch.float16),
+        "channels": weigh_components(components[:, :44], levels[:44], vectors[1], P010, torch.float16),
+        "format": weigh_components(components, *vectors, NV12, torch.float16),
+        "dtype": weigh_components(components, *vectors, P010, torch.float32),
+    }
+    for other in others.values():
+        with pytest.raises(LaneError, match="make them with weigh_components"):
+            unpack_dequantize_project(surface, layout, components, *vectors, torch.float16, weights=other)
+    with pytest.raises(LaneError, match="leave weights out"):
+        unpack_dequantize_project(
+            surface, layout, components, *vectors, torch.float16, levels=levels, weights=weights
+        )
 
 
 @pytest.mark.kernel

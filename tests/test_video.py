@@ -15,11 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from latch import Latch
 from samples import bits_of, hadamard_basis
 from sidelane.codec.packet import NO_DIGEST, Packet
 from sidelane.errors import BasisError, LaneError, LaneUnavailable, PacketError
 from sidelane.kernels.reference import dequantize_project_ref, project_quantize_ref
-from sidelane.layout import FORMATS, MAPPINGS, NV12, plan_surface
+from sidelane.kernels.surface import weigh_components
+from sidelane.layout import FORMATS, MAPPINGS, NV12, P010, plan_surface
 from sidelane.pipeline import video
 from sidelane.pipeline.basis import Basis, clip_range
 from sidelane.pipeline.compress import compress
@@ -112,6 +114,28 @@ def test_with_a_basis_the_reference_codes_arrive(name: str, mapping: str) -> Non
     levels = torch.full_like(q.scale, 2**lane.bits - 1)
     codes, _ = project_quantize_ref(x, q.components, q.offset, q.inv_scale, levels)
     assert torch.equal(decoded, dequantize_project_ref(codes, q.components, q.scale, q.bias, x.dtype))
+
+
+def test_the_operands_of_a_basis_are_made_once() -> None:
+    basis = fitted_basis(smooth(300, 48), rank=7)
+    assert basis_quantizer(basis, 8) is basis_quantizer(basis, 8)
+    assert basis_quantizer(basis, 8) is not basis_quantizer(basis, 10)
+    other = fitted_basis(smooth(300, 48), rank=7)
+    assert basis_quantizer(basis, 8) is not basis_quantizer(other, 8)
+
+
+@pytest.mark.gpu
+def test_operands_made_on_a_late_stream_serve_others(cuda: torch.device) -> None:
+    q = basis_quantizer(fitted_basis(smooth(300, 48), rank=7).to(cuda), 10)
+    side = torch.cuda.Stream()
+    expected = weigh_components(q.components, q.scale, q.bias, P010, torch.bfloat16)  # compiles
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side), Latch(0.5):
+        weights = q.weights(P010, torch.bfloat16)
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            found = weights.constant.clone()
+    torch.cuda.synchronize()
+    assert torch.equal(found, expected.constant)
 
 
 def test_one_step_serves_all_coefficients_and_the_mean_is_the_middle() -> None:

@@ -30,6 +30,11 @@ class SurfaceFormat:
     def shift(self) -> int:
         return 0 if self.itemsize == 1 else 16 - self.bits
 
+    @property
+    def fill(self) -> int:
+        """Code at positions that carry none: mid-grey, which costs an encoder least."""
+        return 1 << (self.bits - 1)
+
     def rows(self, height: int) -> int:
         """Sample rows of one frame of luma height `height`, all planes together."""
         return height * 3 // 2 if self.subsampled else height * 3
@@ -143,8 +148,7 @@ class SurfaceLayout:
 
     @property
     def fill(self) -> int:
-        """Code at positions that carry none: mid-grey, which costs an encoder least."""
-        return 1 << (self.format.bits - 1)
+        return self.format.fill
 
 
 def plan_surface(
