@@ -63,7 +63,7 @@ RATES = {25.0: 32, 12.5: 16, 7.0: 16, 3.0: 8, 1.25: 2, 0.125: 0.5}  # GB/s: MiB 
 FLIP_KINDS = ("hidden", "mlp", "norm", "kv")
 FLIP_MIBS = 1, 8  # launches decide for the first, kernels for the second
 QUIET = 4  # CPUs, chosen anew for each piece of the work: a disk keeps several busy
-WEIGHTS = {"host": 2.5, "chain": 8.0, "disk": 4.0, "flips": 2.5}  # of the time; others 1
+WEIGHTS = {"host": 2.5, "chain": 8.0, "disk": 4.0, "flips": 4.0}  # of the time; others 1
 
 
 @dataclass
