@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from math import inf
 from operator import attrgetter
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -24,9 +25,10 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CPUS = sorted(os.sched_getaffinity(0))  # that the process was given
-LOOP = 20_000  # rounds of `loop_us`
+LOOP, SHORT_LOOP = 20_000, 2_000  # rounds of `loop_us`
 DISTURBED = 1.15  # times the least that `loop_us` took: others are on the CPU
 TRIES = 20  # of work that is to run undisturbed
+STAY = 0.25  # seconds on the same CPUs at least: to look for others takes some milliseconds each
 
 
 def environment() -> dict[str, str]:
@@ -63,12 +65,12 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def loop_us() -> float:
-    """Microseconds that a fixed loop of Python takes on the present CPU, least of three."""
+def loop_us(rounds: int = LOOP) -> float:
+    """Microseconds that a loop of Python takes on the present CPU, least of three."""
     least = inf
     for _ in range(3):
         begin, total = perf_counter(), 0
-        for i in range(LOOP):
+        for i in range(rounds):
             total += i
         least = min(least, perf_counter() - begin)
     return 1e6 * least
@@ -120,12 +122,13 @@ class Quiet:
 
     move: Callable[[], None]
     least: float = inf
+    _moved: float = -inf
 
     def run(self, work: Callable[[], T]) -> Turn[T]:
         before = self._loop()
-        if before > DISTURBED * self.least:
+        if before > DISTURBED * self.least and perf_counter() > self._moved + STAY:
             self.move()
-            before = self._loop()
+            before, self._moved = self._loop(), perf_counter()
         begin = perf_counter()
         value = work()
         return Turn(begin, max(before, self._loop()), value)
@@ -141,11 +144,11 @@ class Quiet:
         return min(turns, key=attrgetter("loop"))
 
     def slowed(self, turns: Iterable[Turn[Any]]) -> float:
-        """How many times as long as undisturbed the loop took at the worst of `turns`."""
-        return max(turn.loop for turn in turns) / self.least
+        """How many times as long as undisturbed the loop took, in the median of `turns`."""
+        return median(turn.loop for turn in turns) / self.least
 
     def _loop(self) -> float:
-        loop = loop_us()
+        loop = loop_us(SHORT_LOOP)
         self.least = min(self.least, loop)
         return loop
 

@@ -68,8 +68,8 @@ def flips(setting: Setting, path: Simulated, kind: str, x: Tensor, seconds: floa
     as a first decision predicts it, with a sample that is timed ("predicted"), and with what both sweeps
     taught about encode and decode ("learned").
 
-    After `seconds` nothing is repeated because others disturbed it. slowed: the worst of what predictions and
-    sweeps are made of, by the loop of Python; left_out: turns that were more disturbed.
+    After `seconds` nothing is repeated because others disturbed it. slowed: by the loop of Python, the sample
+    or the median turn of a rate, whichever was disturbed most; left_out: turns that were more disturbed.
     """
     lanes = ("raw", *FLIP_LANES)
     take = partial(taken, setting, path, x, until=perf_counter() + seconds)
@@ -99,9 +99,12 @@ def flips(setting: Setting, path: Simulated, kind: str, x: Tensor, seconds: floa
             fine = take([near * part for part in FINE], ("raw", lane), FINE_ROUNDS)
             learn(setting.machine, x, fine, residuals)
             measured = flip_of(list(fine.turns), fine.gaps(lane), near) / 1e9
-        used: list[Turn[Any]] = [sampled, *begun.all(), *coarse.all(), *fine.all()]
+        slowed = [setting.quiet.slowed([sampled])]
+        slowed += [
+            setting.quiet.slowed(turns) for each in (begun, coarse, fine) for turns in each.turns.values()
+        ]
         row |= {"learned": predicted(residuals, probes), "measured": measured}
-        row |= {"slowed": round(setting.quiet.slowed(used), 3), "left_out": fine.left_out}
+        row |= {"slowed": round(max(slowed), 3), "left_out": fine.left_out}
         for name in ("raw", lane):
             show(setting, x, name, probes.sample(kind_of(x, kind), name, x), residuals)
         print(f"flip of {lane}, {kind}, GB/s: {row}", flush=True)

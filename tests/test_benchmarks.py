@@ -153,7 +153,8 @@ def test_work_is_repeated_until_it_runs_undisturbed(
     common: ModuleType, monkeypatch: pytest.MonkeyPatch, loops: str, moves: int, value: int, slowed: float
 ) -> None:
     coming = [float(loop) for loop in loops.split()]
-    monkeypatch.setattr(common, "loop_us", lambda: coming.pop(0))
+    monkeypatch.setattr(common, "loop_us", lambda rounds: coming.pop(0))
+    monkeypatch.setattr(common, "STAY", 0.0)
     moved: list[int] = []
     quiet, runs = common.Quiet(lambda: moved.append(1)), count()
     turn = quiet.undisturbed(lambda: next(runs))
