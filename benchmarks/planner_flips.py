@@ -99,12 +99,10 @@ def flips(setting: Setting, path: Simulated, kind: str, x: Tensor, seconds: floa
             fine = take([near * part for part in FINE], ("raw", lane), FINE_ROUNDS)
             learn(setting.machine, x, fine, residuals)
             measured = flip_of(list(fine.turns), fine.gaps(lane), near) / 1e9
-        slowed = [setting.quiet.slowed([sampled])]
-        slowed += [
-            setting.quiet.slowed(turns) for each in (begun, coarse, fine) for turns in each.turns.values()
-        ]
+        used: list[Sequence[Turn[Any]]] = [[sampled], *begun.turns.values(), *fine.turns.values()]
+        slowed = max(setting.quiet.slowed(turns) for turns in used)
         row |= {"learned": predicted(residuals, probes), "measured": measured}
-        row |= {"slowed": round(max(slowed), 3), "left_out": fine.left_out}
+        row |= {"slowed": round(slowed, 3), "left_out": fine.left_out}
         for name in ("raw", lane):
             show(setting, x, name, probes.sample(kind_of(x, kind), name, x), residuals)
         print(f"flip of {lane}, {kind}, GB/s: {row}", flush=True)
