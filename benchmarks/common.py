@@ -6,7 +6,7 @@ import csv
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from math import inf
 from operator import attrgetter
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -29,6 +28,7 @@ LOOP, SHORT_LOOP = 20_000, 2_000  # rounds of `loop_us`
 DISTURBED = 1.15  # times the least that `loop_us` took: others are on the CPU
 TRIES = 20  # of work that is to run undisturbed
 STAY = 0.25  # seconds on the same CPUs at least: to look for others takes some milliseconds each
+LOOKS = 10
 
 
 def environment() -> dict[str, str]:
@@ -143,9 +143,11 @@ class Quiet:
             turns.append(self.run(work))
         return min(turns, key=attrgetter("loop"))
 
-    def slowed(self, turns: Iterable[Turn[Any]]) -> float:
-        """How many times as long as undisturbed the loop took, in the median of `turns`."""
-        return median(turn.loop for turn in turns) / self.least
+    def look_around(self) -> None:
+        """Learn what the loop takes undisturbed: `LOOKS` times, on the CPUs that are quietest then."""
+        for _ in range(LOOKS):
+            self.move()
+            self._loop()
 
     def _loop(self) -> float:
         loop = loop_us(SHORT_LOOP)

@@ -15,9 +15,9 @@ which raw and a lane take the same time, predicted, and measured by two sweeps. 
 planner_flips.csv, planner_summary.csv (see `planner_summary.figures`).
 
 The process has the CPUs that are quietest before each piece of the work (see `quiet_cpus`). At sizes at which
-lanes flip launches decide, which a disturbed host makes twice as slow for a second: flips are made of turns
-beside which a loop of Python ran undisturbed (`common.Quiet`); where too few were found in the time, the flip
-does not count. With
+lanes flip launches decide, which a disturbed host makes twice as slow for a second: flips are made of the
+turns beside which a loop of Python ran fastest (`common.Quiet`), and one counts if others did not disturb the
+sample and the median turn at any rate. With
 several GPUs each has a process, on any CPUs, and a part of the work; the disk belongs to the first, which
 begins alone, so that its profile of the disk is not disturbed. Without a GPU the same runs on made-up wires,
 to see that it runs; nothing is written.
@@ -160,12 +160,12 @@ def part_of(arguments: Namespace, deadline: float) -> Row:
     """This process's part of the work; what is done is in --out after each unit."""
     alone = arguments.part[1] == 1  # several would choose the same CPUs
     with quiet_cpus(QUIET if alone else len(CPUS)) as move:
-        return _worked(arguments, deadline, Quiet(move))
+        return _worked(arguments, deadline, Quiet(move if alone else lambda: None))
 
 
 def _worked(arguments: Namespace, deadline: float, quiet: Quiet) -> Row:
     number, count = arguments.part
-    quiet.move()
+    quiet.look_around()
     setting = replace(setting_of(arguments), quiet=quiet)
     gpu = setting.stream is not None
     keep = gpu or count > 1
@@ -187,6 +187,8 @@ def _worked(arguments: Namespace, deadline: float, quiet: Quiet) -> Row:
             continue
         quiet.move()
         done["flips" if unit.flips else "rows"] += unit.work((deadline - now) * unit.weight / left)
+        for row in done["flips"]:
+            row["slowed"] = round(row["loop_us"] / quiet.least, 3)
         left -= unit.weight
         if keep:
             part_file(arguments.out, number).write_text(json.dumps(done))

@@ -21,7 +21,7 @@ from sidelane.codec.packet import Packet
 from sidelane.pipeline.choice import choose
 from sidelane.pipeline.decision import Residuals
 from sidelane.pipeline.lanes import decode_packet
-from sidelane.pipeline.machine import MAX_SIZE, Curve, Machine
+from sidelane.pipeline.machine import MAX_SIZE, Curve
 from sidelane.pipeline.planner import crossover
 from sidelane.pipeline.prediction import speed_of
 from sidelane.pipeline.samples import Kind, Probes, Sample, kind_of, lane_named
@@ -52,9 +52,6 @@ class Sweep:
             for turns in self.turns.values()
         ]
 
-    def all(self) -> list[Turn[Stages]]:
-        return [turn for turns in self.turns.values() for turn in turns]
-
 
 class Untimed(Probes):
     """As if samples had not been timed."""
@@ -68,8 +65,8 @@ def flips(setting: Setting, path: Simulated, kind: str, x: Tensor, seconds: floa
     as a first decision predicts it, with a sample that is timed ("predicted"), and with what both sweeps
     taught about encode and decode ("learned").
 
-    After `seconds` nothing is repeated because others disturbed it. slowed: by the loop of Python, the sample
-    or the median turn of a rate, whichever was disturbed most; left_out: turns that were more disturbed.
+    After `seconds` nothing is repeated because others disturbed it. loop_us: of the sample or the median turn
+    of a rate, whichever was disturbed most; left_out: turns that were more disturbed.
     """
     lanes = ("raw", *FLIP_LANES)
     take = partial(taken, setting, path, x, until=perf_counter() + seconds)
@@ -78,7 +75,7 @@ def flips(setting: Setting, path: Simulated, kind: str, x: Tensor, seconds: floa
     sampled = setting.quiet.undisturbed(partial(_probes, x, kind))
     probes, rows, residuals, untimed = sampled.value, [], Residuals(), Untimed()
     coarse = take([rate for rate in FLIP_RATES if x.nbytes <= SLOWEST * rate], lanes, COARSE_ROUNDS)
-    learn(setting.machine, x, coarse, residuals)
+    learn(setting, x, coarse, residuals)
     for lane in FLIP_LANES:
 
         def predicted(learned: Residuals, samples: Probes, lane: str = lane) -> float:
@@ -97,12 +94,12 @@ def flips(setting: Setting, path: Simulated, kind: str, x: Tensor, seconds: floa
         measured, fine = nan, coarse
         if near is not None:
             fine = take([near * part for part in FINE], ("raw", lane), FINE_ROUNDS)
-            learn(setting.machine, x, fine, residuals)
+            learn(setting, x, fine, residuals)
             measured = flip_of(list(fine.turns), fine.gaps(lane), near) / 1e9
         used: list[Sequence[Turn[Any]]] = [[sampled], *begun.turns.values(), *fine.turns.values()]
-        slowed = max(setting.quiet.slowed(turns) for turns in used)
+        loop = max(median(turn.loop for turn in turns) for turns in used)
         row |= {"learned": predicted(residuals, probes), "measured": measured}
-        row |= {"slowed": round(slowed, 3), "left_out": fine.left_out}
+        row |= {"loop_us": loop, "left_out": fine.left_out}
         for name in ("raw", lane):
             show(setting, x, name, probes.sample(kind_of(x, kind), name, x), residuals)
         print(f"flip of {lane}, {kind}, GB/s: {row}", flush=True)
@@ -178,11 +175,13 @@ def in_turn(setting: Setting, path: Simulated, x: Tensor, lanes: Sequence[str]) 
     return found
 
 
-def learn(machine: Machine, x: Tensor, sweep: Sweep, residuals: Residuals) -> None:
-    """Observe encode and decode of each lane, in the order of time, beside what the profile says."""
-    for turn in sorted(sweep.all(), key=attrgetter("begin")):
+def learn(setting: Setting, x: Tensor, sweep: Sweep, residuals: Residuals) -> None:
+    """Observe encode and decode of each lane in undisturbed turns, in the order of time, beside what the
+    profile says."""
+    turns = [turn for turns in sweep.turns.values() for turn in turns if setting.quiet.is_quiet(turn)]
+    for turn in sorted(turns, key=attrgetter("begin")):
         for lane, (encode, _, decode) in turn.value.items():
-            speed = speed_of(machine, lane, x.dtype, "idle")
+            speed = speed_of(setting.machine, lane, x.dtype, "idle")
             if speed is not None:
                 residuals.observe(f"encode {lane}", x.nbytes, speed.encode(x.nbytes), encode)
                 residuals.observe(f"decode {lane}", x.nbytes, speed.decode(x.nbytes), decode)

@@ -21,7 +21,7 @@ from sidelane.pipeline.samples import lane_named
 from sidelane.pipeline.sampling import Load
 from sidelane.pipeline.tensor_auto import AutoLane
 from sidelane.pipeline.throttle import TokenBucket
-from sidelane.pipeline.tiers import HostCopy
+from sidelane.pipeline.tiers import PacketLayout
 
 MIB = 1 << 20
 CALIBRATE = 9  # copies of each size
@@ -99,7 +99,7 @@ class Host(Path):
     def carry(self, packets: list[Packet]) -> list[Packet]:
         back = []
         for packet in packets:
-            layout = HostCopy(packet)
+            layout = PacketLayout(packet)
             layout.write(packet, self._memory[: layout.nbytes])
             back.append(layout.read(self._memory[: layout.nbytes], self.setting.device))
         return back
@@ -129,7 +129,7 @@ class Simulated(Path):
     def carry(self, packets: list[Packet]) -> list[Packet]:
         back = []
         for packet in packets:
-            layout = HostCopy(packet)
+            layout = PacketLayout(packet)
             memory = self._memory[: layout.nbytes]
             if self.way == "d2h":
                 self._cross(layout.nbytes, partial(layout.write, packet, memory))
@@ -173,7 +173,7 @@ class OnDisk(Path):
         self._tier = Disk(folder, limit=1 << 30, in_flight=256 * MIB)
 
     def carry(self, packets: list[Packet]) -> list[Packet]:
-        layouts = [HostCopy(packet) for packet in packets]
+        layouts = [PacketLayout(packet) for packet in packets]
         spills = []
         for layout, packet in zip(layouts, packets, strict=True):
             spill = self._tier.place(layout.nbytes)

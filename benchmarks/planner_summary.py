@@ -136,9 +136,8 @@ def summary(rows: Sequence[Row], flips: Sequence[Row], costs: Row) -> list[Row]:
                 f"{name}_error_worst": _short(max(off)) if off else "",
                 f"{name}s_within_20": sum(each <= 0.2 for each in off) if off else "",
             }
-        line["flips_disturbed"] = sum(
-            flip["slowed"] > DISTURBED and isfinite(flip["measured"]) for flip in mine
-        )
+        disturbed = [flip for flip in mine if isfinite(flip["measured"]) and flip["slowed"] > DISTURBED]
+        line["flips_disturbed"] = len(disturbed) if mine else ""
         line |= {name: _short(value) if group == "all" else "" for name, value in costs.items()}
         found.append(line)
     return found
@@ -158,10 +157,12 @@ def flip_errors(flips: Sequence[Row], by: str) -> list[float]:
 
 
 def verdicts(everything: Row) -> list[str]:
-    """Whether the row of everything meets the goals."""
+    """Whether the row of everything meets the goals. Of what was not sought there is no line."""
     lines = []
     for name, most in GOALS.items():
         value = everything.get(name, "")
+        if value == "" and name.startswith("flip") and everything.get("flips_disturbed", "") != "":
+            lines.append(f"NOT measured: {name}, on an undisturbed host")
         if value != "":
             lines.append(f"{'met' if float(value) <= most else 'NOT met'}: {name} {value}, at most {most}")
     return lines

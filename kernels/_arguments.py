@@ -71,9 +71,9 @@ def check_weights(
 ) -> None:
     if components is None or levels is not None:
         raise LaneError("weights need components, and codes without levels: leave weights out")
-    found = (weights.weights.shape[1], weights.unit.numel(), weights.parts, weights.middle)
+    found = (weights.scaled.shape[1], weights.unit.numel(), weights.parts, weights.middle)
     depth, channels = components.shape
-    if found != (channels, depth, parts, middle) or weights.weights.device != components.device:
+    if found != (channels, depth, parts, middle) or weights.scaled.device != components.device:
         raise LaneError(
             "weights are of other components, format, dtype or device: make them with weigh_components"
         )

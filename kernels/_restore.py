@@ -176,11 +176,11 @@ def dequantize_kernel(  # type: ignore[no-untyped-def]
 class Weights(NamedTuple):
     """What `restore_kernel` multiplies codes by and adds; see `_center._weigh_components`.
 
-    `weights` float16 [parts * rows of a part, K] for float16 results and bfloat16 (`parts` 1), or others (2);
+    `scaled` float16 [parts * rows of a part, K] for float16 results and bfloat16 (`parts` 1), or others (2);
     `unit` and `constant` float32 [D], the latter for codes less `middle`.
     """
 
-    weights: Tensor
+    scaled: Tensor
     unit: Tensor
     constant: Tensor
     parts: int
@@ -188,20 +188,20 @@ class Weights(NamedTuple):
 
     @property
     def rows_of_part(self) -> int:
-        return len(self.weights) // self.parts
+        return len(self.scaled) // self.parts
 
     @property
     def blocks(self) -> dict[str, int]:
         """Rows and channels of a program that makes them."""
-        block_k = side(self.weights.shape[1], 1024)
+        block_k = side(self.scaled.shape[1], 1024)
         return {"BLOCK_D": min(16, WEIGHTS // block_k), "BLOCK_K": block_k}
 
     @classmethod
     def empty(cls, components: Tensor, bias: Tensor, parts: int, middle: int) -> Weights:
         depth, channels = components.shape
         shape = (parts * cdiv(depth, 16) * 16, cdiv(channels, 8) * 8)
-        weights = torch.empty(shape, dtype=torch.float16, device=components.device)[:, :channels]
-        return cls(weights, torch.empty_like(bias), torch.empty_like(bias), parts, middle)
+        scaled = torch.empty(shape, dtype=torch.float16, device=components.device)[:, :channels]
+        return cls(scaled, torch.empty_like(bias), torch.empty_like(bias), parts, middle)
 
 
 def weigh(components: Tensor, scale: Tensor, bias: Tensor, parts: int, middle: int) -> Weights:
@@ -213,12 +213,12 @@ def weigh(components: Tensor, scale: Tensor, bias: Tensor, parts: int, middle: i
             scale,
             bias,
             scale,  # not read
-            out.weights,
+            out.scaled,
             out.unit,
             out.constant,
             *components.shape,
             out.rows_of_part,
-            out.weights.stride(0),
+            out.scaled.stride(0),
             components.stride(),
             MIDDLE=middle,
             PARTS=parts,
@@ -293,7 +293,7 @@ def restore(
             scale,
             bias,
             levels,
-            made.weights,
+            made.scaled,
             made.unit,
             made.constant,
             lines,
@@ -301,7 +301,7 @@ def restore(
             *components.shape,
             rows_to_weigh,
             centered.stride(0),
-            made.weights.stride(0),
+            made.scaled.stride(0),
             components.stride(),
             g,
             MIDDLE=middle,
@@ -314,7 +314,7 @@ def restore(
         )
         a = centered[:, :length]
         a = a.t() if flags["CHANNEL_LINES"] else a
-        operands = (a, made.weights, made.unit, made.constant, out)
+        operands = (a, made.scaled, made.unit, made.constant, out)
         if components.shape[1] <= NARROW:
             _restore_narrow(*operands, parts, sms)
         elif (hopper := _hopper()) is not None and hopper.runs_here(out, parts):

@@ -94,18 +94,18 @@ def project_quantize(
 
 
 def weigh_components(
-    components: Tensor, scale: Tensor, bias: Tensor, fmt: SurfaceFormat, dtype: torch.dtype
+    components: Tensor | None, scale: Tensor, bias: Tensor, fmt: SurfaceFormat, dtype: torch.dtype
 ) -> Weights | None:
     """What `unpack_dequantize_project` makes of its operands for surfaces of `fmt`, made once for many calls.
 
     Returns:
-        Its `weights`; None without a GPU, where it makes nothing of them.
+        Its `weights`; None where it makes nothing of them: without components, or without a GPU.
 
     Raises:
         LaneError: a shape, dtype, stride or device does not fit.
     """
-    check_restoration(scale.numel(), components, scale, bias, dtype, components.device, None, None)
-    if not use_triton(components):
+    check_restoration(scale.numel(), components, scale, bias, dtype, scale.device, None, None)
+    if components is None or not use_triton(scale):
         return None
     return weigh(components, scale, bias, _parts(dtype), fmt.fill)
 
@@ -147,11 +147,11 @@ def unpack_dequantize_project(
     """
     check_surface(surface, layout, layout.tokens, layout.channels, surface.device)
     check_restoration(layout.channels, components, scale, bias, dtype, surface.device, levels, sms)
-    if not use_triton(surface):
-        return unpack_dequantize_project_ref(surface, layout, components, scale, bias, dtype)
     parts = _parts(dtype)
     if weights is not None:
         check_weights(weights, components, levels, parts, layout.fill)
+    if not use_triton(surface):
+        return unpack_dequantize_project_ref(surface, layout, components, scale, bias, dtype)
     return restore(
         _samples(surface, layout),
         layout.tokens,

@@ -62,7 +62,8 @@ class Basis:
         samples: rows the mean and the components were fitted to.
         dropped: rows left out because they held NaN or Inf.
 
-    All tensors are float32 on one device. Raises BasisError when the fields do not fit each other.
+    All tensors are float32 on one device. Operands that are made of it live as long as it does: on a GPU keep
+    it until the streams that code with it are done. Raises BasisError when the fields do not fit each other.
     """
 
     mean: Tensor

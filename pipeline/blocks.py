@@ -54,9 +54,6 @@ class Blocks:
         self._users: set[object] = set()
         self._before: list[tuple[nn.Module, Any, Any]] = []  # module, its own forward or None, ours
 
-    def __len__(self) -> int:
-        return len(self._modules)
-
     @property
     def training(self) -> tuple[bool, ...]:
         """Which of them are in training mode."""

@@ -37,7 +37,7 @@ class Holders:
     def held(self) -> int:
         return sys.getrefcount(self._token) - self._idle
 
-    def claim(self, _: int = 1) -> object:
+    def claim(self) -> object:
         """The token, to be held."""
         return self._token
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from sidelane.codec.packet import Packet
 from sidelane.pipeline.budget import Claim
 from sidelane.pipeline.streams import current_stream, on, reached, side_stream
-from sidelane.pipeline.tiers import HostCopy, Memory, OnDisk
+from sidelane.pipeline.tiers import Memory, OnDisk, PacketLayout
 
 
 class DeviceCopy:
@@ -84,7 +84,7 @@ class DeviceCopy:
 class StoredCopy:
     """A packet on its way to host memory or a disk, and there when `copied` is reached."""
 
-    def __init__(self, host: HostCopy, memory: Memory, local: DeviceCopy) -> None:
+    def __init__(self, host: PacketLayout, memory: Memory, local: DeviceCopy) -> None:
         self._host = host
         self._memory = memory
         self.device = local.owner.device
@@ -102,7 +102,7 @@ class StoredCopy:
 
     def announce(self) -> None:
         """A hint that `fetch` comes soon."""
-        self._memory.fetch()
+        self._memory.announce()
 
     def give(self, data: Tensor) -> None:
         """Before memory of the device is given away: it may be freed while the copy out reads it."""

@@ -183,8 +183,11 @@ _OPERATIONS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor] | None]] = {
 }
 
 
-def same_bits(made: Tensor, tensor: Tensor) -> Tensor:
-    """Whether `made`, flat, has the elements of `tensor` in the order of memory; bool, on their device."""
+def equal_in_memory(made: Tensor, tensor: Tensor) -> Tensor:
+    """Whether `made`, flat, has the elements of `tensor` in the order of memory, bit for bit.
+
+    Returns a bool tensor on their device; the host does not wait for it.
+    """
     parts = [flatten(without_flags(part)).view(torch.uint8) for part in (made, tensor)]
     width = next(n for n in (8, 4, 2, 1) if all(part.numel() % n == 0 for part in parts))
     a, b = (part.view(_WHOLE[width]) for part in parts)

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from sidelane.pipeline.machine import LaneSpeed
-from sidelane.pipeline.marks import END, OUT, SAVE, USE, Mark, Shown, evened, seen_again
+from sidelane.pipeline.marks import END, OUT, SAVE, USE, Mark, Shown, evened, merge_gaps
 from sidelane.pipeline.rates import profiled_speed, tried_speed, wires
 from sidelane.pipeline.step_model import (
     AWAY,
@@ -32,11 +32,11 @@ from sidelane.pipeline.step_model import (
 )
 from sidelane.pipeline.step_plan import StepPlan
 
-Pair = tuple[float, float]
+Pair = tuple[float, float]  # seconds to save a tensor, and to use it
 Key = TypeVar("Key")
 
 BOUNDED = "bounded"  # name of the lane that keeps an error bound
-WORTH = 0.97  # of its bytes: a code that leaves more is none
+WORTH = 0.97  # of the bytes of a tensor: a larger code is not offered
 WIRE_SLACK = 1.04  # times as long as alone: the other direction and the program use memory too
 # Seconds of the host for a tensor on an H200 with a processor of its time (save, use); in proportion, where a
 # trip has shown what it takes to keep one.
@@ -149,15 +149,18 @@ class Lesson:
     level: bool = True
     lossless: bool = False
 
-    def seen_again(self, shown: Shown, choices: Sequence[Choice], fresh: bool = False) -> Lesson:
-        """With what another trip showed, of a plan with these choices; see the function of that name."""
+    def updated(self, shown: Shown, choices: Sequence[Choice], discard_old: bool = False) -> Lesson:
+        """With what another trip showed, of a plan with these choices: the lesser times of both, or with
+        `discard_old` the new ones alone (see `merge_gaps`)."""
         extra, host = self._ours(shown, choices)
         return replace(
             self,
-            gaps=tuple(seen_again(self.marks, self.gaps, shown.marks, shown.device.gaps, fresh)),
-            host_gaps=tuple(seen_again(self.marks, self.host_gaps, shown.marks, shown.host.gaps, fresh)),
-            extra=self.extra | (extra if fresh else _least(extra, self.extra)),
-            host=self.host | (host if fresh else _least(host, self.host)),
+            gaps=tuple(merge_gaps(self.marks, self.gaps, shown.marks, shown.device.gaps, discard_old)),
+            host_gaps=tuple(
+                merge_gaps(self.marks, self.host_gaps, shown.marks, shown.host.gaps, discard_old)
+            ),
+            extra=self.extra | (extra if discard_old else _least(extra, self.extra)),
+            host=self.host | (host if discard_old else _least(host, self.host)),
             level=shown.level,
         )
 
@@ -294,7 +297,7 @@ class Script:
             keeps[2 * b + 1] &= not again
         return cls(lesson, plan, tuple(rows), tuple(keeps))
 
-    def seen_again(self, lessons: Iterable[Lesson]) -> Script:
+    def predicted_anew(self, lessons: Iterable[Lesson]) -> Script:
         """The same choices, for the one of these lessons that they were made for, as it is known now."""
         lesson = next(lesson for lesson in lessons if lesson.lossless == self.lesson.lossless)
         return Script.of(lesson, self.plan.for_step(lesson.step()))

@@ -39,18 +39,19 @@ class Shown(NamedTuple):
     level: bool
 
 
-def seen_again(
+def merge_gaps(
     marks: Sequence[Mark],
     gaps: Sequence[float],
     others: Sequence[Mark],
     other_gaps: Sequence[float],
-    fresh: bool = False,
+    discard_old: bool = False,
 ) -> list[float]:
     """Seconds before each of `marks` after another trip, which may have more marks and less.
 
     What only one of the trips did between two marks says nothing of the other, so neighbours are compared
-    alone. The shorter time is taken: a host that is late lengthens a gap, nothing shortens one. If `fresh`,
-    the other trip counts alone, and gaps that it does not have change as its others did on average.
+    alone. The shorter time is taken: a host that is late lengthens a gap, nothing shortens one. With
+    `discard_old` the other trip counts alone, and gaps that it does not have change as its others did on
+    average.
     """
     places: dict[tuple[Mark, int], int] = {}
     count: Counter[Mark] = Counter()
@@ -68,7 +69,7 @@ def seen_again(
             if place == last + 1:
                 found[place] = since
             last, since = place, 0.0
-    if not fresh:
+    if not discard_old:
         return [min(gap, found.get(i, gap)) for i, gap in enumerate(gaps)]
     before = sum(gaps[i] for i in found)
     factor = sum(found.values()) / before if before > 0 else 1.0

@@ -1,5 +1,7 @@
 """Saved tensors that a plan keeps on their GPU, or sends off it and fetches back in time.
 
+`step_model.Simulator` mirrors what `Moves` does, decision by decision; without a plan `Wire` decides.
+
 For the memory of packets see Note: [Device memory and streams] in `copies`. A tensor that is sent away as it
 is may be of another stream's memory than the one that computes: `record_stream` then keeps the allocator from
 handing it out before that stream has waited for the copy.
@@ -26,7 +28,7 @@ from sidelane.pipeline.copies import DeviceCopy, StoredCopy
 from sidelane.pipeline.stash import Kept
 from sidelane.pipeline.step_model import allowed_ahead
 from sidelane.pipeline.streams import current_stream
-from sidelane.pipeline.tiers import HostCopy, Memory
+from sidelane.pipeline.tiers import Memory, PacketLayout
 from sidelane.pipeline.waits import Waits
 
 
@@ -56,7 +58,7 @@ class Parcel:
         moves: Moves,
         number: int,
         packet: Packet,
-        host: HostCopy,
+        host: PacketLayout,
         memory: Memory,
         stream: torch.cuda.Stream,
         source: Tensor | None,
@@ -268,7 +270,7 @@ class Moves:
     def send(self, packet: Packet, source: Tensor | None = None) -> Parcel | None:
         """A parcel of a packet that the current stream has written; None where there is no room for it off
         the device."""
-        host = HostCopy(packet)
+        host = PacketLayout(packet)
         memory = self._take(host.nbytes)
         if memory is None:
             return None
@@ -293,7 +295,7 @@ class Moves:
     def send_bundle(self, bundle: Bundle, claim: Claim) -> Parcel | DeviceCopy:
         """A home for what is in a bundle, which has `claim`: a parcel where there is room for it."""
         packet = bundle.settle()
-        host = HostCopy(packet)
+        host = PacketLayout(packet)
         self._budget.shrink(claim, host.nbytes)
         memory = self._take(host.nbytes)
         if memory is None:
@@ -303,7 +305,7 @@ class Moves:
     def _part_with(
         self,
         packet: Packet,
-        host: HostCopy,
+        host: PacketLayout,
         memory: Memory,
         stream: torch.cuda.Stream,
         source: Tensor | None,

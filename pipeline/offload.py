@@ -58,8 +58,9 @@ class offload(HookContext):
             device, and `blocks` are recomputed, so that the step is short within the budgets. Gradients stay
             exact unless `max_rel_error` or options of the packed lane (`bits`) permit lossy codes. As without
             offload, a tensor must not be changed in place after it was saved.
-            Some are made again from others (see `derive`): what autograd is not told of (under no_grad,
-            through `.data`) must not be done to these in some steps only; `checker` finds it.
+            Some tensors are made again from other saved ones (see `derive`). A program that changes those
+            behind autograd's back (under no_grad, through `.data`) has to do so in every step or in none;
+            `checker` finds violations.
             Lossy lanes apply to activations alone (see `policy.may_lose_bits`); everything else takes the
             exact lane. Without a bound, tensors of four dimensions take 8 bits at least (see
             `policy.for_heads`).
@@ -85,7 +86,8 @@ class offload(HookContext):
             change none of these, whose tensor arguments stay as they are until backward. Those that autograd,
             buffers or arguments show to do otherwise are not recomputed, nor are any where several processes
             train together. Default: none; `wrap` finds them in a model.
-        basis, lane_options: of the lane that is named.
+        basis: principal components for a lane that takes them, a `Basis`.
+        lane_options: others of the lane that is named, such as `bits` of "packed" (2, 4 or 8) and `group`.
 
     Raises LaneError for a bad argument. Inside, packing raises BudgetError when the budgets are full and the
     policy knows no way around; unpacking raises OffloadError when a tensor cannot be given back as it was
@@ -201,7 +203,7 @@ class offload(HookContext):
 
     def _pack(self, tensor: Tensor) -> Ticket | Kept | Tracked:
         kind = plain_kind(tensor)
-        reason = NOT_PLAIN if kind is None else why_kept(tensor, self._min_bytes, kind)
+        reason = why_kept(tensor, self._min_bytes, kind)
         if kind is None or reason is not None:
             nbytes = 0 if kind is None else kind.nbytes
             self._store.tally.kept(reason or NOT_PLAIN, nbytes)
@@ -229,7 +231,7 @@ class offload(HookContext):
         """Do with `tensor` what the plan says."""
         nbytes = weight(tensor, kind, key)
         trip, number, choice = auto.save(tensor, nbytes)
-        before = trip.before()
+        before = trip.before()  # ahead of all that is done for this tensor
         if stash is not None and self._misleads(stash, trip, number):
             stash = None
         if stash is not None and not self._in_order(stash, tensor, trip):
@@ -285,7 +287,7 @@ class offload(HookContext):
         derived = isinstance(stash.home, Remade)
         if not (derived or trip.learning) or recipe_of(tensor) is not None:
             return True
-        trip.store(stash)
+        trip.forbid_deriving(stash)
         return not derived
 
     def _recipe(self, tensor: Tensor, trip: Trip) -> Recipe | None:

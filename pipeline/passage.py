@@ -18,7 +18,7 @@ from sidelane.pipeline.budget import Claim
 from sidelane.pipeline.extent import distinct_bytes
 from sidelane.pipeline.lesson import Pack
 from sidelane.pipeline.moves import Moves
-from sidelane.pipeline.policy import why_kept
+from sidelane.pipeline.policy import plain_kind, why_kept
 from sidelane.pipeline.recorder import Trip
 from sidelane.pipeline.stash import Kept, data_key
 
@@ -98,7 +98,7 @@ class Passage:
             if pack.nbytes == nbytes and pack.dtype is dtype:
                 return pack
             self._known = []
-        if why_kept(tensor, self._min_bytes) is not None:
+        if why_kept(tensor, self._min_bytes, plain_kind(tensor)) is not None:
             return Pack(nbytes, dtype, True, None)
         call = self._trip.expected()
         if call is None or call.dtype != dtype:

@@ -111,9 +111,8 @@ def plain_kind(tensor: Tensor) -> Kind | None:
     return kind
 
 
-def why_kept(tensor: Tensor, min_bytes: int, kind: Kind | None = None) -> str | None:
-    """The reason to leave a saved tensor alone, or None. `kind`: what `plain_kind` says of it, if known."""
-    kind = kind or plain_kind(tensor)
+def why_kept(tensor: Tensor, min_bytes: int, kind: Kind | None) -> str | None:
+    """The reason to leave a saved tensor alone, or None. `kind`: what `plain_kind` says of it."""
     if kind is None:
         return NOT_PLAIN
     if kind.kept == OTHER_DEVICE:
@@ -175,15 +174,15 @@ def is_weight(tensor: Tensor) -> bool:
     return leaf and isinstance(getattr(node, "variable", None), Parameter)
 
 
-def may_lose_bits(tensor: Tensor, kind: Kind | None = None) -> bool:
+def may_lose_bits(tensor: Tensor, kind: Kind | None) -> bool:
     """True for activations: floats of two dimensions or more that gradients flow through.
 
     What requires no grad is data that other values are derived from (logsumexp, random states, masks,
     tables), a last dimension of 1 marks the statistics of a norm, and errors in the logarithm of a softmax
     are in an exponent: all three stay exact. So does what a compiled region saves inside: autograd does not
-    tell the first two apart there. `kind`: what `plain_kind` says of it, if known.
+    tell the first two apart there. `kind`: what `plain_kind` says of it.
     """
-    if not tensor.requires_grad or (kind := kind or plain_kind(tensor)) is None:
+    if not tensor.requires_grad or kind is None:
         return False
     return kind.activation and "Softmax" not in _name(tensor.grad_fn)
 

@@ -47,7 +47,7 @@ from sidelane.pipeline.sampling import (
     watched,
 )
 from sidelane.pipeline.streams import side_stream
-from sidelane.pipeline.tiers import HostCopy
+from sidelane.pipeline.tiers import PacketLayout
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = (8 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
@@ -295,7 +295,7 @@ class _Subject:
 
     def __init__(self, lane: Lane, data: Tensor) -> None:
         self._lane, self._data = lane, data
-        self._arrived: dict[int, tuple[HostCopy, Tensor]] = {}
+        self._arrived: dict[int, tuple[PacketLayout, Tensor]] = {}
 
     def encode(self, size: int) -> Callable[[], object]:
         """The first rows, `size` bytes of them."""
@@ -305,7 +305,7 @@ class _Subject:
         """Of a packet that has just arrived."""
         if size not in self._arrived:
             packet = self._lane.encode(self._data[: size // (CHANNELS * self._data.itemsize)])
-            layout = HostCopy(packet)
+            layout = PacketLayout(packet)
             memory = torch.empty(layout.nbytes, dtype=torch.uint8, device=packet.device)
             layout.write(packet, memory)
             _synchronize(self._data.device)

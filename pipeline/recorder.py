@@ -174,7 +174,7 @@ class Trip:
         self._rows[-1].append(Call(number, entry.weight, entry.dtype))
         return number
 
-    def store(self, stash: Stash) -> None:
+    def forbid_deriving(self, stash: Stash) -> None:
         """Do not derive a tensor: something uses it that is not behind it in its graph."""
         number = self._numbers.get(stash)
         if number is not None:
@@ -300,11 +300,11 @@ class Trip:
             lossless=lossless,
         )
 
-    def derived(self, number: int, differs: Tensor) -> None:
+    def note_derived(self, number: int, differs: Tensor) -> None:
         """A tensor was made again from its sources; `differs` (bool) tells whether it came out otherwise."""
         self._derived[number] = differs
 
-    def widened(self, number: int, differs: Tensor) -> None:
+    def note_widened(self, number: int, differs: Tensor) -> None:
         """A tensor that the graph says has empty lower halves was unpacked; `differs` (bool) tells whether it
         has not."""
         self._widened[number] = differs

@@ -20,7 +20,7 @@ from sidelane.pipeline.decision import RAW
 from sidelane.pipeline.lanes import decode_packet, open_lane, plain, undisturbed
 from sidelane.pipeline.sampling import stream_seconds
 from sidelane.pipeline.streams import current_stream, on, side_stream
-from sidelane.pipeline.tiers import HostCopy
+from sidelane.pipeline.tiers import PacketLayout
 
 LANES = (RAW, "exact", "packed:8", "packed:4", "packed:2", "video")
 EXACT = (RAW, "exact")
@@ -159,7 +159,7 @@ def _seconds(lane: Lane, some: Tensor) -> tuple[float, float]:
     stream.wait_event(current_stream(some.device).record_event())
     with on(stream):
         packet = lane.encode(some)
-        layout = HostCopy(packet)
+        layout = PacketLayout(packet)
         memory = torch.empty(layout.nbytes, dtype=torch.uint8, device=some.device)
         layout.write(packet, memory)
     stream.synchronize()

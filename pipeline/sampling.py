@@ -15,7 +15,7 @@ import torch
 
 from sidelane.errors import ProfileError, SidelaneError
 from sidelane.pipeline.machine import Curve
-from sidelane.pipeline.streams import side_stream
+from sidelane.pipeline.streams import side_stream, timed_event
 
 REPEATS = 21  # of each size, after one that is not counted
 LEAST = 3  # of them, for all sizes before any is repeated more often
@@ -85,9 +85,9 @@ def host_seconds(work: Callable[[], object]) -> float:
 def stream_seconds(stream: torch.cuda.Stream, work: Callable[[], object]) -> float:
     """Seconds until `stream`, which is idle, has done what `work` enqueues on it, by CUDA events."""
     with torch.cuda.stream(stream):
-        begin = stream.record_event(_timed_event())
+        begin = stream.record_event(timed_event())
         work()
-        end = stream.record_event(_timed_event())
+        end = stream.record_event(timed_event())
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3
 
@@ -157,7 +157,3 @@ def _spin(seconds: float) -> None:
     end = perf_counter() + seconds
     while perf_counter() < end:
         pass
-
-
-def _timed_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -1,4 +1,5 @@
-"""Bookkeeping of an offload context: byte budgets, stashes, and the tickets that own them. Needs no GPU.
+"""Bookkeeping of an offload context: stashes, the index that finds them, and the tickets that own them. Needs
+no GPU.
 
 Note: [Ownership]
 Autograd holds tickets, a ticket holds its stash, a stash holds memory and the claims on it. Nothing else

@@ -1,7 +1,7 @@
 """The automatic lane of an offload context: learns the step, plans it, and says what to do with each tensor.
 
 Note: [Cycle of a plan]
-The first trip of a kind takes the exact lane and learns. Its plan is made when the second begins; where loss
+The first trip of a step takes the exact lane and learns. Its plan is made when the second begins; where loss
 is permitted and keeps tensors from being derived, with loss and without, and the better one is taken, now and
 whenever another plan is asked for. The first trips of a plan are timed, since a trip that learns computes
 with pauses, and show the step again. The next ones run as any other: what they take is what the plan is
@@ -9,9 +9,9 @@ worth, since marks cost a plan the more the more it keeps. Then another plan tak
 be faster by `GAIN`, a few times at most. In the end the one stays that was fastest, whatever was predicted.
 From then on nothing is timed or planned, until steps take another time than they did, and each time that
 happens it has to last longer.
-A trip that is not the step of its script goes on as one that learns would, and the next of its kind learns
-again. Kinds are told apart by the first tensor they save and by which blocks are in training mode, so that
-batches of other shapes, and evaluation, have plans of their own.
+A trip that is not the step of its script goes on as one that learns would, and the next that begins like it
+learns again. Steps are told apart by the first tensor they save and by which blocks are in training mode, so
+that batches of other shapes, and evaluation, have plans of their own. `_StepState` has the phases.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
+from enum import Enum
 from math import inf
 from statistics import median
 from typing import Any
@@ -31,14 +32,14 @@ from torch.utils._pytree import tree_leaves
 from sidelane.errors import OffloadError
 from sidelane.pipeline.blocks import Blocks, fingerprint, is_plain, modes, run_again_later
 from sidelane.pipeline.budget import Budget
-from sidelane.pipeline.derive import Recipe, has_lower_halves, is_distributed, is_widened, same_bits
+from sidelane.pipeline.derive import Recipe, equal_in_memory, has_lower_halves, is_distributed, is_widened
 from sidelane.pipeline.entries import Visit
 from sidelane.pipeline.extent import distinct_bytes
 from sidelane.pipeline.lanes import undisturbed
 from sidelane.pipeline.lesson import Entry, Lesson, Script
 from sidelane.pipeline.moves import Moves
 from sidelane.pipeline.passage import Passage, Passed
-from sidelane.pipeline.policy import is_capturing, may_lose_bits, why_kept
+from sidelane.pipeline.policy import is_capturing, may_lose_bits, plain_kind, why_kept
 from sidelane.pipeline.recorder import Trip
 from sidelane.pipeline.stash import Kept, Stash, Ticket, data_key
 from sidelane.pipeline.step_model import Choice, Step
@@ -47,12 +48,12 @@ from sidelane.pipeline.tiers import Memory
 
 GAIN = 0.03  # share of the step that another plan must save
 TIMED = 2  # trips of each plan, and as many after these that are not
-ROUNDS = 2  # plans that may take over from the first
+REPLANS = 2  # plans that may take over from the first
 RECENT = 9  # trips whose median time is that of the step
 DRIFT = 0.15  # share of the step by which that may change
-PATIENCE = 3  # trips in a row that end early before the step is learned again
+EARLY_ENDS = 3  # trips in a row that end early before the step is learned again
 SPARE = 1 / 128  # of budgets that plans leave alone, for what rounding and headers add
-KINDS = 16  # of trips that are remembered
+MAX_STEPS = 16  # that are remembered
 
 
 class Tracked:
@@ -68,61 +69,72 @@ class Tracked:
         self.recipe = recipe
 
 
-class _Kind:
-    """What is known of trips that begin alike."""
+class Phase(Enum):
+    """Where a step is on its way to a plan that stays; see `_StepState`."""
+
+    LEARN = "learn"
+    TIME = "time"
+    CHECK = "check"
+    SETTLED = "settled"
+
+
+class _StepState:
+    """What is known of a step, that is, of trips that begin alike.
+
+    LEARN: there is no plan. The first trip that teaches one leads to TIME.
+    TIME: trips of the plan are timed with events. `TIMED` of them that have shown something lead to CHECK.
+    CHECK: plain trips tell what the plan takes. `TIMED` of them lead to TIME if another plan takes over, else
+    to SETTLED with the fastest that was tried.
+    SETTLED: nothing is timed or planned. Steps that take another time than they did lead to TIME again.
+    Trips that are not as the script says lead from anywhere to LEARN.
+
+    Attributes:
+        phase: these four. left: trips that TIME or CHECK still needs; without meaning in the others.
+        script: that trips follow; None in LEARN alone.
+        pending: trips that have not been looked at.
+        lessons: with loss if permitted, and without; with what timed trips showed.
+        discard_old_timings: what the next timed trip shows counts alone.
+        recent: seconds of the last plain trips.
+        tried: plans, with the seconds of their fastest trip. replans_left: plans that may still take over.
+        early_ends: trips in a row that were not as the script says.
+        baseline: seconds of the settled step; None before enough trips.
+        backoff: trips, more each time, before a settled step may be timed again. backoff_left: of these.
+    """
 
     def __init__(self) -> None:
         self.pending: deque[Trip] = deque(maxlen=4)
-        self.script: Script | None = None
-        self.lessons: list[Lesson] = []  # with loss if permitted, and without; with what timed trips showed
-        self.timed = 0  # trips of this plan to time; 0 when it has settled
-        self.seen = 0  # those that have shown something
-        self.alone = 0  # trips since then
-        self.rounds = 0  # plans that may take over
-        self.tried: list[tuple[float, Script]] = []  # with the seconds of the fastest trip
-        self.fresh = False  # the next timed trip counts alone
-        self.short = 0  # trips in a row that ended early
-        self.recent: deque[float] = deque(maxlen=RECENT)  # seconds of trips that are not timed
-        self.settled: float | None = None  # seconds of the step since it was timed last
-        self.pause = RECENT  # trips, longer each time, before the step may be timed again
-        self.patience = self.pause  # those that are left
+        self.lessons: list[Lesson] = []
+        self.discard_old_timings = False
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.tried: list[tuple[float, Script]] = []
+        self.replans_left = 0
+        self.backoff = self.backoff_left = RECENT
+        self.enter(Phase.LEARN, None)
+
+    def enter(self, phase: Phase, script: Script | None) -> None:
+        """Begin a phase, in which trips follow this script."""
+        self.phase, self.script = phase, script
+        self.left, self.early_ends = TIMED, 0
+        self.baseline: float | None = None
 
     @property
     def measured(self) -> float | None:
         return median(self.recent) if self.recent else None
 
-    @property
-    def underway(self) -> int:
-        """Timed trips of this plan that may still show something."""
-        return sum(trip.timed and trip.script is self.script for trip in self.pending)
-
-    def plan_anew(self, rounds: int) -> None:
+    def allow_replans(self, replans: int) -> None:
         """Let up to so many plans take over from the next one that is tried. Comes before that, so that an
         interrupt leaves none of an older lesson."""
         self.tried.clear()
-        self.rounds = rounds
-
-    def begin(self, script: Script, timed: int, lessons: list[Lesson]) -> None:
-        """Follow a plan of one of these lessons; `timed`: trips to time, 0 for a plan with choices that were
-        followed before."""
-        if timed:
-            self.recent.clear()
-        self.script, self.lessons = script, lessons
-        self.time(timed)
-
-    def time(self, trips: int) -> None:
-        """Time so many trips from here on."""
-        self.timed, self.seen, self.alone, self.settled = trips, 0, 0, None
+        self.replans_left = replans
 
     def drifts(self) -> bool:
-        """Steps take another time than they did. Asked once in each trip."""
-        self.patience -= 1
-        if self.settled is None and len(self.recent) == RECENT:
-            self.settled = self.measured
-        settled, measured = self.settled, self.measured
-        if self.patience > 0 or settled is None or measured is None:
+        """Steps take another time than they did. Asked once after each plain trip of a settled step."""
+        self.backoff_left -= 1
+        measured = median(self.recent)
+        if self.baseline is None:
+            self.baseline = measured if len(self.recent) == RECENT else None
             return False
-        return abs(measured - settled) > DRIFT * settled
+        return self.backoff_left <= 0 and abs(measured - self.baseline) > DRIFT * self.baseline
 
 
 class Auto:
@@ -164,9 +176,9 @@ class Auto:
         self._alive = alive
         self._local = threading.local()
         self._lock = threading.RLock()
-        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+        self._states: OrderedDict[Hashable, _StepState] = OrderedDict()
         self._uses = 0
-        self._latest: _Kind | None = None
+        self._latest: _StepState | None = None
 
     @property
     def plan(self) -> Script | None:
@@ -229,12 +241,12 @@ class Auto:
         recipe, tracked.recipe = tracked.recipe, None
         trip, number = tracked.trip, tracked.number
         if trip.is_widened(number) and distinct_bytes(tensor) == trip.entry(number).weight:
-            trip.widened(number, has_lower_halves(tensor))
+            trip.note_widened(number, has_lower_halves(tensor))
         if recipe is None:
             return
         try:
             made = recipe.run([open_source(source) for source in recipe.sources])
-            trip.derived(number, ~same_bits(made, tensor) | ~made.any())  # zeros tell nothing
+            trip.note_derived(number, ~equal_in_memory(made, tensor) | ~made.any())  # zeros tell nothing
         except (OffloadError, RuntimeError):
             pass  # it is stored, as what cannot be derived
 
@@ -254,57 +266,68 @@ class Auto:
 
     def _entry(self, tensor: Tensor, nbytes: int) -> Entry:
         lossy = None
-        if self._lossy is not None and may_lose_bits(tensor):
+        if self._lossy is not None and may_lose_bits(tensor, plain_kind(tensor)):
             lossy = self._lossy[0 if tensor.ndim == 4 else 1]
         return Entry(nbytes, tensor.dtype, -1, lossy=lossy)
 
-    def _trip(self, device: torch.device, kind: Hashable) -> Trip:
-        """That of this thread; another one if a backward pass ran since its last save."""
+    def _trip(self, device: torch.device, first: Hashable) -> Trip:
+        """That of this thread; another one, which begins with `first`, if a backward pass ran since its last
+        save."""
         local = self._local
         trip: Trip | None = getattr(local, "trip", None)
         if trip is None or local.uses != self._uses or trip.played:
-            trip = local.trip = self._depart(device, (device, kind, self._blocks.training))
+            trip = local.trip = self._depart(device, (device, first, self._blocks.training))
             local.uses = self._uses
         trip.last = self.moves.count + 2  # this one, and a bundle that is open
         return trip
 
     def _depart(self, device: torch.device, key: Hashable) -> Trip:
         with self._lock:
-            kind = self._kinds.pop(key, None) or _Kind()
-            self._kinds[key] = self._latest = kind
-            if len(self._kinds) > KINDS:
-                self._kinds.popitem(last=False)
+            state = self._states.pop(key, None) or _StepState()
+            self._states[key] = self._latest = state
+            if len(self._states) > MAX_STEPS:
+                self._states.popitem(last=False)
             with undisturbed(device):
-                self._learn_from(kind)
-            timed = kind.timed > kind.seen + kind.underway
+                self._look_at_ended(state)
+            underway = sum(trip.timed for trip in state.pending)
+            timed = state.phase is Phase.TIME and state.left > underway
             before: Trip | None = getattr(self._local, "latest", None)
             level = before is None or before.ended()
-            trip = self._local.latest = Trip(device, kind.script, timed, self.moves.count, level)
-            kind.pending.append(trip)
+            trip = self._local.latest = Trip(device, state.script, timed, self.moves.count, level)
+            state.pending.append(trip)
             return trip
 
-    def _learn_from(self, kind: _Kind) -> None:
-        """Read the trips that have ended; make a plan, or a better one."""
-        while kind.pending:
-            trip = kind.pending[0]
-            if trip.script is not kind.script or (trip.end is None and not trip.lost):
+    def _look_at_ended(self, state: _StepState) -> None:
+        """Go through the phases with the trips that have ended."""
+        while state.pending:
+            trip, script = state.pending[0], state.script
+            if trip.script is not script or (trip.end is None and not trip.lost):
                 pass  # of an older plan, or without a backward pass
-            elif trip.learning:
-                lessons = []
-                if trip.complete and trip.end is not None:
-                    trip.end.synchronize()  # the one wait: there is no plan without
-                    lessons = [*self._lessons(trip)]
-                if lessons:
-                    script = self._best(lessons)
-                    kind.plan_anew(ROUNDS)
-                    kind.begin(script, TIMED, lessons)
+            elif script is None:
+                self._learn_from(state, trip)
             elif not trip.complete:
-                self._note_short(kind, trip)
+                state.early_ends += 1
+                something_else = trip.lost and not trip.failed
+                if something_else or state.early_ends >= EARLY_ENDS:
+                    state.enter(Phase.LEARN, None)
             elif trip.ended():
-                self._compare(kind, trip, kind.script)
+                self._advance(state, trip, script)
             else:
                 return
-            kind.pending.popleft()
+            state.pending.popleft()
+
+    def _learn_from(self, state: _StepState, trip: Trip) -> None:
+        """Make the first plan, unless the trip taught nothing."""
+        if not trip.complete or trip.end is None:
+            return
+        trip.end.synchronize()  # the one wait: there is no plan without
+        lessons = [*self._lessons(trip)]
+        if lessons:
+            script = self._best(lessons)
+            state.allow_replans(REPLANS)
+            state.recent.clear()
+            state.lessons = lessons
+            state.enter(Phase.TIME, script)
 
     def _lessons(self, trip: Trip) -> Iterator[Lesson]:
         """What a trip has learned, and that without loss, where more can be derived then."""
@@ -321,54 +344,51 @@ class Auto:
         scripts = [Script.of(lesson, self._plan_for(lesson.step())) for lesson in lessons]
         return min(scripts, key=lambda script: script.plan.cost)
 
-    def _note_short(self, kind: _Kind, trip: Trip) -> None:
-        """A trip was not as its script says: forget that, at once if something else came."""
-        kind.short += 1
-        if (trip.lost and not trip.failed) or kind.short >= PATIENCE:
-            kind.script, kind.short = None, 0
-
-    def _compare(self, kind: _Kind, trip: Trip, script: Script | None) -> None:
-        if script is None:
-            return
-        kind.short = 0
+    def _advance(self, state: _StepState, trip: Trip, script: Script) -> None:
+        """Note what a trip of the plan has shown or taken, and begin the next phase after enough of them."""
+        state.early_ends = 0
         shown = trip.shown()
         if shown is not None:
-            choices = script.plan.choices
-            kind.lessons = [lesson.seen_again(shown, choices, kind.fresh) for lesson in kind.lessons]
-            kind.fresh = False
-            kind.seen += 1
+            choices, discard_old = script.plan.choices, state.discard_old_timings
+            state.lessons = [lesson.updated(shown, choices, discard_old) for lesson in state.lessons]
+            state.discard_old_timings = False
+            if state.phase is Phase.TIME:
+                state.left -= 1
+                if state.left <= 0:
+                    state.enter(Phase.CHECK, script)
             return
-        kind.recent.append(trip.seconds())
-        if kind.timed and kind.seen >= TIMED:
-            kind.alone += 1
-            if kind.alone >= TIMED:
-                self._plan_again(kind, script)
-        elif not kind.timed and kind.drifts():
-            kind.plan_anew(1)
-            kind.fresh = True
-            kind.time(TIMED)
-            kind.pause *= 4
-            kind.patience = kind.pause
+        state.recent.append(trip.seconds())
+        if state.phase is Phase.CHECK:
+            state.left -= 1
+            if state.left <= 0:
+                self._replan(state, script)
+        elif state.phase is Phase.SETTLED and state.drifts():
+            state.allow_replans(1)
+            state.discard_old_timings = True
+            state.enter(Phase.TIME, script)
+            state.backoff *= 4
+            state.backoff_left = state.backoff
 
-    def _plan_again(self, kind: _Kind, script: Script) -> None:
-        """After what trips of a plan have shown and taken."""
-        lessons, seconds = kind.lessons, min([*kind.recent][-TIMED:])
-        script = script.seen_again(lessons)
-        kind.tried.append((seconds, script))
+    def _replan(self, state: _StepState, script: Script) -> None:
+        """Time another plan or settle with the fastest, by what trips of this one have shown and taken."""
+        lessons, seconds = state.lessons, min([*state.recent][-TIMED:])
+        script = script.predicted_anew(lessons)
+        state.tried.append((seconds, script))
         old, others = script.plan, script.plan.others
-        if kind.rounds:
-            kind.rounds -= 1
+        if state.replans_left:
+            state.replans_left -= 1
             other = self._best(lessons)
             new = other.plan
             if new.forecast.seconds < (1 - GAIN) * old.forecast.seconds or (new.fits and not old.fits):
-                kind.begin(other, TIMED, lessons)
+                state.recent.clear()
+                state.enter(Phase.TIME, other)
                 return
             others = new.others
-        fastest, best = min(kind.tried, key=lambda tried: (not tried[1].plan.fits, tried[0]))
+        fastest, best = min(state.tried, key=lambda tried: (not tried[1].plan.fits, tried[0]))
         if fastest < (1 - GAIN) * seconds or (best.plan.fits and not old.fits):
-            script = best.seen_again(lessons)
-            kind.recent.clear()
-        kind.begin(replace(script, plan=replace(script.plan, others=others)), 0, lessons)
+            script = best.predicted_anew(lessons)
+            state.recent.clear()
+        state.enter(Phase.SETTLED, replace(script, plan=replace(script.plan, others=others)))
 
     def _plan_for(self, step: Step) -> StepPlan:
         limits = (self._budget.limit, self._host.limit)
@@ -429,6 +449,6 @@ class Auto:
         """Those that a block saves when it is recomputed, as far as a context packs them."""
         out = []
         for tensor in tensors:
-            if why_kept(tensor, self._min_bytes) is None:
+            if why_kept(tensor, self._min_bytes, plain_kind(tensor)) is None:
                 out.append((data_key(tensor), self._entry(tensor, self._weigh(tensor))))
         return out

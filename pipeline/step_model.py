@@ -58,7 +58,7 @@ class Saved:
         block: in which it is saved, -1 for none.
         boundary: an input of the block, saved only if that is recomputed; others of a block only if not.
         host: when the host comes to save and to use it, in seconds of the program alone since the step began.
-        count: tensors that are taken for this one.
+        count: how many tensors this one stands for.
     """
 
     nbytes: int
@@ -70,6 +70,10 @@ class Saved:
     boundary: bool = False
     host: tuple[float, float] = NO_HOST
     count: int = 1
+
+    def is_saved(self, again: bool) -> bool:
+        """Whether it is, where `again` says if its block runs again."""
+        return self.block < 0 or again == self.boundary
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,9 @@ class Forecast:
 
 
 class Option(NamedTuple):
+    """A choice for one tensor, and what it costs there: bytes of its code, seconds of the compute stream to
+    encode and decode it, seconds of the wires, and of the host to save and to use it."""
+
     choice: Choice
     nbytes: int
     encode: float
@@ -156,6 +163,11 @@ class Option(NamedTuple):
     out: float
     back: float
     host: tuple[float, float]
+
+    @property
+    def resident(self) -> int:
+        """Bytes that stay on the device."""
+        return 0 if self.choice.place == AWAY else self.nbytes
 
 
 class Simulator:
@@ -175,7 +187,7 @@ class Simulator:
             events += [(saved.saved, _SAVE, i), (saved.used, _USE, i), (saved.freed, free, i)]
         events += [(block.used, _AGAIN, b) for b, block in enumerate(step.blocks)]
         self._events = sorted(events)
-        self._owners = [(saved.block, saved.boundary) for saved in step.saved]
+        self._saved_when = [(s.block, (s.is_saved(False), s.is_saved(True))) for s in step.saved]
         self._host_times = [saved.host for saved in step.saved]
         self._block_bytes = [0] * len(step.blocks)
         for saved in step.saved:
@@ -186,103 +198,104 @@ class Simulator:
         """`picks`: of each saved tensor, which of its options."""
         step, limit, count = self.step, self.limit, len(self.step.saved)
         chosen = [mine[pick] for mine, pick in zip(self.options, picks, strict=True)]
-        left = 1.0
-        late = out = back = coding = again = waited_out = waited_back = waited_host = host_late = 0.0
+        again_by_block = (*recompute, False)  # [-1] for no block
+        is_saved = [when[again_by_block[block]] for block, when in self._saved_when]
         follow_host, host_times = step.host is not None, self._host_times
+        gradients, unused = step.gradients, 1.0  # bytes in the end; share of saved tensors not used yet
+        largest = max((n for n, flag in zip(self._block_bytes, recompute, strict=True) if flag), default=0)
+        delay = host_delay = 0.0  # of both clocks behind the program alone
+        out_free = in_free = 0.0  # when the copy engines are
+        coding = again = waited_out = waited_back = waited_host = 0.0
         held = peak = working = sent = 0
-        copied, arrived = [0.0] * count, [-1.0] * count
-        leaving: deque[int] = deque()
-        away: list[int] = []
-        gone = [False] * count
-        gradients = step.gradients
-        once = max((n for n, flag in zip(self._block_bytes, recompute, strict=True) if flag), default=0)
-        active = [block < 0 or recompute[block] == boundary for block, boundary in self._owners]
+        copied, arrived = [0.0] * count, [-1.0] * count  # when the copies of each are done
+        leaving: deque[int] = deque()  # on the device, copied out or about to be
+        evicted = [False] * count
+        fetchable: list[int] = []  # evicted, newest last
         for time, kind, i in self._events:
             if kind == _AGAIN:
                 if recompute[i]:
-                    late += step.blocks[i].seconds
+                    delay += step.blocks[i].seconds
                     again += step.blocks[i].seconds
-                    host_late += step.blocks[i].host
-                    grown = gradients * (1 - left) + self._block_bytes[i]
+                    host_delay += step.blocks[i].host
+                    grown = gradients * (1 - unused) + self._block_bytes[i]
                     working = max(working, held + int(grown))
                 continue
-            if not active[i]:
+            if not is_saved[i]:
                 continue
-            choice, nbytes, encode, decode, out_s, back_s, host_costs = chosen[i]
-            if follow_host and _FREE < kind <= _USE:
-                waits = host_times[i][kind == _USE] + host_late - time - late
+            choice, nbytes, encode, decode, out, back, host_costs = chosen[i]
+            if follow_host and kind in (_SAVE, _USE):
+                # The device idles until the host has come here.
+                waits = host_times[i][kind == _USE] + host_delay - time - delay
                 if waits > 0:
-                    late += waits
+                    delay += waits
                     waited_host += waits
-                host_late += host_costs[kind == _USE]
+                host_delay += host_costs[kind == _USE]
             if kind == _SAVE:
-                if encode:
-                    late += encode
-                    coding += encode
-                if held + nbytes > limit:
-                    while leaving and held + nbytes > limit:
-                        j = leaving.popleft()
-                        if copied[j] > time + late:
-                            waited_out += copied[j] - time - late
-                            late = copied[j] - time
-                        held -= chosen[j].nbytes
-                        gone[j] = True
-                        away.append(j)
+                delay += encode
+                coding += encode
+                while leaving and held + nbytes > limit:
+                    # Make room: the oldest goes once it is copied out.
+                    j = leaving.popleft()
+                    if copied[j] > time + delay:
+                        waited_out += copied[j] - time - delay
+                        delay = copied[j] - time
+                    held -= chosen[j].nbytes
+                    evicted[j] = True
+                    fetchable.append(j)
                 if choice.place == AWAY:
-                    out = max(out, time + late) + out_s
-                    copied[i] = out
+                    copied[i] = out_free = max(out_free, time + delay) + out
                     sent += nbytes
                     if held + nbytes > limit:
-                        waited_out += out - time - late
-                        late = out - time
-                        gone[i] = True
-                        away.append(i)
+                        waited_out += out_free - time - delay
+                        delay = out_free - time
+                        evicted[i] = True
+                        fetchable.append(i)
                         continue
                     leaving.append(i)
                 held += nbytes
                 if held > peak:
                     peak = held
             elif kind == _USE:
-                if gone[i]:
-                    now = time + late
+                if evicted[i]:
+                    now = time + delay
                     if arrived[i] < 0:
-                        away.remove(i)
-                        back = arrived[i] = max(now, back, copied[i]) + back_s
+                        # Not fetched ahead.
+                        fetchable.remove(i)
+                        in_free = arrived[i] = max(now, in_free, copied[i]) + back
                         held += nbytes
                     if arrived[i] > now:
                         waited_back += arrived[i] - now
-                        late += arrived[i] - now
-                if decode:
-                    late += decode
-                    coding += decode
-                left = (i + 1) / count
-                grown = held + gradients * (1 - left)
+                        delay += arrived[i] - now
+                delay += decode
+                coding += decode
+                unused = (i + 1) / count
+                grown = held + gradients * (1 - unused)
                 if grown > working:
                     working = int(grown)
-                if away:
-                    now, allowed = time + late, allowed_ahead(limit, gradients, once, left)
-                    while away:
-                        j = away[-1]
+                if fetchable:
+                    # Fetch ahead, newest first, as far as there is room.
+                    now, allowed = time + delay, allowed_ahead(limit, gradients, largest, unused)
+                    while fetchable:
+                        j = fetchable[-1]
                         option = chosen[j]
                         if held + option.nbytes > allowed:
                             break
-                        away.pop()
+                        fetchable.pop()
                         held += option.nbytes
-                        back = arrived[j] = max(now, back, copied[j]) + option.back
+                        in_free = arrived[j] = max(now, in_free, copied[j]) + option.back
             else:
                 held -= nbytes
-        seconds = step.seconds + late
         return Forecast(
-            seconds,
-            peak,
-            max(peak, working),
-            once,
-            sent,
-            coding,
-            again,
-            waited_out,
-            waited_back,
-            waited_host,
+            seconds=step.seconds + delay,
+            held=peak,
+            working=max(peak, working),
+            again_bytes=largest,
+            away=sent,
+            coding=coding,
+            again=again,
+            waited_out=waited_out,
+            waited_back=waited_back,
+            waited_host=waited_host,
         )
 
 

@@ -32,7 +32,7 @@ from sidelane.pipeline.step_model import (
 PARTS = 64  # into which the bytes of a step are cut for the search, at least
 EVENTS = 16_000  # of all simulations of a search, about: what it may take
 STARTS = 20  # mixtures that are simulated
-ALIKE = 2  # of the same policies among these: what they are estimated to take may be far from what they do
+ALIKE = 2  # of the same policies among these: estimates are too rough to try more of one kind
 CLIMBS = 2  # of these that are changed
 SPACINGS = (1, 2, 3, 4)  # of items under the first policy of a mixture
 GOLDEN = 0.618034
@@ -193,8 +193,8 @@ class _Search:
             down = step.blocks[block].seconds if again else 0.0
             for i, pick in zip(members, picks, strict=True):
                 saved, option = step.saved[i], self._simulator.options[i][pick]
-                if saved.block < 0 or again == saved.boundary:
-                    held += 0 if option.choice.place == AWAY else option.nbytes
+                if saved.is_saved(again):
+                    held += option.resident
                     out, back = out + option.out, back + option.back
                     up, down = up + option.encode, down + option.decode
             ways.append(_Way(picks, again, held, out, back, up, down))
@@ -321,7 +321,7 @@ class _Search:
                     yield other, again
         for i in sorted(item.members, key=lambda i: -self._step.saved[i].nbytes):
             saved = self._step.saved[i]
-            if saved.block < 0 or recompute[saved.block] == saved.boundary:
+            if saved.is_saved(saved.block >= 0 and recompute[saved.block]):
                 for pick in range(len(self._simulator.options[i])):
                     if pick != picks[i]:
                         yield [*picks[:i], pick, *picks[i + 1 :]], list(recompute)
@@ -331,17 +331,15 @@ class _Search:
         picks, left = list(way.picks), room - way.held
         for n, i in sorted(enumerate(item.members), key=lambda pair: -self._step.saved[pair[1]].nbytes):
             saved, option = self._step.saved[i], self._simulator.options[i][picks[n]]
-            counted = saved.block < 0 or way.again == saved.boundary
-            more = saved.nbytes - (0 if option.choice.place == AWAY else option.nbytes)
-            if counted and picks[n] and more <= left:
+            more = saved.nbytes - option.resident
+            if saved.is_saved(way.again) and picks[n] and more <= left:
                 picks[n] = 0
                 left -= more
         return way._replace(picks=picks)
 
     def _held(self, i: int, pick: int, recompute: Sequence[bool]) -> float:
         saved, option = self._step.saved[i], self._simulator.options[i][pick]
-        active = saved.block < 0 or recompute[saved.block] == saved.boundary
-        return option.nbytes if active and option.choice.place != AWAY else 0
+        return option.resident if saved.is_saved(saved.block >= 0 and recompute[saved.block]) else 0
 
     def _judged(self, picks: list[int], recompute: list[bool]) -> _State:
         self._left -= 1

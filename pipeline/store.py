@@ -31,7 +31,7 @@ from sidelane.pipeline.report import Tally
 from sidelane.pipeline.stash import Home, Index, Kept, Key, Resident, Stash, Ticket, data_key
 from sidelane.pipeline.step_model import DERIVED, HERE, UPPER, Choice
 from sidelane.pipeline.streams import current_stream
-from sidelane.pipeline.tiers import HostCopy, Spilled, Tiers
+from sidelane.pipeline.tiers import PacketLayout, Spilled, Tiers
 from sidelane.pipeline.wire import Wire
 
 EXACT_BYTES = 4 << 20  # of a tensor on a GPU; smaller ones are not worth the launches of their exact code
@@ -92,7 +92,7 @@ class Store:
         return self._index.find(key)
 
     def ticket(self, stash: Stash, view: View) -> Ticket:
-        return Ticket(stash, view, self.tickets.claim(1))
+        return Ticket(stash, view, self.tickets.claim())
 
     def weigh(self, tensor: Tensor) -> int:
         """Bytes that a plain tensor would hold."""
@@ -118,7 +118,7 @@ class Store:
 
     def encode(self, tensor: Tensor, kind: Kind, key: Key) -> Stash:
         """Encode a tensor through the lane of the context, without loss where plans decide on that, and send
-        it off."""
+        it off. Raises BudgetError where no budget has room."""
         whole = key.kind == "whole"
         if key.kind == "lossy" and self.lossy_names is None:
             packet = self._encode_lossy(tensor, kind)
@@ -139,7 +139,8 @@ class Store:
     def derive(
         self, recipe: Recipe, sources: Iterable[Ticket | Kept], tensor: Tensor, kind: Kind, key: Key
     ) -> Stash:
-        """A stash of a tensor that is made again from these sources when it is used."""
+        """A stash of a tensor that is made again from these sources when it is used. Raises OffloadError for
+        one that `checker` finds to be another then."""
         held = [self.ticket(s.stash, s.view) if isinstance(s, Ticket) else s for s in sources]
         home, whole, truth = Remade(recipe, tuple(held)), key.kind == "whole", None
         if self._checker:
@@ -154,7 +155,7 @@ class Store:
         return stash
 
     def send(self, moves: Moves, choice: Choice, tensor: Tensor, kind: Kind, key: Key) -> Stash:
-        """Encode a tensor for its place, on the device or off it."""
+        """Encode a tensor for its place, on the device or off it. Raises BudgetError without room there."""
         whole, source = key.kind == "whole", None
         if lossy := choice.lane in (self.lossy_names or ()):
             packet = self._encode_lossy(tensor, kind)
@@ -294,7 +295,7 @@ class Store:
         claim = self.host.claim(packet.nbytes)
         if claim is not None:
             return Resident(packet, claim)
-        host = HostCopy(packet)
+        host = PacketLayout(packet)
         room = self.tiers.spill(host.nbytes)
         return None if room is None else Spilled(packet, host, room)
 

@@ -107,7 +107,8 @@ def current_stream(device: torch.device) -> Any:
 
 def settle(device: torch.device) -> None:
     """Wait for the work of the current stream: what it makes may then be used on any."""
-    current_stream(device).record_event().synchronize()
+    if device.type == "cuda":
+        current_stream(device).synchronize()
 
 
 def reached(event: Any) -> bool:

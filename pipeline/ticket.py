@@ -12,7 +12,7 @@ from sidelane.codec.packet import Packet
 from sidelane.errors import BudgetError
 from sidelane.pipeline.budget import Budget, Claim
 from sidelane.pipeline.streams import Event, current_stream
-from sidelane.pipeline.tiers import HostCopy, Pinned
+from sidelane.pipeline.tiers import PacketLayout, Pinned
 
 MIB = 1 << 20
 
@@ -26,7 +26,7 @@ class Stored:
         self.raw_nbytes = raw_nbytes
         self.ready: Event
         self._packet = packet
-        self._layout: HostCopy | None = None
+        self._layout: PacketLayout | None = None
         self._memory: Pinned | None = None
         self._claim: Claim | None = None
 
@@ -36,7 +36,7 @@ class Stored:
         if packet.device.type == self.device.type == "cpu":
             self._claim = budget.claim(packet.nbytes)
         else:
-            layout = HostCopy(packet)
+            layout = PacketLayout(packet)
             self._memory = Pinned.take(budget, layout.nbytes)
             if self._memory is not None:
                 slot = self._memory.begin()

@@ -37,7 +37,7 @@ class Memory(Protocol):
         """What to read from, on `stream`, or on the host without one. Set `released` afterwards."""
         ...
 
-    def fetch(self) -> None:
+    def announce(self) -> None:
         """A hint that `open` comes soon."""
         ...
 
@@ -70,7 +70,7 @@ class Pinned:
     def open(self, stream: torch.cuda.Stream | None) -> Slot:
         return self._slot
 
-    def fetch(self) -> None:
+    def announce(self) -> None:
         pass
 
 
@@ -98,7 +98,7 @@ class OnDisk:
     def open(self, stream: torch.cuda.Stream | None) -> Slot:
         return self._spill.load(stream)
 
-    def fetch(self) -> None:
+    def announce(self) -> None:
         self._spill.fetch()
 
 
@@ -125,7 +125,7 @@ class Tiers:
         return room
 
 
-class HostCopy:
+class PacketLayout:
     """How the sections of a packet lie one after the other in `nbytes` of memory.
 
     Sections that follow each other in one block of memory cross in one copy.
@@ -216,7 +216,7 @@ def _runs(places: tuple[tuple[int, int, int], ...], first_block: int) -> tuple[_
 class Spilled:
     """The home of a packet of a CPU tensor on a disk."""
 
-    def __init__(self, packet: Packet, host: HostCopy, memory: Memory) -> None:
+    def __init__(self, packet: Packet, host: PacketLayout, memory: Memory) -> None:
         self._host = host
         self._memory = memory
         slot = memory.begin()

@@ -66,24 +66,22 @@ class SurfaceQuantizer:
     offset: Tensor
     bias: Tensor
 
-    @cached_property
+    @property
     def inv_scale(self) -> Tensor:
         tiny = torch.finfo(torch.float32).tiny
         return torch.where(self.scale >= tiny, 1 / self.scale, 0.0)
 
     def weights(self, fmt: SurfaceFormat, dtype: torch.dtype) -> Weights | None:
         """Of `unpack_dequantize_project`, made once."""
-        if self.components is None:
-            return None
-        if (fmt, dtype) not in self._weights:
-            operands = (self.components, self.scale, self.bias)
-            made = weigh_components(*operands, fmt, dtype)
+        key = fmt.fill, dtype.itemsize
+        if key not in self._weights:
+            made = weigh_components(self.components, self.scale, self.bias, fmt, dtype)
             settle(self.scale.device)
-            self._weights[fmt, dtype] = made
-        return self._weights[fmt, dtype]
+            self._weights[key] = made
+        return self._weights[key]
 
     @cached_property
-    def _weights(self) -> dict[tuple[SurfaceFormat, torch.dtype], Weights | None]:
+    def _weights(self) -> dict[tuple[int, int], Weights | None]:
         return {}
 
 

@@ -10,7 +10,7 @@ from threading import RLock
 import torch
 
 from sidelane.pipeline.copies import DeviceCopy, StoredCopy
-from sidelane.pipeline.streams import reached
+from sidelane.pipeline.streams import reached, timed_event
 
 
 class Waits:
@@ -43,10 +43,10 @@ class Waits:
 
     @contextmanager
     def _around(self, stream: torch.cuda.Stream) -> Iterator[None]:
-        begin = stream.record_event(_timed_event())
+        begin = stream.record_event(timed_event())
         yield
         with self._lock:
-            self._marks.append((begin, stream.record_event(_timed_event())))
+            self._marks.append((begin, stream.record_event(timed_event())))
             self._fold(block=False)
 
     def _fold(self, block: bool) -> None:
@@ -58,7 +58,3 @@ class Waits:
                 return
             self._marks.popleft()
             self._seconds += begin.elapsed_time(end) / 1e3
-
-
-def _timed_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

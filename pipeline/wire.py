@@ -1,5 +1,8 @@
 """Packets between a GPU and pinned host memory, on side streams, joined by events only.
 
+`Wire` decides what stays on the device where there is no plan: for fixed lanes and steps that are learned.
+With a plan `Moves` does. Both claim from one budget, and neither drops what the other holds.
+
 Decoded tensors are allocated by the decoder on the caller's stream like any other tensor of the program; for
 the memory of packets see Note: [Device memory and streams] in `copies`. The host waits for the device in
 `Wire._learn` alone, for the size of a late packet (see Note: [Late sizes] in `late`): that is when UNKNOWN
@@ -24,16 +27,16 @@ from sidelane.codec.packet import Packet
 from sidelane.errors import OffloadError
 from sidelane.pipeline.budget import Budget, Claim, Holders
 from sidelane.pipeline.copies import DeviceCopy, StoredCopy
+from sidelane.pipeline.step_model import AHEAD
 from sidelane.pipeline.streams import current_stream, reached
-from sidelane.pipeline.tiers import HostCopy, Memory
+from sidelane.pipeline.tiers import Memory, PacketLayout
 from sidelane.pipeline.waits import Waits
 
 READ_AHEAD = 8  # those that a disk is told to read
 SIBLINGS = 32  # packets used last, which other nodes of the pass may want too
-AHEAD = 256 << 20  # bytes that backward may always hold
 UNKNOWN = 512 << 20  # bytes of packets, as allocated, whose sizes the host may not know yet
 PRUNE = 1024  # transits that are gone and still in the books, beside as many as there are
-KEPT = 15 / 16  # of the device budget, for backward, whose own memory is larger than that of forward
+BACKWARD = 15 / 16  # of the device budget: the program has more memory of its own there than in forward
 
 
 class Pending(Protocol):
@@ -91,9 +94,9 @@ class Transit:
         self.nbytes = 0
         self._wire = wire
         self._claim = wire.transits.claim()
-        self._host: HostCopy | None = None
+        self._host: PacketLayout | None = None
 
-    def fill(self, host: HostCopy, local: DeviceCopy) -> None:
+    def fill(self, host: PacketLayout, local: DeviceCopy) -> None:
         """The packet is there, in device memory."""
         self._host = host
         self.nbytes = host.nbytes
@@ -155,19 +158,21 @@ class Wire:
         self._late: _Queue = {}  # of unknown size, oldest first
         self._late_bytes = 0  # of all late packets that there were
         self._unknown = UNKNOWN if budget.limit is None else min(UNKNOWN, budget.limit // 4)
-        self._kept = inf if budget.limit is None else KEPT * budget.limit  # bytes that backward starts with
-        # Device copies that may be dropped, by number, oldest first.
+        self._backward_limit = inf if budget.limit is None else BACKWARD * budget.limit
+        # Device copies that may be dropped, by number, oldest first. What a queue names may be gone from the
+        # device, or be in another queue as well: `_evict` passes over that. A copy in `_held` that finds no
+        # room off the device is in no queue until it is used.
         self._used: _Queue = {}  # used, and wanted again if another node or pass comes
         self._ahead: _Queue = {}  # fetched for later
         self._leaving: _Queue = {}  # copied out
         self._held: _Queue = {}  # not copied out
         self._first = 0  # number of the first since there were none
-        self._sent = 0  # bytes since then
-        self._expected: int | None = None  # those of the last forward pass
-        self._next = -1  # number to fetch ahead next, going down
-        self._current = 0  # number that backward has come down to
+        self._pass_bytes = 0  # bytes since then
+        self._last_pass_bytes: int | None = None  # those of the last forward pass
+        self._prefetch_at = -1  # number to fetch ahead next, going down
+        self._backward_at = 0  # number that backward has come down to
         self._gradients = 0  # bytes of weights that this forward pass saved
-        self._grown = 0  # those whose gradients backward has made when it comes to `_current`
+        self._grown = 0  # those whose gradients backward has made when it comes to `_backward_at`
         self.waits = Waits()
         self.fetched = 0
         self.prefetched = 0
@@ -181,7 +186,7 @@ class Wire:
         """A home for a packet that the current stream encodes; None when it has to leave the device and there
         is no room for it elsewhere."""
         with self._lock:
-            host = HostCopy(packet)
+            host = PacketLayout(packet)
             self._begin()
             stays = self._stays()
             memory = None if stays else self._take(host.nbytes)
@@ -199,7 +204,7 @@ class Wire:
                 self._drop(transit)
             else:
                 (self._held if memory is None else self._leaving)[transit.number] = ref(transit)
-            self._sent += host.nbytes
+            self._pass_bytes += host.nbytes
             return transit
 
     def send_late(self, packet: Pending, tell: Callable[[Packet], None] = _tell_nobody) -> Transit | None:
@@ -229,14 +234,14 @@ class Wire:
         """A device copy, opened for `stream`; what was packed before it is fetched ahead."""
         with self._lock:
             self._settle(self._unknown if transit.late is None else 0)
-            self._expected = self._sent
+            self._last_pass_bytes = self._pass_bytes
             self._leaving.pop(transit.number, None)  # it is wanted now
-            while self._budget.held > max(self._kept, AHEAD) and self._evict(self._leaving):
+            while self._budget.held > max(self._backward_limit, AHEAD) and self._evict(self._leaving):
                 pass
             local = transit.local
             if local is None:
                 self.fetched += 1
-                self._next = max(self._next, transit.number)  # another pass, or it was dropped
+                self._prefetch_at = max(self._prefetch_at, transit.number)  # another pass, or it was dropped
                 room = self._make_room(transit.nbytes)
                 local = transit.fetch(room)
                 if room is not None:
@@ -245,8 +250,8 @@ class Wire:
             self._used.pop(transit.number, None)
             self._used[transit.number] = ref(transit)
             _forget_dead(self._used)
-            if transit.number >= self._next:  # not one that every layer uses
-                self._current = transit.number
+            if transit.number >= self._prefetch_at:  # not one that every layer uses
+                self._backward_at = transit.number
                 self._grown = self._gradients - transit.gradients
             self._prefetch(transit.device)
             return local
@@ -254,7 +259,7 @@ class Wire:
     def _begin(self) -> None:
         """Before a packet: forget the pass before, and learn what has become known."""
         if not self.transits.held:
-            self._first, self._sent, self._gradients = self._count, 0, 0
+            self._first, self._pass_bytes, self._gradients = self._count, 0, 0
             for queue in (self._by_number, self._used, self._ahead, self._leaving, self._held, self._late):
                 queue.clear()  # of those that are gone
         self._settle(self._unknown)
@@ -264,7 +269,7 @@ class Wire:
         if len(self._by_number) > 2 * self.transits.held + PRUNE:
             self._by_number = {n: found for n, found in self._by_number.items() if found() is not None}
         self._by_number[self._count] = ref(transit)
-        self._next = self._count
+        self._prefetch_at = self._count
         self._count += 1
         return transit
 
@@ -293,7 +298,7 @@ class Wire:
     def _learn(self, transit: Transit, late: Late) -> None:
         """Cut a late packet to its size, and send it off unless it stays. May be repeated after an error."""
         packet = late.packet.settle()
-        host = HostCopy(packet)
+        host = PacketLayout(packet)
         self._budget.shrink(late.claim, host.nbytes)
         late.promise = None
         memory = None if self._stays() else self._take(host.nbytes)
@@ -302,20 +307,21 @@ class Wire:
             transit.store(memory)
         transit.late = None
         (self._held if memory is None else self._leaving)[transit.number] = ref(transit)
-        self._sent += host.nbytes
+        self._pass_bytes += host.nbytes
         late.tell(packet)
 
     def _stays(self) -> bool:
         """Whether the packet to send next is one of the last that fit on the device."""
         if self._budget.limit is None:
             return True
-        return self._expected is not None and self._expected - self._sent <= self._kept
+        last = self._last_pass_bytes
+        return last is not None and last - self._pass_bytes <= self._backward_limit
 
     def _prefetch(self, device: torch.device) -> None:
         """Fetch the newest packets that are not on the device, while the budget has room: backward needs them
         next. It is a hint: what does not fit is left."""
-        while self._next >= self._first:
-            transit = self._transit_of(self._next)
+        while self._prefetch_at >= self._first:
+            transit = self._transit_of(self._prefetch_at)
             away = transit is not None and transit.local is None and transit.late is None
             if transit is not None and away and transit.device == device:
                 if transit.stored is None or not transit.stored.on_disk:
@@ -325,18 +331,18 @@ class Wire:
                     transit.local = transit.fetch(claim)
                     self._ahead[transit.number] = ref(transit)
                     self.prefetched += 1
-                elif self._next > self._current - READ_AHEAD:
+                elif self._prefetch_at > self._backward_at - READ_AHEAD:
                     transit.stored.announce()
                 else:
                     return
-            self._next -= 1
+            self._prefetch_at -= 1
 
     def _claim_ahead(self, nbytes: int) -> Claim | None:
         """A claim on what the gradients of the weights that were saved leave of the budget. Where they are
         more than that, on less and less of it the further backward comes down."""
-        left = (self._next - self._first + 1) / (self._count - self._first)
-        allowed = max(self._kept - self._grown, left * self._kept, AHEAD)
-        spare = 1 if self._next >= self._current - 1 else SIBLINGS
+        left = (self._prefetch_at - self._first + 1) / (self._count - self._first)
+        allowed = max(self._backward_limit - self._grown, left * self._backward_limit, AHEAD)
+        spare = 1 if self._prefetch_at >= self._backward_at - 1 else SIBLINGS
         while True:
             claim = self._budget.claim(nbytes) if self._budget.held + nbytes <= allowed else None
             if claim is not None or len(self._used) <= spare or not self._evict(self._used):

@@ -17,7 +17,7 @@ _OFFLOAD = "sidelane_offload"  # attribute of a forward pass that is wrapped: it
 
 
 def wrap(module: M, context: AbstractContextManager[object]) -> M:
-    """Run every forward pass of `module` inside `context`, an `offload`; returns `module`.
+    """Run every forward pass of `module` inside `context`, an `offload` or any other; returns `module`.
 
     For loops that somebody else writes: wrap the model, then hand it to a trainer. Signature, state dict and
     copies of the module are as before; `del module.forward` undoes it. Wrap before DistributedDataParallel,
@@ -27,8 +27,8 @@ def wrap(module: M, context: AbstractContextManager[object]) -> M:
     With `lane="auto"` the context may recompute the blocks of `module`, if none were given to it: the members
     of its longest `nn.ModuleList`.
 
-    Raises LaneError when `module` is no module, `context` no context, or a module that has an
-    `offload` would get another one: only the inner one would get anything.
+    Raises LaneError when `module` is no nn.Module or `context` no context, and for a second `offload` around
+    a module that has one: only the inner one would get anything.
     """
     if not isinstance(module, nn.Module):
         raise LaneError(f"{type(module).__name__} is no torch.nn.Module: wrap the model itself")

@@ -159,4 +159,4 @@ def test_work_is_repeated_until_it_runs_undisturbed(
     quiet, runs = common.Quiet(lambda: moved.append(1)), count()
     turn = quiet.undisturbed(lambda: next(runs))
     assert not coming and len(moved) == moves
-    assert turn.value == value and quiet.slowed([turn]) == pytest.approx(slowed)
+    assert turn.value == value and turn.loop / quiet.least == pytest.approx(slowed)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from math import isnan, log
+from math import isnan, log, nan
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sidelane.demo_model import QUICK
 from sidelane.pipeline.machine import Curve, Machine
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+STAGES = ("encode", 1), ("decode", -1)
 LANES = ("raw", "exact", "packed:8", "packed:4", "packed:2", "auto")
 
 
@@ -232,3 +234,73 @@ def test_parts_are_put_together(planner: ModuleType, tmp_path: Path, monkeypatch
     with open(tmp_path / "planner_summary.csv") as file:
         assert [row["cached_us"] for row in csv.DictReader(file)] == ["", "", "0"]
     assert (tmp_path / "planner_machine.json").exists()
+
+
+def test_flips_that_others_disturbed_count_for_nothing(summary: ModuleType) -> None:
+    rows = cell("1 GB/s", (4.0, 3.0, 2.0, 1.0, 5.0, 4.1), {"raw": 4.4}, "packed:8", "exact")
+    flips = [{"predicted": 2.0, "learned": 2.4, "measured": value, "slowed": 1.3} for value in (9.0, nan)]
+    every = summary.summary(rows, flips, {})[-1]
+    assert (every["flips"], every["flips_disturbed"]) == ("", 1)
+    assert [line for line in summary.verdicts(every) if "flip" in line] == [
+        "NOT measured: flip_error_worst, on an undisturbed host",
+        "NOT measured: flip_learned_error_worst, on an undisturbed host",
+    ]
+    assert summary.summary(rows, [], {})[-1]["flips_disturbed"] == ""
+
+
+@pytest.mark.parametrize(
+    ("loops", "until", "kept", "left_out"),
+    [
+        ("q" * 6, 1e9, ["q"] * 3, 0),
+        ("qdqqqd", 1e9, ["q"] * 3, 1),
+        ("d" * 20, 1e9, ["d"] * 3, 6),  # never undisturbed: three times as many are tried
+        ("d" * 20, 0.0, ["d"] * 3, 0),  # nor is there time
+    ],
+)
+def test_turns_are_repeated_until_enough_are_undisturbed(
+    planner: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    loops: str,
+    until: float,
+    kept: list[str],
+    left_out: int,
+) -> None:
+    import common
+    import planner_flips
+
+    class Quiet(common.Quiet):
+        def run(self, work: Any) -> Any:
+            return common.Turn(0.0, 1.0 if next(coming) == "q" else 2.0, work())
+
+    class Wire:
+        def pace(self, rate: float) -> None:
+            paced.append(rate)
+
+    coming, paced = iter(loops), []
+    monkeypatch.setattr(planner_flips, "in_turn", lambda *_: {"raw": (1.0, paced[-1], 1.0)})
+    setting = SimpleNamespace(quiet=Quiet(lambda: None, least=1.0))
+    sweep = planner_flips.taken(setting, Wire(), torch.zeros(1), [5.0], ["raw"], 3, until=until)
+    assert ["q" if turn.loop == 1 else "d" for turn in sweep.turns[5.0]] == kept
+    assert sweep.left_out == left_out and set(paced) == {5.0}
+
+
+def test_undisturbed_turns_teach_in_the_order_of_time(
+    planner: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import common
+    import planner_flips
+
+    class Seen:
+        def observe(self, name: str, nbytes: float, predicted: float, actual: float) -> None:
+            seen.append((name, actual))
+
+    curve = SimpleNamespace(encode=lambda nbytes: 1.0, decode=lambda nbytes: 1.0)
+    monkeypatch.setattr(planner_flips, "speed_of", lambda *_: curve)
+    seen: list[tuple[str, float]] = []
+    turns = {
+        rate: [common.Turn(begin, loop, {"exact": (begin, 0.0, -begin)})]
+        for rate, begin, loop in ((1.0, 3.0, 1.0), (2.0, 1.0, 1.0), (3.0, 2.0, 5.0))
+    }
+    setting = SimpleNamespace(quiet=common.Quiet(lambda: None, least=1.0), machine=None)
+    planner_flips.learn(setting, torch.zeros(1), planner_flips.Sweep(turns, 0), Seen())
+    assert seen == [(f"{stage} exact", sign * t) for t in (1.0, 3.0) for stage, sign in STAGES]

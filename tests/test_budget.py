@@ -54,7 +54,7 @@ def test_holders_are_counted_while_they_hold():
     assert holders.held == 3
     held.pop()
     assert holders.held == 2
-    held.append(holders.claim(1))
+    held.append(holders.claim())
     del held
     assert holders.held == 0
 

@@ -20,7 +20,7 @@ from sidelane.errors import OffloadError
 from sidelane.pipeline.chain import Chain
 from sidelane.pipeline.lanes import open_lane
 from sidelane.pipeline.late import LatePacket, encode_exact
-from sidelane.pipeline.tiers import HostCopy
+from sidelane.pipeline.tiers import PacketLayout
 
 pytestmark = pytest.mark.gpu
 
@@ -93,8 +93,8 @@ def test_no_order_of_streams_changes_what_arrives(cuda, monkeypatch, where, dept
 
         return run
 
-    monkeypatch.setattr(HostCopy, "write", slow("store", HostCopy.write))
-    monkeypatch.setattr(HostCopy, "read", slow("load", HostCopy.read))
+    monkeypatch.setattr(PacketLayout, "write", slow("store", PacketLayout.write))
+    monkeypatch.setattr(PacketLayout, "read", slow("load", PacketLayout.read))
     exact = open_lane("exact")
     lane = Slow(exact)
     lane.encode, lane.decode = slow("encode", encode_exact), slow("decode", exact.decode)
@@ -169,14 +169,14 @@ def test_join_lets_the_program_change_what_it_sent(cuda):
 @pytest.mark.parametrize("name", ["raw", "exact"])
 @pytest.mark.parametrize("slow", ["encode", "store"])
 def test_device_memory_is_bounded_while_the_host_runs_ahead(cuda, monkeypatch, slow, name):
-    write = HostCopy.write
+    write = PacketLayout.write
 
     def late(*arguments):
         torch.cuda._sleep(SLEEP // 20)
         write(*arguments)
 
     if slow == "store":
-        monkeypatch.setattr(HostCopy, "write", late)
+        monkeypatch.setattr(PacketLayout, "write", late)
     lane = Slow(open_lane(name), encode=SLEEP // 20 if slow == "encode" else 0)
     size, depth = 32 << 20, 2
     with Chain(lane, depth=depth, workers=1, streams=1) as chain:

@@ -15,7 +15,7 @@ from models import assert_same
 from plans import force
 from sidelane.pipeline import derive as derive_module
 from sidelane.pipeline import step_auto
-from sidelane.pipeline.derive import is_widened, recipe_of, same_bits, upper_halves
+from sidelane.pipeline.derive import equal_in_memory, is_widened, recipe_of, upper_halves
 from sidelane.pipeline.lesson import BOUNDED
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.stash import Kept
@@ -106,9 +106,11 @@ def test_without_hooks_there_are_no_sources_that_are_ours():
 
 def test_bits_are_compared():
     x = torch.tensor([0.0, 1.0, float("nan")])
-    assert same_bits(x, x.clone()) and not same_bits(x, -x)
-    assert same_bits(torch.zeros(4, 2).t().reshape(-1), torch.zeros(2, 4))
-    assert not same_bits(torch.tensor([1, 2, 3], dtype=torch.int8), torch.tensor([1, 2, 4], dtype=torch.int8))
+    assert equal_in_memory(x, x.clone()) and not equal_in_memory(x, -x)
+    assert equal_in_memory(torch.zeros(4, 2).t().reshape(-1), torch.zeros(2, 4))
+    assert not equal_in_memory(
+        torch.tensor([1, 2, 3], dtype=torch.int8), torch.tensor([1, 2, 4], dtype=torch.int8)
+    )
 
 
 def test_upper_halves_are_all_bits_of_what_was_bfloat16():

@@ -17,7 +17,7 @@ from sidelane.kernels.exact import exact_encode_late
 from sidelane.pipeline import late as late_module
 from sidelane.pipeline.lanes import ExactLane, decode_packet
 from sidelane.pipeline.late import NOTICES, LatePacket, Notice, encode_exact, encode_late
-from sidelane.pipeline.tiers import HostCopy
+from sidelane.pipeline.tiers import PacketLayout
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def test_an_uncut_packet_lies_where_it_was_encoded(device, dtype):
         assert torch.equal(packet.sections[name], part), name
     storages = {part.untyped_storage().data_ptr() for part in packet.sections.values()}
     assert storages == {part.untyped_storage().data_ptr() for part in late.uncut().sections.values()}
-    host = HostCopy(packet)
+    host = PacketLayout(packet)
     memory = torch.zeros(host.nbytes, dtype=torch.uint8)
     host.write(packet, memory)
     assert torch.equal(bits(decode_packet(host.read(memory, device))), bits(x))
@@ -143,7 +143,7 @@ def test_a_late_packet_takes_no_more_once_its_size_is_known(device):
     late = encode_late(x.to(device))
     packet = late.settle()
     assert packet.lane == "exact" and packet.sections["escapes"].numel() == 2060
-    assert HostCopy(packet).nbytes <= late.nbytes
+    assert PacketLayout(packet).nbytes <= late.nbytes
 
 
 def test_a_notice_is_lent_again_when_its_writer_is_done(notices):

@@ -113,7 +113,7 @@ class Weak:
 
 
 class Host:
-    """Stands for HostCopy: memory is a list of one dictionary, section to value."""
+    """Stands for PacketLayout: memory is a list of one dictionary, section to value."""
 
     def __init__(self, packet):
         self.single = isinstance(packet.sections, Sections)
@@ -154,7 +154,7 @@ def model(monkeypatch):
         device = Device(random.Random(seed))
         for module in (moves_module, bundle_module):
             monkeypatch.setattr(module, "current_stream", lambda _: device.current)
-        monkeypatch.setattr(moves_module, "HostCopy", Host)
+        monkeypatch.setattr(moves_module, "PacketLayout", Host)
         monkeypatch.setattr(moves_module, "StorageWeakRef", Weak)
         on_modelled_streams(monkeypatch, device, lambda nbytes, **_: Block(device, nbytes))
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False: Event())

@@ -808,7 +808,7 @@ def test_a_plan_that_has_settled_is_left_alone(monkeypatch):
     for _ in range(16):
         gradients(model, tokens, context)
     assert made[:3] == [True] * 3 and made[-8:] == [False] * 8
-    assert 2 <= len(plans) <= 1 + auto_module.ROUNDS
+    assert 2 <= len(plans) <= 1 + auto_module.REPLANS
 
 
 @pytest.mark.parametrize("faster", [0, 1, 2])
@@ -830,9 +830,9 @@ def test_the_plan_that_was_fastest_stays(monkeypatch, faster):
     monkeypatch.setattr(Trip, "seconds", seconds)
     model, tokens = build()
     context = automatic(gpu_budget=100_000, blocks=model.blocks)
-    for _ in range(2 + 2 * auto_module.TIMED * (1 + auto_module.ROUNDS)):
+    for _ in range(2 + 2 * auto_module.TIMED * (1 + auto_module.REPLANS)):
         gradients(model, tokens, context)
-    assert len(plans) == 1 + auto_module.ROUNDS
+    assert len(plans) == 1 + auto_module.REPLANS
     assert context.plan.script.plan.choices is plans[faster].choices
     gradients(model, tokens, context)
     assert context.plan.measured == 1.0
@@ -846,13 +846,13 @@ def test_an_interrupt_between_plans_leaves_nothing_of_an_older_step(monkeypatch)
     for _ in range(9):
         gradients(model, tokens, context)
     model.blocks = model.blocks[:3]  # a step that begins alike, with fewer tensors
-    anew, seconds = auto_module._Kind.plan_anew, 2.0
+    allow, seconds = auto_module._StepState.allow_replans, 2.0
 
-    def interrupt(kind, rounds):
-        monkeypatch.setattr(auto_module._Kind, "plan_anew", anew)
+    def interrupt(state, replans):
+        monkeypatch.setattr(auto_module._StepState, "allow_replans", allow)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(auto_module._Kind, "plan_anew", interrupt)
+    monkeypatch.setattr(auto_module._StepState, "allow_replans", interrupt)
     with pytest.raises(KeyboardInterrupt):
         for _ in range(4):
             gradients(model, tokens, context)

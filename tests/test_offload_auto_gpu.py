@@ -16,7 +16,7 @@ from sidelane.pipeline import moves as moves_module
 from sidelane.pipeline import store as store_module
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.streams import side_stream
-from sidelane.pipeline.tiers import HostCopy
+from sidelane.pipeline.tiers import PacketLayout
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("math_attention")]
 
@@ -62,7 +62,7 @@ def test_no_order_of_streams_changes_gradients(cuda, monkeypatch, where, gpu_bud
     expected = gradients(model, tokens)
     context = automatic(gpu_budget=gpu_budget, blocks=model.blocks)
     gradients(model, tokens, context)
-    write = HostCopy.write
+    write = PacketLayout.write
     copies = iter(range(1 << 30))
 
     def slow(copy, self, *args):
@@ -71,7 +71,7 @@ def test_no_order_of_streams_changes_gradients(cuda, monkeypatch, where, gpu_bud
         return copy(self, *args)
 
     if where == "out":
-        monkeypatch.setattr(HostCopy, "write", lambda self, *args: slow(write, self, *args))
+        monkeypatch.setattr(PacketLayout, "write", lambda self, *args: slow(write, self, *args))
     elif where == "in":
         fetch = moves_module.Parcel.fetch
 

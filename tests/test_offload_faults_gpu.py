@@ -19,7 +19,7 @@ from sidelane.pipeline.arena import shared
 from sidelane.pipeline.blockfile import BlockFile
 from sidelane.pipeline.late import LatePacket
 from sidelane.pipeline.offload import offload
-from sidelane.pipeline.tiers import HostCopy
+from sidelane.pipeline.tiers import PacketLayout
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("math_attention")]
 
@@ -47,8 +47,8 @@ def test_every_call_of_codecs_and_copies_may_fail(cuda, monkeypatch, where, erro
     target, name = {
         "encode": (None, ""),
         "decode": (store_module, "decode_packet"),
-        "write": (HostCopy, "write"),
-        "read": (HostCopy, "read_to"),
+        "write": (PacketLayout, "write"),
+        "read": (PacketLayout, "read_to"),
     }[where]
     if target is not None:
         call = getattr(target, name)
@@ -77,8 +77,8 @@ def test_calls_may_fail_while_sizes_of_codes_are_unknown(cuda, monkeypatch, wher
     monkeypatch.setattr(store_module, "EXACT_BYTES", 0)
     target, name = {
         "settle": (LatePacket, "settle"),
-        "write": (HostCopy, "write"),
-        "read": (HostCopy, "read_to"),
+        "write": (PacketLayout, "write"),
+        "read": (PacketLayout, "read_to"),
     }[where]
     call = getattr(target, name)
     monkeypatch.setattr(target, name, lambda *args: (fail(), call(*args))[1])

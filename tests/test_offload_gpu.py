@@ -18,7 +18,7 @@ from sidelane.pipeline import store as store_module
 from sidelane.pipeline.checkpoint import checkpoint
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.streams import side_stream
-from sidelane.pipeline.tiers import HostCopy
+from sidelane.pipeline.tiers import PacketLayout
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("math_attention")]
 
@@ -56,7 +56,7 @@ def test_gradients_are_bitwise_unchanged(cuda, lane, autocast, gpu_budget):
 def test_no_order_of_streams_changes_gradients(cuda, monkeypatch, where, gpu_budget):
     model, tokens = build(cuda)
     expected = gradients(model, tokens)
-    write, read = HostCopy.write, HostCopy.read_to
+    write, read = PacketLayout.write, PacketLayout.read_to
     copies = iter(range(1 << 30))
 
     def slow(copy, self, *args):
@@ -65,9 +65,9 @@ def test_no_order_of_streams_changes_gradients(cuda, monkeypatch, where, gpu_bud
         return copy(self, *args)
 
     if where == "out":
-        monkeypatch.setattr(HostCopy, "write", lambda self, *args: slow(write, self, *args))
+        monkeypatch.setattr(PacketLayout, "write", lambda self, *args: slow(write, self, *args))
     if where == "in":
-        monkeypatch.setattr(HostCopy, "read_to", lambda self, *args: slow(read, self, *args))
+        monkeypatch.setattr(PacketLayout, "read_to", lambda self, *args: slow(read, self, *args))
     if where == "compute":
         plain = model.wrap
 

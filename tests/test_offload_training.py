@@ -23,7 +23,7 @@ from sidelane.errors import OffloadError
 from sidelane.pipeline.compress import compress, decompress
 from sidelane.pipeline.lanes import open_lane
 from sidelane.pipeline.offload import offload
-from sidelane.pipeline.policy import may_lose_bits, why_kept
+from sidelane.pipeline.policy import may_lose_bits, plain_kind, why_kept
 
 exact = partial(offload, min_bytes=MIN_BYTES, checker=True)
 
@@ -313,7 +313,8 @@ def test_lossy_gradients_equal_the_codec_applied_in_place():
     lane = open_lane("packed", bits=4, group=32)
 
     def pack(tensor):
-        if why_kept(tensor, MIN_BYTES) or not may_lose_bits(tensor):
+        kind = plain_kind(tensor)
+        if why_kept(tensor, MIN_BYTES, kind) or not may_lose_bits(tensor, kind):
             return tensor.detach()
         return decompress(compress(tensor, lane=lane, max_rel_error=0.05))
 

@@ -138,12 +138,12 @@ def script_of(lesson, recompute=()) -> Script:
     return Script.of(lesson, replace(plan, recompute=tuple(b in recompute for b in range(BLOCKS))))
 
 
-def again(clock, lesson, recompute=(), fresh=False, **options):
+def again(clock, lesson, recompute=(), discard_old=False, **options):
     """What a timed trip adds to a lesson."""
     clock.now = 0.0
     trip = drive(clock, Trip(CPU, script_of(lesson, recompute), True, 0), skip=recompute, **options)
     assert trip.complete
-    return lesson.seen_again(trip.shown(), trip.script.plan.choices, fresh)
+    return lesson.updated(trip.shown(), trip.script.plan.choices, discard_old)
 
 
 def test_the_shortest_times_count(clock):
@@ -165,7 +165,7 @@ def test_a_trip_that_recomputes_shows_the_other_blocks(clock):
 
 def test_a_step_that_has_become_slower_is_seen_afresh(clock):
     lesson = drive(clock, Trip(CPU, None, False, 0)).lesson()
-    later = again(clock, lesson, recompute=(0, 1), fresh=True, slower=(2.0, 2.0)).step()
+    later = again(clock, lesson, recompute=(0, 1), discard_old=True, slower=(2.0, 2.0)).step()
     assert [block.seconds for block in later.blocks] == pytest.approx([0.008] * BLOCKS, rel=0.15)
     assert later.seconds == pytest.approx(2 * 0.012 * BLOCKS + 0.010, rel=0.1)
 
@@ -207,12 +207,12 @@ def test_what_a_lane_takes_besides_its_kernels(clock):
     for code in (5.0, 7.0):
         clock.now = 0.0
         trip = drive(clock, Trip(CPU, Script.of(lesson, plan), True, 0), code=code)
-        lesson = lesson.seen_again(trip.shown(), choices)
+        lesson = lesson.updated(trip.shown(), choices)
     assert lesson.extra == {"raw": pytest.approx((0.005, 0.005))}, "the least that was seen"
     codes = [code for saved in lesson.step().saved for code in saved.codes]
     assert {code.lane for code in codes} == {"raw"}
     assert [code.encode for code in codes] == pytest.approx([0.005] * len(codes))
-    fresh = lesson.seen_again(trip.shown(), choices, fresh=True)
+    fresh = lesson.updated(trip.shown(), choices, discard_old=True)
     assert fresh.extra == {"raw": pytest.approx((0.007, 0.007))}
 
 

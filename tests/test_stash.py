@@ -198,7 +198,7 @@ keep = kept.append
 )
 def test_the_next_node_shares_what_nobody_else_holds_or_changed(meanwhile, shared):
     view, stash, found = Kind.of(torch.randn(4)).view, stash_of(torch.randn(4)), []
-    tickets = [stash.users.claim(1) for _ in range(2)]
+    tickets = [stash.users.claim() for _ in range(2)]
     kept.clear()
 
     def first():
@@ -212,7 +212,7 @@ def test_the_next_node_shares_what_nobody_else_holds_or_changed(meanwhile, share
 
 def test_nodes_of_another_pass_and_forgotten_elements_share_nothing():
     stash, found = stash_of(torch.randn(4)), []
-    tickets = [stash.users.claim(1) for _ in range(2)]
+    tickets = [stash.users.claim() for _ in range(2)]
     backward_through(lambda: stash.remember(torch.randn(4)))
     backward_through(lambda: found.append(stash.alive()))
     backward_through(

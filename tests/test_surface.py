@@ -403,10 +403,13 @@ def test_weights_of_other_operands_are_refused(device: torch.device) -> None:
     for other in others.values():
         with pytest.raises(LaneError, match="make them with weigh_components"):
             unpack_dequantize_project(surface, layout, components, *vectors, torch.float16, weights=other)
-    with pytest.raises(LaneError, match="leave weights out"):
-        unpack_dequantize_project(
-            surface, layout, components, *vectors, torch.float16, levels=levels, weights=weights
-        )
+    for given, more in ((components, {"levels": levels}), (None, {})):
+        with pytest.raises(LaneError, match="leave weights out"):
+            vectors = levels, torch.zeros(67 if given is not None else 45, device=device)
+            unpack_dequantize_project(
+                surface, layout, given, *vectors, torch.float16, weights=weights, **more
+            )
+    assert weigh_components(None, levels, levels, P010, torch.float16) is None
 
 
 @pytest.mark.kernel

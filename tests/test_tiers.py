@@ -10,7 +10,7 @@ import torch
 from sidelane.codec.packet import Packet
 from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.disk import Disk
-from sidelane.pipeline.tiers import HostCopy, OnDisk, Pinned, Spilled
+from sidelane.pipeline.tiers import OnDisk, PacketLayout, Pinned, Spilled
 
 SIZES = {"a": 3, "empty": 0, "b": 70_017, "c": 1000}
 STARTS = {"a": 0, "empty": 256, "b": 256, "c": 70_400}
@@ -36,7 +36,7 @@ def assert_same(back: Packet, packet: Packet) -> None:
 @pytest.mark.parametrize("one_block", [True, False])
 def test_sections_come_back_from_pinned_memory(one_block):
     packet, budget = random_packet(one_block), Budget()
-    host = HostCopy(packet)
+    host = PacketLayout(packet)
     assert sum(SIZES.values()) <= host.nbytes < sum(SIZES.values()) + 4 * 256
     assert not one_block or host.nbytes == 71_424  # one copy, padding and all
     memory = Pinned.take(budget, host.nbytes)
@@ -51,7 +51,7 @@ def test_sections_come_back_from_pinned_memory(one_block):
 def test_a_section_of_an_expanded_tensor_is_read_no_further_than_its_memory():
     part = torch.arange(1000).to(torch.uint8)
     packet = Packet("raw", torch.uint8, (1000,), (1,), {"a": part.expand(4, 1000).data[0]})
-    host = HostCopy(packet)
+    host = PacketLayout(packet)
     memory = torch.empty(host.nbytes, dtype=torch.uint8)
     host.write(packet, memory)
     assert_same(host.read(memory, CPU), packet)
@@ -60,7 +60,7 @@ def test_a_section_of_an_expanded_tensor_is_read_no_further_than_its_memory():
 @pytest.mark.parametrize("one_block", [True, False])
 def test_sections_come_back_from_disk(one_block, tmp_path):
     packet, disk = random_packet(one_block), Disk(str(tmp_path), in_flight=1 << 20)
-    host = HostCopy(packet)
+    host = PacketLayout(packet)
     home = Spilled(packet, host, OnDisk.take(disk, host.nbytes))
     for _ in range(2):
         with home.use() as back:

@@ -188,7 +188,7 @@ class Part:
 
 
 class Host:
-    """Stands for HostCopy: the copies are work of the current stream. Memory is a list of one value."""
+    """Stands for PacketLayout: the copies are work of the current stream. Memory is a list of one value."""
 
     nbytes = 10
 
@@ -244,7 +244,7 @@ def model(monkeypatch):
         device = Device(random.Random(seed))
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False: Event())
         monkeypatch.setattr(wire_module, "current_stream", lambda _: device.current)
-        monkeypatch.setattr(wire_module, "HostCopy", lambda _: Host(device))
+        monkeypatch.setattr(wire_module, "PacketLayout", lambda _: Host(device))
         on_modelled_streams(monkeypatch, device, lambda nbytes, **_: Block(device))
         return device
 
@@ -260,7 +260,7 @@ def test_every_use_reads_what_was_sent_in_any_order_of_work(
 ):
     """`ahead`: bytes that backward may always hold; with less it drops what forward has left."""
     monkeypatch.setattr(wire_module, "AHEAD", ahead)
-    monkeypatch.setattr(wire_module, "KEPT", 0.6)
+    monkeypatch.setattr(wire_module, "BACKWARD", 0.6)
     for seed in range(40):
         device = model(seed)
         rng = device.rng
