@@ -3,17 +3,29 @@
 Where to begin reading:
 
 - One tensor: `compress` over `lanes` (`packed`, `video`, `dual`); `basis` and `calibrate` make a basis.
-- Offload: `offload` has the hooks, `store` what they store. `policy` says which tensors, `extent` which
-  elements; `stash` and `budget` keep the books; `wire` (with `bundle`, `late`) decides which packets stay
-  on the GPU, `copies` moves them, `tiers` over `arena` and `disk` holds them; `checker` compares.
+- Offload: `offload` has the hooks, over `entries`, `store` what they store. `policy` says which tensors,
+  `extent` which elements; `stash` and `budget` keep the books, `report` and `waits` the figures; `wire` (with
+  `bundle`, `late`) decides which packets stay on the GPU, `copies` moves them, `tiers` over `arena` and
+  `disk` holds them; `checker` compares.
 - Offload with "auto": `step_auto` follows a step. `recorder`, `marks` and `lesson` learn it, `step_plan`
-  searches on `step_model`; `moves`, `derive`, `blocks` and `passage` carry out; `explain` tells.
+  searches on `step_model`; `moves` (in place of `wire`), `derive`, `blocks` and `passage` carry out;
+  `explain` tells.
 - A lane for one tensor: `choice` over `prediction`, `planner` and `decision`, from `machine` (measured by
   `probe*`) and `samples`; `tensor_auto` is the lane that learns.
 - `chain` over `stages` and `streams`; `dual_wire`; `recompute` for keys and values; `checkpoint`; `wrap`.
 
-Words: autograd keeps a *ticket* for a *stash*, which has the packet's *home*: a *transit* of the wire, a
-*parcel* of a plan, a *part* of a bundle, or memory where it is. A *claim* is bytes of a budget, a *slot* a
-piece of pinned memory. A *trip* is one forward pass with its backward, a *lesson* what it showed, a *script*
-a lesson with a plan.
+Words of offload:
+
+- Autograd keeps a *ticket* for a *stash*, a saved tensor as it is stored. Its *home* is where the packet is:
+  a *transit* of `wire`, a *parcel* of `moves` (in a *crate* while its size is not known), memory of its
+  device or of the host; or `Remade` for one that is *derived*: computed again from other saved ones.
+- A *bundle* is many small packets that leave as one; each is a *part*. A *late* packet is one whose size
+  the device has still to compute.
+- A *claim* is bytes of a budget, a *promise* one on room off the device; a *slot* is pinned memory.
+- A *trip* is one training step, forward and backward, a *mark* a moment of it (a tensor saved or used, a
+  block entered or left) and a *gap* the time before a mark. A *lesson* is the profile of a step that trips
+  have shown, an *entry* one of its tensors; a *script* is a lesson with its plan.
+- A *choice* of a plan: "keep" a tensor, keep its code "here", or send it "away".
+
+"Note: [Name]" in a docstring heads an explanation that other files refer to by that name.
 """

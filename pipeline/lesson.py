@@ -130,7 +130,7 @@ class Lesson:
         gradients: bytes of those that backward makes.
         exact: speed of the exact lane; None where no tensor took it.
         extra: seconds that a tensor takes in a lane besides those that its kernels should. (encode, decode)
-        host: seconds of the host for a tensor, by choice. (save, use)
+        host_costs: seconds of the host for a tensor, by choice. (save, use)
         level: steps begin with nothing to do for the device, so that it waits for a host that is late.
         lossless: no tensor may lose bits, so that more can be derived.
     """
@@ -145,7 +145,7 @@ class Lesson:
     gradients: int
     exact: LaneSpeed | None = None
     extra: dict[str, Pair] = field(default_factory=dict)
-    host: dict[Choice, Pair] = field(default_factory=dict)
+    host_costs: dict[Choice, Pair] = field(default_factory=dict)
     level: bool = True
     lossless: bool = False
 
@@ -160,12 +160,12 @@ class Lesson:
                 merge_gaps(self.marks, self.host_gaps, shown.marks, shown.host.gaps, discard_old)
             ),
             extra=self.extra | (extra if discard_old else _least(extra, self.extra)),
-            host=self.host | (host if discard_old else _least(host, self.host)),
+            host_costs=self.host_costs | (host if discard_old else _least(host, self.host_costs)),
             level=shown.level,
         )
 
     def _ours(self, shown: Shown, choices: Sequence[Choice]) -> tuple[dict[str, Pair], dict[Choice, Pair]]:
-        """`extra` of lanes, the lower quartile, since some wait for copies besides; `host`, the median."""
+        """`extra` of lanes, the lower quartile, since some wait for copies besides; `host_costs`: medians."""
         speeds = _Speeds(self.device, self.exact, {})
         extra: defaultdict[str, tuple[list[float], list[float]]] = defaultdict(_lists)
         host: defaultdict[Choice, tuple[list[float], list[float]]] = defaultdict(_lists)
@@ -241,9 +241,9 @@ class Lesson:
             blocks.append(Block(median(alike), used, freed, call.repeatable and bool(inside), enqueuing))
         for i, s in enumerate(saved):
             if s.boundary:
-                used = min((other.host[1] for other in inner[s.block]), default=s.host[0])
+                used = min((other.host_times[1] for other in inner[s.block]), default=s.host_times[0])
                 block = blocks[s.block]
-                saved[i] = replace(s, used=block.used, freed=block.freed, host=(s.host[0], used))
+                saved[i] = replace(s, used=block.used, freed=block.freed, host_times=(s.host_times[0], used))
         over = wires(self.device)
         # Packets of CPU tensors stay where they are, and cost nothing to get there.
         out, back = (_nothing, _nothing) if over is None else map(_with_slack, over)
@@ -264,11 +264,11 @@ class Lesson:
     def _host_cost(self, choice: Choice) -> Pair:
         """Seconds of the host for a tensor, by rule of thumb as long as none took that choice."""
         save, use = HOST_DERIVED if choice.lane == DERIVED else HOST_COSTS[choice.place]
-        if choice in self.host:
-            save, use = self.host[choice]
-        elif KEPT in self.host:
-            save *= self.host[KEPT][0] / HOST_COSTS[KEEP][0]
-            use *= self.host[KEPT][1] / HOST_COSTS[KEEP][1]
+        if choice in self.host_costs:
+            save, use = self.host_costs[choice]
+        elif KEPT in self.host_costs:
+            save *= self.host_costs[KEPT][0] / HOST_COSTS[KEEP][0]
+            use *= self.host_costs[KEPT][1] / HOST_COSTS[KEEP][1]
         return save, use
 
 

@@ -135,8 +135,8 @@ class offload(HookContext):
         self._auto: Auto | None = None
         if automatic:
             self._auto = Auto(
-                store.device,
-                store.host,
+                store.device_budget,
+                store.host_budget,
                 store.tiers.take,
                 store.tiers.promise,
                 min_bytes,
@@ -171,10 +171,10 @@ class offload(HookContext):
             fetched=wire.fetched + (moves.fetched if moves else 0),
             prefetched=wire.prefetched + (moves.prefetched if moves else 0),
             seconds_waited=wire.waits.seconds() + (moves.waits.seconds() if moves else 0.0),
-            host_bytes=store.host.held,
-            host_peak=store.host.peak,
-            device_bytes=store.device.held,
-            device_peak=store.device.peak,
+            host_bytes=store.host_budget.held,
+            host_peak=store.host_budget.peak,
+            device_bytes=store.device_budget.held,
+            device_peak=store.device_budget.peak,
             tickets=store.tickets.held,
             plan=self._told(),
         )

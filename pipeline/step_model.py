@@ -57,7 +57,8 @@ class Saved:
         codes: those that may be used; one of lane "raw" for sending it as it is.
         block: in which it is saved, -1 for none.
         boundary: an input of the block, saved only if that is recomputed; others of a block only if not.
-        host: when the host comes to save and to use it, in seconds of the program alone since the step began.
+        host_times: when the host comes to save and to use it, in seconds of the program alone since the step
+            began.
         count: how many tensors this one stands for.
     """
 
@@ -68,7 +69,7 @@ class Saved:
     codes: tuple[Code, ...] = ()
     block: int = -1
     boundary: bool = False
-    host: tuple[float, float] = NO_HOST
+    host_times: tuple[float, float] = NO_HOST
     count: int = 1
 
     def is_saved(self, again: bool) -> bool:
@@ -84,14 +85,14 @@ class Block:
         seconds: of its forward pass.
         used, freed: when backward comes to it and leaves it.
         repeatable: running it again gives the same and changes nothing else.
-        host: seconds of the host for its forward pass.
+        host_seconds: of the host for its forward pass.
     """
 
     seconds: float
     used: float
     freed: float
     repeatable: bool = True
-    host: float = 0.0
+    host_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Step:
         seconds: of computing alone, forward and backward.
         out, back: seconds over bytes of the wires off the device and back; None where there are none.
         gradients: bytes of gradients at the end of backward.
-        host: seconds of the host to save and to use a tensor with a choice; None where it is never late.
+        host_cost: seconds of the host to save and to use a tensor with a choice; None where it is never late.
     """
 
     saved: tuple[Saved, ...]
@@ -112,7 +113,7 @@ class Step:
     out: Callable[[int], float] | None = None
     back: Callable[[int], float] | None = None
     gradients: int = 0
-    host: Callable[[Choice], tuple[float, float]] | None = None
+    host_cost: Callable[[Choice], tuple[float, float]] | None = None
 
 
 class Choice(NamedTuple):
@@ -162,7 +163,7 @@ class Option(NamedTuple):
     decode: float
     out: float
     back: float
-    host: tuple[float, float]
+    host_costs: tuple[float, float]
 
     @property
     def resident(self) -> int:
@@ -188,7 +189,7 @@ class Simulator:
         events += [(block.used, _AGAIN, b) for b, block in enumerate(step.blocks)]
         self._events = sorted(events)
         self._saved_when = [(s.block, (s.is_saved(False), s.is_saved(True))) for s in step.saved]
-        self._host_times = [saved.host for saved in step.saved]
+        self._host_times = [saved.host_times for saved in step.saved]
         self._block_bytes = [0] * len(step.blocks)
         for saved in step.saved:
             if saved.block >= 0 and not saved.boundary:
@@ -200,7 +201,7 @@ class Simulator:
         chosen = [mine[pick] for mine, pick in zip(self.options, picks, strict=True)]
         again_by_block = (*recompute, False)  # [-1] for no block
         is_saved = [when[again_by_block[block]] for block, when in self._saved_when]
-        follow_host, host_times = step.host is not None, self._host_times
+        follow_host, host_times = step.host_cost is not None, self._host_times
         gradients, unused = step.gradients, 1.0  # bytes in the end; share of saved tensors not used yet
         largest = max((n for n, flag in zip(self._block_bytes, recompute, strict=True) if flag), default=0)
         delay = host_delay = 0.0  # of both clocks behind the program alone
@@ -216,7 +217,7 @@ class Simulator:
                 if recompute[i]:
                     delay += step.blocks[i].seconds
                     again += step.blocks[i].seconds
-                    host_delay += step.blocks[i].host
+                    host_delay += step.blocks[i].host_seconds
                     grown = gradients * (1 - unused) + self._block_bytes[i]
                     working = max(working, held + int(grown))
                 continue
@@ -315,7 +316,7 @@ def _options(step: Step, saved: Saved) -> Iterator[Option]:
     """First to keep it."""
 
     def host(choice: Choice) -> tuple[float, float]:
-        save, use = (0.0, 0.0) if step.host is None else step.host(choice)
+        save, use = (0.0, 0.0) if step.host_cost is None else step.host_cost(choice)
         return saved.count * save, saved.count * use
 
     yield Option(KEPT, saved.nbytes, 0.0, 0.0, 0.0, 0.0, host(KEPT))

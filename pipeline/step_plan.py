@@ -461,7 +461,7 @@ def _merged(step: Step, parts: Sequence[Sequence[int]]) -> Step:
                 codes,
                 members[0].block,
                 members[0].boundary,
-                (max(m.host[0] for m in members), min(m.host[1] for m in members)),
+                (max(m.host_times[0] for m in members), min(m.host_times[1] for m in members)),
                 len(members),
             )
         )

@@ -79,12 +79,12 @@ class Store:
         self._shared: deque[ref[Stash]] = deque()  # those that may hold decoded elements, oldest first
         names = self._name(self._coarse_heads), self._name(self._coarse)
         self.lossy_names = None if lossy is None else names
-        self.host = Budget(host_budget)
-        self.device = Budget(gpu_budget)
+        self.host_budget = Budget(host_budget)
+        self.device_budget = Budget(gpu_budget)
         self.tickets = Holders()
         self.tally = Tally()
-        self.tiers = Tiers(self.host, disk, self.tally)
-        self.wire = Wire(self.device, self.tiers.take, self.tiers.promise)
+        self.tiers = Tiers(self.host_budget, disk, self.tally)
+        self.wire = Wire(self.device_budget, self.tiers.take, self.tiers.promise)
         self._bundles = Bundles(self.wire, gpu_budget)
 
     def find(self, key: Key) -> Stash | None:
@@ -276,15 +276,15 @@ class Store:
             return home
         if self._on_full == "error":
             raise BudgetError(
-                f"host budget: {describe(kind.view)} needs {packet.nbytes} bytes, {self.host.held} of "
-                f"{self.host.limit} are held; raise host_budget, or set on_full='keep' or 'spill'"
+                f"host budget: {describe(kind.view)} needs {packet.nbytes} bytes, {self.host_budget.held} of "
+                f"{self.host_budget.limit} are held; raise host_budget, or set on_full='keep' or 'spill'"
             )
-        claim = self.device.claim(packet.nbytes)
+        claim = self.device_budget.claim(packet.nbytes)
         if claim is None:
+            held, limit = self.device_budget.held, self.device_budget.limit
             raise BudgetError(
                 f"host and device budgets: {describe(kind.view)} needs {packet.nbytes} bytes, "
-                f"{self.device.held} of {self.device.limit} are held on the device; raise gpu_budget or "
-                "host_budget"
+                f"{held} of {limit} are held on the device; raise gpu_budget or host_budget"
             )
         self.tally.add("over_budget", packet.nbytes)
         if on_gpu:
@@ -292,7 +292,7 @@ class Store:
         return Resident(packet, claim)
 
     def _place_cpu(self, packet: Packet) -> Home | None:
-        claim = self.host.claim(packet.nbytes)
+        claim = self.host_budget.claim(packet.nbytes)
         if claim is not None:
             return Resident(packet, claim)
         host = PacketLayout(packet)

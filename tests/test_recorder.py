@@ -183,21 +183,21 @@ def test_the_clock_of_the_host(clock, monkeypatch):
     """It takes half of the time of the device (see `Stamp`)."""
     monkeypatch.setattr(lesson_module, "wires", lambda device: (lambda n: 0.0, lambda n: 0.0))
     lesson = drive(clock, Trip(CPU, None, False, 0)).lesson()
-    assert lesson.step().host is None, "of a processor, clocks are one"
+    assert lesson.step().host_cost is None, "of a processor, clocks are one"
     lesson = replace(lesson, device=torch.device("cuda"))
     step = lesson.step()
     for saved in step.saved:
         if saved.block >= 0 and not saved.boundary:
-            assert saved.host == pytest.approx((saved.saved / 2, saved.used / 2))
-    assert [block.host for block in step.blocks] == pytest.approx([0.002] * BLOCKS)
-    before = step.host(KEPT), step.host(Choice(AWAY, "raw"))
+            assert saved.host_times == pytest.approx((saved.saved / 2, saved.used / 2))
+    assert [block.host_seconds for block in step.blocks] == pytest.approx([0.002] * BLOCKS)
+    before = step.host_cost(KEPT), step.host_cost(Choice(AWAY, "raw"))
     kept = again(clock, lesson, code=4.0)
-    assert kept.host == {KEPT: pytest.approx((0.002, 0.002))}
+    assert kept.host_costs == {KEPT: pytest.approx((0.002, 0.002))}
     step = replace(kept, level=True).step()
-    assert step.host(KEPT) == pytest.approx((0.002, 0.002))
+    assert step.host_cost(KEPT) == pytest.approx((0.002, 0.002))
     slower = 0.002 / before[0][0]
-    assert step.host(Choice(AWAY, "raw"))[0] == pytest.approx(slower * before[1][0]), "by rule of thumb"
-    assert not kept.level and kept.step().host is None, "the device had other things to do"
+    assert step.host_cost(Choice(AWAY, "raw"))[0] == pytest.approx(slower * before[1][0]), "by rule of thumb"
+    assert not kept.level and kept.step().host_cost is None, "the device had other things to do"
 
 
 def test_what_a_lane_takes_besides_its_kernels(clock):

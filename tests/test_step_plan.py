@@ -114,9 +114,9 @@ def test_a_derived_tensor_holds_nothing_and_adds_its_time():
 
 def late(step: Step, save: float, use: float = 0.0) -> Step:
     """A host that is as fast as the device, and needs seconds more for a tensor that is not kept."""
-    saved = tuple(replace(s, host=(s.saved, s.used)) for s in step.saved)
+    saved = tuple(replace(s, host_times=(s.saved, s.used)) for s in step.saved)
     costs = {step_model.KEEP: (0.0, 0.0), HERE: (save, use), AWAY: (save, use)}
-    return replace(step, saved=saved, host=lambda choice: costs[choice.place])
+    return replace(step, saved=saved, host_cost=lambda choice: costs[choice.place])
 
 
 def test_the_device_waits_for_a_host_that_is_late():
@@ -129,7 +129,7 @@ def test_the_device_waits_for_a_host_that_is_late():
 
 def test_a_host_that_is_ahead_has_time_for_more():
     step = three()
-    ahead = tuple(replace(s, host=(0.5 * s.saved, 0.5 * s.used)) for s in step.saved)
+    ahead = tuple(replace(s, host_times=(0.5 * s.saved, 0.5 * s.used)) for s in step.saved)
     step = replace(late(step, 0.5), saved=ahead)
     assert simulate(step, [RAW_AWAY] * 3, [], limit=1000).waited_host == 0
 
@@ -140,7 +140,7 @@ def test_parts_cost_the_host_what_their_tensors_do():
     parts = step_plan._parts(step)
     merged = step_plan._merged(step, parts)
     assert len(merged.saved) < len(step.saved) and sum(s.count for s in merged.saved) == len(step.saved)
-    sums = [sum(mine[1].host[0] for mine in Simulator(s, 1e12).options) for s in (step, merged)]
+    sums = [sum(mine[1].host_costs[0] for mine in Simulator(s, 1e12).options) for s in (step, merged)]
     assert sums[0] == pytest.approx(sums[1])
 
 
