@@ -78,7 +78,7 @@ def planned(context: sidelane.offload) -> Row:
     sums = dict.fromkeys(("keep", "derived", "here", "away"), 0)
     for entry, choice in zip(plan.script.lesson.entries, plan.choices, strict=True):
         if entry.block < 0 or plan.recompute[entry.block] == entry.boundary:
-            sums["derived" if choice.lane == "derived" else choice.place] += entry.weight
+            sums[choice.place] += entry.weight
     places = (round(nbytes / GIB, 3) for nbytes in sums.values())
     values = (round(plan.predicted * 1e3, 1), sum(plan.recompute), *places, plan.binding)
     return dict(zip(PLAN[1:], values, strict=True))

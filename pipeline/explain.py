@@ -84,7 +84,7 @@ class Plan:
                 sums["all"] += 0 if entry.boundary else entry.weight
                 if b >= 0 and entry.boundary != again:
                     continue
-                sums[DERIVED if choice.lane == DERIVED else choice.place] += entry.weight
+                sums[choice.place] += entry.weight
                 if choice.place == AWAY:
                     lanes.add(choice.lane)
             if not sums:

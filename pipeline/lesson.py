@@ -40,8 +40,12 @@ WORTH = 0.97  # of the bytes of a tensor: a larger code is not offered
 WIRE_SLACK = 1.04  # times as long as alone: the other direction and the program use memory too
 # Seconds of the host for a tensor on an H200 with a processor of its time (save, use); in proportion, where a
 # trip has shown what it takes to keep one.
-HOST_COSTS = {KEEP: (20e-6, 15e-6), HERE: (120e-6, 100e-6), AWAY: (180e-6, 110e-6)}
-HOST_DERIVED = 60e-6, 60e-6
+HOST_COSTS = {
+    KEEP: (20e-6, 15e-6),
+    DERIVED: (60e-6, 60e-6),
+    HERE: (120e-6, 100e-6),
+    AWAY: (180e-6, 110e-6),
+}
 DERIVE_RATES = {"cuda": 4e12, "cpu": 10e9}  # bytes/s that it moves at most; trips show what it takes besides
 HOST_WAIT = 0.3e-3  # seconds that a GPU stands still when the host waits for the size of an exact code
 
@@ -263,7 +267,7 @@ class Lesson:
 
     def _host_cost(self, choice: Choice) -> Pair:
         """Seconds of the host for a tensor, by rule of thumb as long as none took that choice."""
-        save, use = HOST_DERIVED if choice.lane == DERIVED else HOST_COSTS[choice.place]
+        save, use = HOST_COSTS[choice.place]
         if choice in self.host_costs:
             save, use = self.host_costs[choice]
         elif KEPT in self.host_costs:

@@ -26,7 +26,7 @@ from sidelane.pipeline.recorder import Trip
 from sidelane.pipeline.report import Report
 from sidelane.pipeline.stash import Kept, Key, Stash, Ticket
 from sidelane.pipeline.step_auto import Auto, Tracked
-from sidelane.pipeline.step_model import AWAY, DERIVED, KEEP, UPPER, Choice
+from sidelane.pipeline.step_model import AWAY, DERIVE, KEEP, UPPER, Choice
 from sidelane.pipeline.store import Store, weight
 
 MIN_BYTES = 256 << 10
@@ -254,7 +254,7 @@ class offload(HookContext):
         self, moves: Moves, choice: Choice | None, tensor: Tensor, kind: Kind, key: Key, trip: Trip
     ) -> Stash | Held:
         """Keep, or encode and move, a tensor that is not stored yet."""
-        if choice is not None and choice.lane == DERIVED:
+        if choice is not None and choice == DERIVE:
             recipe = self._recipe(tensor, trip)
             if recipe is not None:
                 sources = (s.inner if isinstance(s, Tracked) else s for s in recipe.sources)

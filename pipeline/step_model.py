@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 AHEAD = 256 << 20  # bytes that may always be fetched ahead
-KEEP, HERE, AWAY = "keep", "here", "away"
-DERIVED, UPPER = "derived", "upper halves"  # as names of lanes, see `derive`
+KEEP, DERIVED, HERE, AWAY = "keep", "derived", "here", "away"
+UPPER = "upper halves"  # as the name of a lane, see `derive`
 NO_HOST = 0.0, 0.0
 
 _FREE, _SAVE, _USE, _AGAIN, _FREE_AT_ONCE = range(5)  # in this order where times are equal
@@ -37,8 +37,8 @@ def allowed_ahead(limit: float, gradients: float, again: float, left: float) -> 
 
 @dataclass(frozen=True)
 class Code:
-    """One way to encode a tensor: its bytes then, and the seconds that the compute stream spends on it. A
-    code of no bytes: others make the tensor again."""
+    """One way to encode a tensor: its bytes then, and the seconds that the compute stream spends on it. That
+    of lane "derived" has none."""
 
     lane: str
     nbytes: int
@@ -117,13 +117,15 @@ class Step:
 
 
 class Choice(NamedTuple):
-    """What to do with a tensor: "keep" it, keep its code "here", or send its code "away"."""
+    """What to do with a tensor: "keep" it, make it again from others ("derived"), keep its code "here", or
+    send its code "away"."""
 
     place: str
     lane: str = "raw"
 
 
 KEPT = Choice(KEEP)
+DERIVE = Choice(DERIVED, DERIVED)
 
 
 @dataclass(frozen=True)
@@ -322,8 +324,8 @@ def _options(step: Step, saved: Saved) -> Iterator[Option]:
     yield Option(KEPT, saved.nbytes, 0.0, 0.0, 0.0, 0.0, host(KEPT))
     for code in saved.codes:
         if code.nbytes < saved.nbytes:
-            here = Choice(HERE, code.lane)
+            here = DERIVE if code.lane == DERIVED else Choice(HERE, code.lane)
             yield Option(here, code.nbytes, code.encode, code.decode, 0.0, 0.0, host(here))
-        if code.nbytes and step.out is not None and step.back is not None:
+        if code.lane != DERIVED and step.out is not None and step.back is not None:
             away, wires = Choice(AWAY, code.lane), (step.out(code.nbytes), step.back(code.nbytes))
             yield Option(away, code.nbytes, code.encode, code.decode, *wires, host(away))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from sidelane.pipeline.step_model import (
     AWAY,
+    DERIVE,
     DERIVED,
     HERE,
     KEEP,
@@ -355,7 +356,7 @@ def _policies(step: Step, options: Sequence[Sequence[Option]], limit: float) -> 
     def chosen(good: Callable[[Option], bool], derive: bool = True) -> list[int]:
         out = []
         for i, mine in enumerate(options):
-            derived = [n for n, option in enumerate(mine) if n and derive and not option.nbytes]
+            derived = [n for n, option in enumerate(mine) if derive and option.choice == DERIVE]
             fitting = derived or [n for n, option in enumerate(mine) if n and good(option) and i not in small]
             out.append(min(fitting, key=lambda n: mine[n].nbytes, default=0))
         return out

@@ -19,9 +19,10 @@ from sidelane.pipeline.derive import equal_in_memory, is_widened, recipe_of, upp
 from sidelane.pipeline.lesson import BOUNDED
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.stash import Kept
-from sidelane.pipeline.step_model import DERIVED, HERE, UPPER, Choice, Simulator
+from sidelane.pipeline.step_model import DERIVE, DERIVED, UPPER, Simulator
 from sidelane.pipeline.step_plan import StepPlan
 
+DERIVED_AGAIN = " ".join(DERIVE)  # as `force` names choices
 automatic = partial(offload, "auto", min_bytes=1024, gpu_budget=1 << 30, checker=True)
 TOKENS, WIDTH = 64, 48
 
@@ -177,7 +178,7 @@ def settled(context):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("prefer", [f"here {DERIVED}", f"here {UPPER}", f"away {UPPER}", "away raw", None])
+@pytest.mark.parametrize("prefer", [DERIVED_AGAIN, f"here {UPPER}", f"away {UPPER}", "away raw", None])
 @pytest.mark.parametrize("gpu_budget", [1 << 30, 60_000, 0])
 def test_gradients_on_a_gpu_are_bitwise_unchanged(cuda, monkeypatch, blocks, gpu_budget, prefer):
     force(monkeypatch, prefer)
@@ -192,7 +193,7 @@ def test_gradients_on_a_gpu_are_bitwise_unchanged(cuda, monkeypatch, blocks, gpu
 
 
 @pytest.mark.parametrize("checker", [False, True])
-@pytest.mark.parametrize("prefer", [f"here {DERIVED}", f"here {UPPER}", f"away {UPPER}", None])
+@pytest.mark.parametrize("prefer", [DERIVED_AGAIN, f"here {UPPER}", f"away {UPPER}", None])
 def test_gradients_are_bitwise_unchanged(monkeypatch, blocks, prefer, checker):
     force(monkeypatch, prefer)
     expected = step(blocks, torch.enable_grad())
@@ -208,7 +209,7 @@ def test_gradients_are_bitwise_unchanged(monkeypatch, blocks, prefer, checker):
 
 
 def test_derived_tensors_hold_nothing_and_sources_are_decoded_once(monkeypatch, blocks):
-    force(monkeypatch, f"here {DERIVED}")
+    force(monkeypatch, DERIVED_AGAIN)
     context = automatic(checker=False)
     for _ in range(4):
         step(blocks, context)
@@ -216,9 +217,7 @@ def test_derived_tensors_hold_nothing_and_sources_are_decoded_once(monkeypatch, 
     step(blocks, context)
     after = context.report()
     lesson, script = context.plan.script.lesson, context.plan.script
-    derived = [
-        e.weight for e, c in zip(lesson.entries, script.plan.choices, strict=True) if c.lane == DERIVED
-    ]
+    derived = [e.weight for e, c in zip(lesson.entries, script.plan.choices, strict=True) if c == DERIVE]
     assert after.kept[DERIVED].nbytes - before.kept[DERIVED].nbytes == sum(derived) > 0
     assert after.decodes - before.decodes == len(derived), (
         "each is made once, for its own use and as a source"
@@ -228,7 +227,7 @@ def test_derived_tensors_hold_nothing_and_sources_are_decoded_once(monkeypatch, 
 
 def test_what_the_graph_does_not_show_is_found_by_comparing(monkeypatch, blocks):
     """An intermediate that nobody saves is changed without autograd."""
-    plans = force(monkeypatch, f"here {DERIVED}")
+    plans = force(monkeypatch, DERIVED_AGAIN)
 
     def forward(x):
         wide = x.float()
@@ -244,7 +243,7 @@ def test_what_the_graph_does_not_show_is_found_by_comparing(monkeypatch, blocks)
     context = automatic()
     for _ in range(4):
         assert_same(step(blocks, context), expected)
-    assert sum(choice.lane == DERIVED for choice in plans[-1].choices) == 3 * 4 - 1
+    assert sum(choice == DERIVE for choice in plans[-1].choices) == 3 * 4 - 1
 
 
 def test_without_memory_to_try_it_out_nothing_is_derived(monkeypatch, blocks):
@@ -252,16 +251,16 @@ def test_without_memory_to_try_it_out_nothing_is_derived(monkeypatch, blocks):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(derive_module.Recipe, "run", fail)
-    plans = force(monkeypatch, f"here {DERIVED}")
+    plans = force(monkeypatch, DERIVED_AGAIN)
     expected = step(blocks, torch.enable_grad())
     context = automatic()
     for _ in range(3):
         assert_same(step(blocks, context), expected)
-    assert plans and all(choice.lane != DERIVED for choice in plans[-1].choices)
+    assert plans and all(choice != DERIVE for choice in plans[-1].choices)
 
 
 def test_a_tensor_that_cannot_be_derived_any_more_is_stored(monkeypatch, blocks):
-    force(monkeypatch, f"here {DERIVED}")
+    force(monkeypatch, DERIVED_AGAIN)
 
     def touched(x):
         with torch.no_grad():
@@ -279,7 +278,7 @@ def test_a_tensor_that_cannot_be_derived_any_more_is_stored(monkeypatch, blocks)
 
 def test_only_what_may_lose_bits_is_derived_from_what_may(monkeypatch):
     """A column of statistics stays exact, though its factors may not."""
-    force(monkeypatch, f"here {DERIVED}")
+    force(monkeypatch, DERIVED_AGAIN)
     x = torch.randn(2048, 4).requires_grad_()
 
     def run(around):
@@ -308,12 +307,12 @@ def test_only_what_may_lose_bits_is_derived_from_what_may(monkeypatch):
 
 
 def test_an_error_bound_permits_to_derive_where_nothing_loses_bits(monkeypatch):
-    force(monkeypatch, f"here {DERIVED}")
+    force(monkeypatch, DERIVED_AGAIN)
     plan = step_auto.plan_step
 
     def the_more_the_faster(*arguments):
         made = plan(*arguments)
-        count = made.choices.count(Choice(HERE, DERIVED))
+        count = made.choices.count(DERIVE)
         return replace(made, forecast=replace(made.forecast, seconds=1 / (1 + count)))
 
     monkeypatch.setattr(step_auto, "plan_step", the_more_the_faster)
@@ -330,7 +329,7 @@ def test_an_error_bound_permits_to_derive_where_nothing_loses_bits(monkeypatch):
     expected, context = run(torch.enable_grad()), automatic(max_rel_error=0.1)
     for _ in range(3):
         assert torch.equal(run(context), expected)
-    assert context.plan.choices.count(Choice(HERE, DERIVED)) == 1
+    assert context.plan.choices.count(DERIVE) == 1
 
 
 def test_what_trips_show_may_turn_a_plan_without_loss_into_one_with_it(monkeypatch):
@@ -338,7 +337,7 @@ def test_what_trips_show_may_turn_a_plan_without_loss_into_one_with_it(monkeypat
 
     def plan(step, limit, host_limit):
         lossless = all(code.lane != BOUNDED for saved in step.saved for code in saved.codes)
-        force(monkeypatch, f"here {DERIVED if lossless else BOUNDED}")
+        force(monkeypatch, DERIVED_AGAIN if lossless else f"here {BOUNDED}")
         made = step_auto.plan_step(step, limit, host_limit)
         monkeypatch.setattr(step_auto, "plan_step", plan)
         return replace(made, forecast=replace(made.forecast, seconds=seconds[lossless]))
@@ -386,7 +385,7 @@ def test_what_other_steps_lost_is_no_source_where_nothing_is_lost(monkeypatch, c
     def without(a, b):
         return (narrow * 1).exp().sum() + Look.apply(a * b, seen)
 
-    for prefer, function in (("here bounded", with_loss), (f"here {DERIVED}", without)):
+    for prefer, function in (("here bounded", with_loss), (DERIVED_AGAIN, without)):
         force(monkeypatch, prefer)
         for _ in range(4):
             with context:
@@ -433,12 +432,12 @@ def test_what_is_derived_from_what_lost_bits_is_no_source_either(monkeypatch, ch
     def without(y):
         return (narrow * 1).exp().sum() + Look.apply((y * y).view(-1), seen)
 
-    choose(monkeypatch, f"here {DERIVED}", "here packed:4", lossless=False)
+    choose(monkeypatch, DERIVED_AGAIN, "here packed:4", lossless=False)
     for _ in range(4):
         with context:
             loss, _ = with_loss()
         loss.backward()
-    choose(monkeypatch, f"here {DERIVED}", lossless=True)
+    choose(monkeypatch, DERIVED_AGAIN, lossless=True)
     for _ in range(4):
         y = product()
         with context:
@@ -476,12 +475,12 @@ def test_a_trip_that_learns_takes_no_code_of_another_one_for_its_own(monkeypatch
 
 def test_weights_are_no_sources_where_processes_train_together(monkeypatch, blocks):
     monkeypatch.setattr(derive_module, "is_distributed", lambda: True)
-    force(monkeypatch, f"here {DERIVED}")
+    force(monkeypatch, DERIVED_AGAIN)
     expected = step(blocks, torch.enable_grad())
     context = automatic()
     for _ in range(3):
         assert_same(step(blocks, context), expected)
-    assert context.plan.choices.count(Choice(HERE, DERIVED)) == 3 * 3
+    assert context.plan.choices.count(DERIVE) == 3 * 3
 
 
 def test_derived_tensors_and_blocks_that_run_again(monkeypatch, blocks):
@@ -495,7 +494,7 @@ def test_derived_tensors_and_blocks_that_run_again(monkeypatch, blocks):
 
 
 def test_backward_twice(monkeypatch, blocks):
-    force(monkeypatch, f"here {DERIVED}")
+    force(monkeypatch, DERIVED_AGAIN)
     context = automatic()
     for _ in range(3):
         step(blocks, context)
@@ -532,7 +531,7 @@ def train(model, forward, around, steps=5, rate=0.5):
 
 def test_a_result_of_zeros_is_no_proof(monkeypatch):
     """A gate begins at zero: all products are zero while the step is learned, whatever happens to them."""
-    plans = force(monkeypatch, f"here {DERIVED}")
+    plans = force(monkeypatch, DERIVED_AGAIN)
 
     def model():
         torch.manual_seed(0)
@@ -548,7 +547,7 @@ def test_a_result_of_zeros_is_no_proof(monkeypatch):
 
     expected = train(model(), forward, torch.enable_grad())
     assert_same(train(model(), forward, automatic(checker=False)), expected)
-    assert all(choice.lane != DERIVED for plan in plans for choice in plan.choices)
+    assert all(choice != DERIVE for plan in plans for choice in plan.choices)
 
 
 @pytest.mark.parametrize("prefer", [f"here {UPPER}", f"away {UPPER}"])
@@ -571,7 +570,7 @@ def test_lower_halves_that_the_graph_does_not_show_are_found(monkeypatch, prefer
 @pytest.mark.parametrize("first", ["main", "probe"])
 def test_a_detached_head_may_run_after_the_optimizer(monkeypatch, first):
     """It shares the memory of a tensor whose own backward is over, and whose weight has changed by then."""
-    force(monkeypatch, f"here {DERIVED}")
+    force(monkeypatch, DERIVED_AGAIN)
 
     def model():
         torch.manual_seed(0)
@@ -603,7 +602,7 @@ def cast(a, b):
 @pytest.mark.parametrize("make", [product, cast])
 @pytest.mark.filterwarnings("ignore:Casting complex values")
 def test_complex_products(monkeypatch, make):
-    force(monkeypatch, f"here {DERIVED}")
+    force(monkeypatch, DERIVED_AGAIN)
 
     def run(around):
         torch.manual_seed(0)
@@ -661,7 +660,7 @@ def move(freed):
 def test_weights_that_are_away_until_their_own_backward(monkeypatch, freed, view, distributed):
     """As wrappers have it that keep a part of the weights on each GPU, or all on the host."""
     monkeypatch.setattr(derive_module, "is_distributed", lambda: distributed)
-    force(monkeypatch, f"here {DERIVED}")
+    force(monkeypatch, DERIVED_AGAIN)
 
     def run(around):
         torch.manual_seed(0)
@@ -682,7 +681,7 @@ def test_weights_that_are_away_until_their_own_backward(monkeypatch, freed, view
 
 
 def test_a_long_chain_is_stored_in_between(monkeypatch):
-    force(monkeypatch, f"here {DERIVED}")
+    force(monkeypatch, DERIVED_AGAIN)
     layer = nn.Linear(16, 16)
 
     def run(around):
@@ -699,13 +698,13 @@ def test_a_long_chain_is_stored_in_between(monkeypatch):
         assert_same(run(context), expected)
     before = context.report().decodes
     run(context)
-    derived = sum(choice.lane == DERIVED for choice in context.plan.choices)
+    derived = sum(choice == DERIVE for choice in context.plan.choices)
     assert 40 <= derived < 60 and context.report().decodes - before <= 2 * 61
 
 
 def test_sources_are_of_the_same_block_or_of_none(monkeypatch):
     """What another block saved is not there when that one runs again."""
-    force(monkeypatch, f"here {DERIVED}")
+    force(monkeypatch, DERIVED_AGAIN)
 
     class First(nn.Module):
         def forward(self, x):

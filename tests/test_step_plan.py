@@ -11,6 +11,7 @@ import pytest
 from sidelane.pipeline import step_model, step_plan
 from sidelane.pipeline.step_model import (
     AWAY,
+    DERIVE,
     DERIVED,
     HERE,
     KEPT,
@@ -107,7 +108,7 @@ def test_a_recomputed_block_saves_its_input_alone_and_runs_again():
 def test_a_derived_tensor_holds_nothing_and_adds_its_time():
     derived = (Code(DERIVED, 0, decode=0.5),)
     step = replace(three(), saved=tuple(replace(s, codes=derived) for s in three().saved))
-    forecast = simulate(step, [KEPT, Choice(HERE, DERIVED), KEPT], [], limit=1000)
+    forecast = simulate(step, [KEPT, DERIVE, KEPT], [], limit=1000)
     assert (forecast.seconds, forecast.held, forecast.coding) == (8.5, 200, 0.5)
     assert all(len(options) == 2 for options in Simulator(step, 0).options), "there is nothing to send"
 
@@ -282,7 +283,7 @@ def test_what_can_be_derived_is_where_that_is_quicker():
         for name, other in plan.others.items():
             if other.held <= limit:
                 assert plan.forecast.seconds <= other.seconds * 1.005, (share, name)
-    assert not any(plan.recompute) and any(choice.lane == DERIVED for choice in plan.choices)
+    assert not any(plan.recompute) and any(choice == DERIVE for choice in plan.choices)
 
 
 def test_mixtures_of_three_are_found():
