@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("math_attention")]
 
 STEPS = 4
 automatic = partial(offload, "auto", min_bytes=MIN_BYTES)
-CHOICES = ("keep raw", "away raw", "away exact", "here exact", "here derived", None)
+CHOICES = ("keep raw", "away raw", "away exact", "here exact", "derived derived", None)
 
 
 @pytest.fixture(autouse=True)
