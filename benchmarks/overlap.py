@@ -3,16 +3,18 @@
 Rows: for each lane, direction and setting the time of the products alone, of the chain alone, of both at
 once, and from those the hidden fraction h = (t_products + t_chain - t_both) / min(t_products, t_chain). The
 tensors exist beforehand and are sent from a stream of their own. Every measured run follows products that
-are not measured, so that clocks and power are those of a busy device. Tensors are normal random numbers:
-they time kernels and say nothing about ratios.
+are not measured, so that clocks and power are those of a busy device. Rounds count beside which a loop of
+Python ran undisturbed (`common.Quiet`), or the least disturbed of `MOST` times as many: `slowed` is the worst
+of them. Tensors are normal random numbers: they time kernels and say nothing about ratios.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import nan
 from pathlib import Path
 from statistics import median, quantiles
@@ -20,7 +22,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from common import RESULTS, append_rows, environment, figure, timing_event
+from common import RESULTS, Quiet, Turn, append_rows, environment, figure, quiet_cpus, timing_event
 from torch import Tensor
 
 from sidelane.codec.lane import Lane
@@ -33,6 +35,8 @@ KINDS = 6  # different tensors
 WIRE = 5 << 30  # bytes that one run moves over the wire
 WARM = 0.15  # seconds of products before each measured run
 TRIES = 3  # of the chain alone, whose median says how many products take as long
+QUIET = 4  # CPUs: a chain has threads
+MOST = 2  # times as many rounds, at most, to find undisturbed ones
 LANES: dict[str, dict[str, Any]] = {
     "raw": {},
     "packed 4": {"bits": 4},
@@ -214,8 +218,31 @@ def gate(lane: Lane, tensors: list[Tensor], products: Products) -> None:
         raise RuntimeError(f"lane '{lane.name}' beside products gives wrong results: no times")
 
 
+def undisturbed_rounds(
+    quiet: Quiet, works: Sequence[Callable[[], Times]], repeats: int
+) -> list[list[Turn[Times]]]:
+    """`repeats` rounds of all `works` in which others did not disturb the host, or the least disturbed of
+    `MOST` times as many; then those that were left out."""
+    rounds: list[list[Turn[Times]]] = []
+    missing = repeats
+    while missing and len(rounds) < MOST * repeats:
+        rounds.append([quiet.run(work) for work in works])
+        missing = repeats - sum(all(map(quiet.is_quiet, each)) for each in rounds)
+    return sorted(rounds, key=_loop)
+
+
+def _loop(turns: Sequence[Turn[Times]]) -> float:
+    return max(turn.loop for turn in turns)
+
+
 def row(
-    name: str, direction: str, setting: Setting, transfer: Transfer, products: Products, repeats: int
+    name: str,
+    direction: str,
+    setting: Setting,
+    transfer: Transfer,
+    products: Products,
+    repeats: int,
+    quiet: Quiet,
 ) -> dict[str, Any]:
     """Medians over `repeats` rounds of: products alone, chain alone, both. The products are as many as take
     the time of the chain."""
@@ -225,14 +252,13 @@ def row(
     seconds = measure(products, None, None).products / products.count
     alone = median(measure(products, work, None).total for _ in range(TRIES))
     products.count = max(round(alone / seconds), 1)
-    rounds = [
-        (
-            measure(products, None, None),
-            measure(products, work, None),
-            measure(products, work, setting),
-        )
-        for _ in range(repeats)
-    ]
+    works = (
+        partial(measure, products, None, None),
+        partial(measure, products, work, None),
+        partial(measure, products, work, setting),
+    )
+    taken = undisturbed_rounds(quiet, works, repeats)
+    rounds = [[turn.value for turn in turns] for turns in taken[:repeats]]
     a, b, both = (median(each[i].total for each in rounds) for i in range(3))
     hidden = [(x.total + y.total - z.total) / min(x.total, y.total) for x, y, z in rounds]
     quick, beside = (median(each[i].products for each in rounds) for i in (0, 2))
@@ -257,11 +283,14 @@ def row(
         "wire_gb_s_beside": round(wire / both / 1e9, 1),
         "tflops_alone": round(products.flop * products.count / quick / 1e12, 1),
         "repeats": repeats,
+        "slowed": round(_loop(taken[repeats - 1]) / quiet.least, 3),
+        "left_out": len(taken) - repeats,
     }
 
 
-def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def run(arguments: argparse.Namespace, quiet: Quiet) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
+    quiet.look_around()
     env = environment()
     deadline = perf_counter() + arguments.seconds
     products = Products(arguments.side)
@@ -280,7 +309,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 setting = SETTINGS[chosen]
                 with Chain(kind, **setting.options, **options) as chain:
                     transfer = Transfer(chain, tensors, direction, arguments.wire)
-                    found = row(name, direction, setting, transfer, products, arguments.repeats)
+                    found = row(name, direction, setting, transfer, products, arguments.repeats, quiet)
                     del transfer
                 rows.append(found | env)
                 print(LINE.format(**found), flush=True)
@@ -343,7 +372,8 @@ def main() -> None:
     parser.add_argument("--trace", action=argparse.BooleanOptionalAction, default=True, help="draw timelines")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = run(arguments)
+    with quiet_cpus(QUIET) as move:
+        rows = run(arguments, Quiet(move))
     if rows:
         append_rows(arguments.out / "overlap.csv", rows)
         draw(arguments.out / "overlap.png", rows)

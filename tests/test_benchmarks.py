@@ -160,3 +160,29 @@ def test_work_is_repeated_until_it_runs_undisturbed(
     turn = quiet.undisturbed(lambda: next(runs))
     assert not coming and len(moved) == moves
     assert turn.value == value and turn.loop / quiet.least == pytest.approx(slowed)
+
+
+@pytest.mark.parametrize(
+    ("loops", "kept", "left_out"),
+    [
+        ((10, 10), [0, 1], 0),
+        ((20, 10, 10), [1, 2], 1),
+        ((30, 10, 20, 40), [1, 2], 2),
+    ],
+)
+def test_rounds_of_products_and_chains_are_the_least_disturbed(
+    common: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    loops: tuple[float, ...],
+    kept: list[int],
+    left_out: int,
+) -> None:
+    """`loops`: the slowest of each round of two works, which are between two loops each."""
+    import overlap
+
+    coming = [loop for slowest in loops for loop in (10, slowest, 10, 10)]
+    monkeypatch.setattr(common, "loop_us", lambda rounds: coming.pop(0))
+    monkeypatch.setattr(common, "STAY", float("inf"))
+    runs = count()
+    rounds = overlap.undisturbed_rounds(common.Quiet(lambda: None), [lambda: next(runs)] * 2, 2)
+    assert [turns[0].value // 2 for turns in rounds[:2]] == kept and len(rounds) - 2 == left_out
