@@ -98,6 +98,10 @@ def weigh_components(
 ) -> Weights | None:
     """What `unpack_dequantize_project` makes of its operands for surfaces of `fmt`, made once for many calls.
 
+    Args:
+        components: [D, K] floats, any strides, or None. scale: [K], bias: [D], float32, contiguous.
+        fmt: of the surfaces, whose codes fill it. dtype: of the results.
+
     Returns:
         Its `weights`; None where it makes nothing of them: without components, or without a GPU.
 
