@@ -6,7 +6,7 @@ that the measured copy bandwidth and the measured rate of a large GEMM allow. In
 times, no statement about compression.
 
 The chains of the inverse multiply in the dtype of x, which rounds codes to 8 bits where that is bfloat16;
-"torch.compile, float16" keeps their 10, as the kernels do. "sidelane, weights ready": with `weigh_components`
+"torch.compile, float16" keeps up to 11, as the kernels do. "sidelane, weights ready": with `weigh_components`
 called once before, as a lane does for a basis.
 
     python benchmarks/kernels_surface.py --compiled few

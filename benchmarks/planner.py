@@ -12,15 +12,14 @@ Rows: each lane in each cell, with what is taken among all lanes ("any") and amo
 `AutoLane` itself, its decision included. Lanes take turns in random order, each once untimed before it is
 timed; `over_raw` is the median ratio of times of the same round. Flips: the rate of a simulated wire at
 which raw and a lane take the same time, predicted, and measured by two sweeps. Files: planner.csv,
-planner_flips.csv, planner_summary.csv (see `planner_summary.figures`).
+planner_flips.csv, planner_summary.csv (see `planner_summary.figures`), and the profile, planner_machine.json.
 
 The process has the CPUs that are quietest before each piece of the work (see `quiet_cpus`). At sizes at which
-lanes flip launches decide, which a disturbed host makes twice as slow for a second: flips are made of the
-turns beside which a loop of Python ran fastest (`common.Quiet`), and one counts if others did not disturb the
-sample and the median turn at any rate. With
-several GPUs each has a process, on any CPUs, and a part of the work; the disk belongs to the first, which
-begins alone, so that its profile of the disk is not disturbed. Without a GPU the same runs on made-up wires,
-to see that it runs; nothing is written.
+lanes flip launches decide, which a disturbed host makes two to three times as slow for a second: flips are
+made of the turns beside which a loop of Python ran fastest (`common.Quiet`), and one counts if others did not
+disturb the sample and the median turn at any rate. With several GPUs each has a process, on any CPUs, and a
+part of the work; the disk belongs to the first, which begins alone, so that its profile of the disk is not
+disturbed. Without a GPU the same runs on made-up wires, to see that it runs; nothing is written.
 """
 
 from __future__ import annotations
