@@ -23,7 +23,7 @@ from sidelane.codec.packet import NO_DIGEST, Packet
 from sidelane.errors import BasisError, LaneError, LaneUnavailable, PacketError
 from sidelane.kernels.reference import dequantize_project_ref, project_quantize_ref
 from sidelane.kernels.surface import weigh_components
-from sidelane.layout import FORMATS, MAPPINGS, NV12, P010, SurfaceFormat, plan_surface
+from sidelane.layout import FORMATS, MAPPINGS, NV12, P010, plan_surface
 from sidelane.pipeline import video
 from sidelane.pipeline.basis import Basis, clip_range
 from sidelane.pipeline.compress import compress
@@ -488,16 +488,25 @@ def test_weights_are_made_once_for_all_packets(device: torch.device, monkeypatch
     x = smooth(300, 64)
     basis = fitted_basis(x, 16)
     packets = [VideoLane(basis, format=name).encode(x).to(device) for name in ("p010", "p010", "nv12")]
-    made: list[SurfaceFormat] = []
+    made: dict[str, Any] = {}
+    used = []
+    unpack = video.unpack_dequantize_project
 
     def weigh(*args: Any) -> Any:
-        made.append(args[3])
-        return weigh_components(*args)
+        assert args[3].name not in made
+        made[args[3].name] = weigh_components(*args)
+        return made[args[3].name]
+
+    def watched(*args: Any, weights: Any) -> Tensor:
+        used.append(weights)
+        return unpack(*args, weights=weights)
 
     monkeypatch.setattr(video, "weigh_components", weigh)
+    monkeypatch.setattr(video, "unpack_dequantize_project", watched)
     for packet in packets:
         VideoLane(basis).decode(packet)
-    assert [fmt.name for fmt in made] == ["p010", "nv12"]
+    expected = [made["p010"], made["p010"], made["nv12"]]
+    assert all(found is weights is not None for found, weights in zip(used, expected, strict=True))
 
 
 def test_operands_go_with_their_basis() -> None:
