@@ -8,7 +8,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from math import inf
@@ -85,7 +85,7 @@ def quiet_cpus(count: int) -> Iterator[Callable[[], None]]:
     """Inside, what moves this process with all of its threads to those `count` of its CPUs on which `loop_us`
     is least now.
 
-    Others on a virtual machine's cores make a program take up to half as long again, for seconds.
+    Others on a virtual machine's cores make a program take up to twice as long, for seconds.
     """
 
     def move() -> None:
@@ -122,7 +122,7 @@ class Quiet:
 
     move: Callable[[], None]
     least: float = inf
-    _moved: float = -inf
+    _moved: float = field(default=-inf, init=False)
 
     def run(self, work: Callable[[], T]) -> Turn[T]:
         before = self._loop()

@@ -79,14 +79,14 @@ def flips(setting: Setting, path: Simulated, kind: str, x: Tensor, seconds: floa
     for lane in FLIP_LANES:
 
         def predicted(learned: Residuals, samples: Probes, lane: str = lane) -> float:
-            def seconds(rate: float, lane: str) -> float:
+            def time_of(rate: float, lane: str) -> float:
                 wires = rate, path.other, overheads[lane]
                 decision = choose(
                     x, wires, setting.machine, exact=False, name=kind, residuals=learned, probes=samples
                 )
                 return decision.candidates[lane].seconds
 
-            rate = crossover(partial(seconds, lane=lane), partial(seconds, lane="raw"), 1e7, 1e12, 30)
+            rate = crossover(partial(time_of, lane=lane), partial(time_of, lane="raw"), 1e7, 1e12, 30)
             return (rate or nan) / 1e9
 
         row = {"tables": predicted(Residuals(), untimed), "predicted": predicted(Residuals(), probes)}
