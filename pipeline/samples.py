@@ -18,7 +18,7 @@ from sidelane.errors import LaneError
 from sidelane.pipeline.compress import relative_error
 from sidelane.pipeline.decision import RAW
 from sidelane.pipeline.lanes import decode_packet, open_lane, plain, undisturbed
-from sidelane.pipeline.sampling import stream_seconds
+from sidelane.pipeline.sampling import seconds_in_use
 from sidelane.pipeline.streams import current_stream, on, side_stream
 from sidelane.pipeline.tiers import PacketLayout
 
@@ -165,8 +165,8 @@ def _seconds(lane: Lane, some: Tensor) -> tuple[float, float]:
     stream.synchronize()
     times = [
         (
-            stream_seconds(stream, partial(lane.encode, some)),
-            stream_seconds(stream, lambda: decode_packet(layout.over(memory))),
+            seconds_in_use(stream, partial(lane.encode, some)),
+            seconds_in_use(stream, lambda: decode_packet(layout.over(memory))),
         )
         for _ in range(TRIALS + 1)
     ]

@@ -20,6 +20,7 @@ from sidelane.pipeline.streams import side_stream, timed_event
 REPEATS = 21  # of each size, after one that is not counted
 LEAST = 3  # of them, for all sizes before any is repeated more often
 ATTEMPTS = 5  # to have a load last longer than what is timed beside it
+PAUSE = 3e-4  # seconds before what is timed as it comes in use
 FAILURES = (SidelaneError, OSError, RuntimeError, MemoryError)  # of a step, which is then left out
 
 T = TypeVar("T")
@@ -90,6 +91,13 @@ def stream_seconds(stream: torch.cuda.Stream, work: Callable[[], object]) -> flo
         end = stream.record_event(timed_event())
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3
+
+
+def seconds_in_use(stream: torch.cuda.Stream, work: Callable[[], object]) -> float:
+    """`stream_seconds` after `PAUSE`: calls in a row start kernels faster than those between which a program
+    does something else."""
+    _spin(PAUSE)
+    return stream_seconds(stream, work)
 
 
 class Load:
