@@ -82,20 +82,15 @@ class Setting:
 SETTINGS = {
     each.name: each
     for each in (
-        Setting("inline, 1 stream", {"workers": 0, "streams": 1, "depth": 12}),
         Setting("inline, 4 streams", {"workers": 0, "streams": 4, "depth": 12}),
-        Setting("inline, 8 streams", {"workers": 0, "streams": 8, "depth": 16}),
+        Setting("1 worker, 1 stream", {"workers": 1, "streams": 1, "depth": 12}),
         Setting("1 worker, 4 streams", {"workers": 1, "streams": 4, "depth": 12}),
-        Setting("2 workers", {"workers": 2, "streams": 1, "depth": 12}),
+        Setting("1 worker, 8 streams", {"workers": 1, "streams": 8, "depth": 16}),
         Setting("4 workers", {"workers": 4, "streams": 1, "depth": 12}),
-        Setting("8 workers", {"workers": 8, "streams": 1, "depth": 16}),
-        Setting("inline, 8 SMs free", {"workers": 0, "streams": 4, "depth": 12, "priority": 0}, 8),
         Setting("1 worker, 8 SMs free", {"workers": 1, "streams": 4, "depth": 12, "priority": 0}, 8),
         Setting("1 worker, 8 SMs free, first", {"workers": 1, "streams": 4, "depth": 12}, 8),
-        Setting("1 worker, 16 SMs free", {"workers": 1, "streams": 4, "depth": 12, "priority": 0}, 16),
-        Setting("2 workers, 8 SMs free", {"workers": 2, "streams": 1, "depth": 12, "priority": 0}, 8),
-        Setting("2 workers, 16 SMs free", {"workers": 2, "streams": 1, "depth": 12, "priority": 0}, 16),
-        Setting("4 workers, 16 SMs free", {"workers": 4, "streams": 1, "depth": 12, "priority": 0}, 16),
+        Setting("1 worker, 12 SMs free", {"workers": 1, "streams": 4, "depth": 12, "priority": 0}, 12),
+        Setting("1 worker, 12 SMs free, deep", {"workers": 1, "streams": 4, "depth": 24, "priority": 0}, 12),
     )
 }
 
