@@ -21,7 +21,8 @@ from sidelane.errors import DriverError, LaneError, OffloadError
 from sidelane.pipeline.pool import GRANULE as GRANULE
 from sidelane.pipeline.pool import Piece, Pool, rounded
 
-STEP = 256 << 20  # regions are no smaller, unless a limit or the machine wants it
+STEP = 256 << 20  # regions are no smaller in the end, unless a limit or the machine wants it
+FIRST = 16 << 20  # bytes of the first region of the shared arena
 RESERVE = 1 << 30  # bytes of host memory that are left alone
 PREFAULT_THREADS = 8
 VIEWS = 1024  # tensors over a region that are kept
@@ -94,16 +95,24 @@ class Arena:
         pinned: registered with CUDA; default: where there is CUDA. Plain memory otherwise.
         step: bytes by which it grows, or the size asked for if that is larger; a region costs about 80 ms
             per GiB. A slot lies in one region, since no copy may span two registrations.
+        first: bytes of the first region, from which the next ones double up to `step`; default: `step`.
 
     Raises LaneError for a bad argument.
     """
 
-    def __init__(self, limit: int | None = None, *, pinned: bool | None = None, step: int = STEP) -> None:
+    def __init__(
+        self,
+        limit: int | None = None,
+        *,
+        pinned: bool | None = None,
+        step: int = STEP,
+        first: int | None = None,
+    ) -> None:
         if (limit is not None and limit < 0) or step < 1:
             raise LaneError(f"limit={limit}, step={step}: an arena has bytes, 0 or more")
         self.limit = limit
         pinned = torch.cuda.is_available() if pinned is None else pinned
-        self._pool: Pool[_Region] = Pool(partial(_Region.open, pinned), _synchronize, limit, step)
+        self._pool: Pool[_Region] = Pool(partial(_Region.open, pinned), _synchronize, limit, step, first)
 
     @property
     def held(self) -> int:
@@ -144,7 +153,7 @@ class Arena:
 @cache
 def shared() -> Arena:
     """The arena of this process, without a limit of its own."""
-    return Arena()
+    return Arena(first=FIRST)
 
 
 class _Region:

@@ -87,6 +87,8 @@ class Pool(Generic[R]):
         settle: wait until nobody is at work in memory that was given back.
         limit: bytes of all regions at most, or None.
         step: bytes of a region, unless more are asked for or fewer are left.
+        first: bytes of the first region; later ones have as much as there is already, up to `step`,
+            which is the default.
     """
 
     def __init__(
@@ -95,12 +97,13 @@ class Pool(Generic[R]):
         settle: Callable[[], None],
         limit: int | None,
         step: int,
+        first: int | None = None,
     ) -> None:
         self.limit = limit
         self.peak = 0
         self._open_region = open_region
         self._settle = settle
-        self._step = step
+        self._step, self._first = step, first or step
         self._lock = Lock()
         self._returned: deque[_Loan] = deque()
         self._live: dict[int, _Loan] = {}  # by id: a weak reference hashes like what it refers to
@@ -190,7 +193,8 @@ class Pool(Generic[R]):
 
     def _grow(self, size: int) -> bool:
         """Open a region that holds `size` bytes, or none."""
-        for wanted in (max(size, self._step), size):
+        step = min(self._step, max(self._first, self.reserved))
+        for wanted in (max(size, step), size):
             nbytes = min(rounded(wanted), self._room())
             if nbytes < size:
                 self._drop_regions(wait=False)

@@ -186,6 +186,20 @@ def test_repeated_steps_map_nothing_new_and_merge_back_to_whole_regions():
     assert len(set(reserved)) == 1 and reserved[0] < 1.1 * sum(sizes) + MIB
 
 
+def test_an_arena_that_starts_small_maps_less_than_twice_what_it_lends():
+    arena = Arena(pinned=False, step=MIB, first=64 * KIB)
+    slots, reserved = [], [0]
+    while arena.held < 8 * MIB:
+        slots.append(arena.take(12 * KIB))
+        assert arena.reserved <= 64 * KIB + 2.2 * arena.held
+        if arena.reserved != reserved[-1]:
+            reserved.append(arena.reserved)
+    grown = [b - a for a, b in zip(reserved, reserved[1:], strict=False)]
+    assert grown[:5] == [64 * KIB, 64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB]
+    assert set(grown[5:]) == {MIB}
+    assert arena.take(3 * MIB) is not None and arena.reserved == reserved[-1] + 3 * MIB
+
+
 def test_the_machine_is_a_limit(monkeypatch):
     arena = Arena(pinned=False, step=64 * MIB)
     monkeypatch.setattr(arena_module, "available_memory", lambda: arena_module.RESERVE + MIB)
