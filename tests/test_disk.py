@@ -59,10 +59,14 @@ def put(disk: Disk, data: Tensor, ready: Event | None = None) -> Spill:
 
 
 def settle(disk: Disk) -> None:
-    """Wait for the writes, and, if one thread reads, for the reads."""
+    """Wait until all threads are done with all transfers."""
     while disk._finish_write():
         pass
-    disk._readers.submit(lambda: None).result()
+    for pool in (disk._writers, disk._readers):
+        meeting = threading.Barrier(pool._max_workers + 1)
+        for _ in range(pool._max_workers):
+            pool.submit(meeting.wait)
+        meeting.wait(60)
 
 
 class Gate:
@@ -515,8 +519,9 @@ def test_an_interrupt_at_any_point_breaks_nothing(tmp_path, monkeypatch, ahead):
 
     for at in count():
         hit = interrupted(use, at, disk_module, blockfile_module, pool_module, arena_module)
-        while disk._drop_ahead() or disk._finish_write():
+        while disk._drop_ahead():
             pass
+        settle(disk)  # also what was begun and not noted
         if hit and disk.held + disk._staging.held > slot_bytes(data.numel()):
             gc.collect()  # a traceback may be part of a cycle
         assert disk.held == slot_bytes(data.numel()) and disk._staging.held == 0, at
