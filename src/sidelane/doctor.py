@@ -185,7 +185,10 @@ def _nvcomp() -> Finding:
     # find_spec imports the parent package, which is missing where no NVIDIA wheel is installed.
     if find_spec("nvidia") is None or find_spec("nvidia.nvcomp") is None:
         return Finding(
-            "nvCOMP", "no", "not installed; the exact lane does without", "pip install 'sidelane[nvcomp]'"
+            "nvCOMP",
+            "no",
+            "not installed; nothing but a benchmark needs it",
+            "pip install 'sidelane[nvcomp]'",
         )
     return Finding("nvCOMP", "yes", "installed")
 
