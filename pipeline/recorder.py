@@ -58,6 +58,15 @@ class Stamp:
         return float(self._event.elapsed_time(end._event)) / 1e3
 
 
+class Uses:
+    """How often backward has used a tensor of the trips of one thread, on whatever thread it ran."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 class Trip:
     """One forward pass with its backward passes: follows a script, or learns one.
 
@@ -66,12 +75,20 @@ class Trip:
         timed: mark every save and use with events.
         first: number that the next parcel has.
         level: the device has nothing left to do.
+        uses: of the thread that saves.
     """
 
     def __init__(
-        self, device: torch.device, script: Script | None, timed: bool, first: int, level: bool = False
+        self,
+        device: torch.device,
+        script: Script | None,
+        timed: bool,
+        first: int,
+        level: bool = False,
+        uses: Uses | None = None,
     ) -> None:
         self.device = device
+        self.uses = uses or Uses()
         self._level = level
         self.script = script
         self.timed = timed

@@ -10,8 +10,9 @@ be faster by `GAIN`, a few times at most. In the end the one stays that was fast
 From then on nothing is timed or planned, until steps take another time than they did, and each time that
 happens it has to last longer.
 A trip that is not the step of its script goes on as one that learns would, and the next that begins like it
-learns again. Steps are told apart by the first tensor they save and by which blocks are in training mode, so
-that batches of other shapes, and evaluation, have plans of their own. `_StepState` has the phases.
+learns again, or a later one where that has happened before the step settled. Steps are told apart by the
+first tensor they save and by which blocks are in training mode, so that batches of other shapes, and
+evaluation, have plans of their own. `_StepState` has the phases.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from sidelane.pipeline.lesson import Entry, Lesson, Script
 from sidelane.pipeline.moves import Moves
 from sidelane.pipeline.passage import Passage, Passed
 from sidelane.pipeline.policy import is_capturing, may_lose_bits, plain_kind, why_kept
-from sidelane.pipeline.recorder import Trip
+from sidelane.pipeline.recorder import Trip, Uses
 from sidelane.pipeline.stash import Kept, Stash, Ticket, data_key
 from sidelane.pipeline.step_model import Choice, Step
 from sidelane.pipeline.step_plan import StepPlan, plan_step
@@ -52,6 +53,7 @@ REPLANS = 2  # plans that may take over from the first
 RECENT = 9  # trips whose median time is that of the step
 DRIFT = 0.15  # share of the step by which that may change
 EARLY_ENDS = 3  # trips in a row that end early before the step is learned again
+MOST_PATIENCE = 16  # trips in a row that are another step, at most, before that one is learned
 SPARE = 1 / 128  # of budgets that plans leave alone, for what rounding and headers add
 MAX_STEPS = 16  # that are remembered
 
@@ -97,6 +99,8 @@ class _StepState:
         recent: seconds of the last plain trips.
         tried: plans, with the seconds of their fastest trip. replans_left: plans that may still take over.
         early_ends: trips in a row that were not as the script says.
+        patience: so many of them that were another step lead to LEARN; doubles each time until the step
+            settles, as steps may differ at random.
         baseline: seconds of the settled step; None before enough trips.
         backoff: trips, more each time, before a settled step may be timed again. backoff_left: of these.
     """
@@ -108,6 +112,7 @@ class _StepState:
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.tried: list[tuple[float, Script]] = []
         self.replans_left = 0
+        self.patience = 1
         self.backoff = self.backoff_left = RECENT
         self.enter(Phase.LEARN, None)
 
@@ -135,6 +140,23 @@ class _StepState:
             self.baseline = measured if len(self.recent) == RECENT else None
             return False
         return self.backoff_left <= 0 and abs(measured - self.baseline) > DRIFT * self.baseline
+
+
+class _Thread(threading.local):
+    """What a thread that saves is at.
+
+    Attributes:
+        trip: that its next save may belong to. latest: the one that it began last.
+        uses: of its trips. seen: their number at its last save.
+        inside: a block.
+    """
+
+    def __init__(self) -> None:
+        self.trip: Trip | None = None
+        self.latest: Trip | None = None
+        self.uses = Uses()
+        self.seen = 0
+        self.inside = False
 
 
 class Auto:
@@ -174,10 +196,9 @@ class Auto:
         self._weigh = weigh
         self._innermost = innermost
         self._alive = alive
-        self._local = threading.local()
+        self._local = _Thread()
         self._lock = threading.RLock()
         self._states: OrderedDict[Hashable, _StepState] = OrderedDict()
-        self._uses = 0
         self._latest: _StepState | None = None
 
     @property
@@ -205,7 +226,7 @@ class Auto:
 
         def leave(failed: bool) -> None:
             blocks.remove(user)
-            trip: Trip | None = getattr(self._local, "trip", None)
+            trip = self._local.trip
             if failed and trip is not None and trip.end is None:  # a forward pass that was left half-way
                 trip.lost = trip.failed = True
 
@@ -252,14 +273,14 @@ class Auto:
 
     def expect_gradient(self, nbytes: int) -> None:
         """A weight of `nbytes` was saved: backward makes its gradient."""
-        trip: Trip | None = getattr(self._local, "trip", None)
+        trip = self._local.trip
         if trip is not None and trip.learning:
             trip.gradients += nbytes
 
     def used(self, tracked: Tracked | Passed, before: Any = None, wire: int = 0) -> None:
         """A tensor was unpacked."""
-        self._uses += 1
         trip = tracked.trip
+        trip.uses.count += 1
         trip.used(tracked.number, before, wire)
         if self.moves.waiting:
             self.moves.fetch_ahead(trip.last, *trip.growth, (tracked.number + 1) / trip.size)
@@ -274,10 +295,10 @@ class Auto:
         """That of this thread; another one, which begins with `first`, if a backward pass ran since its last
         save."""
         local = self._local
-        trip: Trip | None = getattr(local, "trip", None)
-        if trip is None or local.uses != self._uses or trip.played:
+        trip = local.trip
+        if trip is None or local.seen != local.uses.count or trip.played:
             trip = local.trip = self._depart(device, (device, first, self._blocks.training))
-            local.uses = self._uses
+            local.seen = local.uses.count
         trip.last = self.moves.count + 2  # this one, and a bundle that is open
         return trip
 
@@ -291,9 +312,10 @@ class Auto:
                 self._look_at_ended(state)
             underway = sum(trip.timed for trip in state.pending)
             timed = state.phase is Phase.TIME and state.left > underway
-            before: Trip | None = getattr(self._local, "latest", None)
+            local, before = self._local, self._local.latest
             level = before is None or before.ended()
-            trip = self._local.latest = Trip(device, state.script, timed, self.moves.count, level)
+            trip = Trip(device, state.script, timed, self.moves.count, level, local.uses)
+            local.latest = trip
             state.pending.append(trip)
             return trip
 
@@ -308,7 +330,8 @@ class Auto:
             elif not trip.complete:
                 state.early_ends += 1
                 something_else = trip.lost and not trip.failed
-                if something_else or state.early_ends >= EARLY_ENDS:
+                if state.early_ends >= (state.patience if something_else else EARLY_ENDS):
+                    state.patience = min(2 * state.patience, MOST_PATIENCE)
                     state.enter(Phase.LEARN, None)
             elif trip.ended():
                 self._advance(state, trip, script)
@@ -326,6 +349,8 @@ class Auto:
             script = self._best(lessons)
             state.allow_replans(REPLANS)
             state.recent.clear()
+            state.discard_old_timings = False
+            state.backoff = state.backoff_left = RECENT
             state.lessons = lessons
             state.enter(Phase.TIME, script)
 
@@ -388,6 +413,7 @@ class Auto:
         if fastest < (1 - GAIN) * seconds or (best.plan.fits and not old.fits):
             script = best.predicted_anew(lessons)
             state.recent.clear()
+        state.patience = 1
         state.enter(Phase.SETTLED, replace(script, plan=replace(script.plan, others=others)))
 
     def _plan_for(self, step: Step) -> StepPlan:
@@ -437,7 +463,7 @@ class Auto:
         """A block is called in a forward pass that this context packs, outside of other blocks."""
         return (
             self._budget.limit is not None
-            and not getattr(self._local, "inside", False)
+            and not self._local.inside
             and torch.is_grad_enabled()
             and torch._C._current_graph_task_id() == -1
             and self._innermost()

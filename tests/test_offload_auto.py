@@ -389,6 +389,65 @@ def test_two_threads_share_a_context(monkeypatch):
     assert not wrong and settled(context)
 
 
+def test_steps_that_differ_at_random_are_learned_more_and_more_seldom(monkeypatch):
+    learning: list[bool] = []
+
+    class Counted(Trip):
+        def __init__(self, device, script, *arguments):
+            super().__init__(device, script, *arguments)
+            learning.append(script is None)
+
+    monkeypatch.setattr(auto_module, "Trip", Counted)
+    context = automatic(gpu_budget=200_000)
+    w = torch.randn(64, 64, requires_grad=True)
+    expected: dict[int, torch.Tensor] = {}
+    for i in range(64):
+        w.grad = None
+        with context:
+            y = (w * 2).exp()[: 32 + 16 * (i % 2)].clone().sin()
+        y.sum().backward()
+        assert torch.equal(expected.setdefault(i % 2, w.grad), w.grad)
+    assert 2 <= sum(learning) <= 8 and settled(context)
+
+
+def test_a_backward_pass_of_another_thread_ends_no_trip(monkeypatch):
+    trips: list[Trip] = []
+
+    class Counted(Trip):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            trips.append(self)
+
+    monkeypatch.setattr(auto_module, "Trip", Counted)
+    context = automatic(gpu_budget=200_000)
+    turns = [threading.Semaphore(0) for _ in range(2)]
+
+    def step(between) -> None:
+        w = torch.randn(64, 64, requires_grad=True)
+        with context:
+            y = (w * 2).exp()
+            between()
+            y = y.sin() @ w
+        y.sum().backward()
+
+    def other() -> None:
+        for _ in range(STEPS):
+            assert turns[0].acquire(timeout=60)
+            step(lambda: None)
+            turns[1].release()
+
+    def in_between() -> None:
+        turns[0].release()
+        assert turns[1].acquire(timeout=60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    for _ in range(STEPS):
+        step(in_between)
+    thread.join()
+    assert len(trips) == 2 * STEPS and not any(trip.lost for trip in trips) and settled(context)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_blocks_that_are_checkpointed_already_are_left_alone(monkeypatch, reentrant):
     force(monkeypatch, None, 1.0)
