@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import isinf
 
 from sidelane.pipeline.lesson import Script
+from sidelane.pipeline.rates import source
 from sidelane.pipeline.step_model import AWAY, DERIVED, HERE, KEEP, Choice, Forecast
 
 MIB = 1 << 20
@@ -46,7 +47,8 @@ class Plan:
         return self.script.plan.binding()
 
     def explain(self) -> str:
-        """Times, the limit that binds, what is done in each block, and plain policies instead.
+        """Times, the limit that binds, where rates come from, what is done in each block, and plain policies
+        instead.
 
         "cannot" stands by blocks that must not run twice: they changed a buffer or an argument, or had an
         argument that is not built of tensors, numbers, tuples, lists and dicts.
@@ -55,7 +57,8 @@ class Plan:
         real = "not measured yet" if measured is None else f"measured {measured * 1e3:.1f} ms"
         lines = [
             f"plan: predicted {self.predicted * 1e3:.1f} ms, {real}; "
-            f"held {_mib(plan.forecast.held)} MiB of {_mib(plan.limit)}; bound by {self.binding}"
+            f"held {_mib(plan.forecast.held)} MiB of {_mib(plan.limit)}; bound by {self.binding}",
+            f"rates: {source(self.script.lesson.device)}",
         ]
         lines += _rows(self._table())
         others = (self._other(name, forecast) for name, forecast in plan.others.items())

@@ -19,7 +19,7 @@ from sidelane.pipeline.disk import Disk
 from sidelane.pipeline.entries import HookContext, Visit
 from sidelane.pipeline.explain import Plan
 from sidelane.pipeline.extent import View
-from sidelane.pipeline.lanes import open_lane, undisturbed
+from sidelane.pipeline.lanes import PackedLane, open_lane, undisturbed
 from sidelane.pipeline.moves import Held, Moves
 from sidelane.pipeline.policy import NOT_PLAIN, WEIGHT, Kind, plain_kind, why_kept
 from sidelane.pipeline.recorder import Trip
@@ -120,6 +120,8 @@ class offload(HookContext):
         automatic = isinstance(lane, str) and lane == "auto"
         asked = max_rel_error, basis, lane_options
         permitted = max_rel_error is not None or basis is not None or bool(lane_options)
+        if automatic:
+            _check_lossy_options(lane_options)
         lossy = choose_lane("packed", *asked) if automatic and permitted else None
         self._min_bytes = min_bytes
         self._store = store = Store(
@@ -335,6 +337,16 @@ def _check_names(options: Iterable[str]) -> None:
     for option in options:
         for name in get_close_matches(option, known, 1, 0.8):
             raise LaneError(f"offload has no argument '{option}': {name}= is meant?")
+
+
+def _check_lossy_options(options: Iterable[str]) -> None:
+    """Those that the automatic lane hands on to its packed lane."""
+    known = list(inspect.signature(PackedLane).parameters)
+    for option in options:
+        if option not in known:
+            raise LaneError(
+                f"lane 'auto' has no option '{option}': it has those of 'packed', {', '.join(known)}"
+            )
 
 
 def _check_size(name: str, value: object, optional: bool = False) -> None:

@@ -86,12 +86,29 @@ def wires(device: torch.device) -> tuple[Callable[[float], float], Callable[[flo
     return _measured(device)
 
 
-@cache
+def source(device: torch.device) -> str:
+    """Where the rates for `device` come from, and why not from a profile."""
+    if device.type != "cuda":
+        return "guesses for a CPU"
+    found = _cached()
+    if isinstance(found, Machine):
+        return "the profile of this machine"
+    reason = "there is no profile: run sidelane profile" if found is None else str(found)
+    return f"measured in passing; {reason}"
+
+
 def _machine() -> Machine | None:
+    found = _cached()
+    return found if isinstance(found, Machine) else None
+
+
+@cache
+def _cached() -> Machine | ProfileError | None:
+    """The profile, or why it is refused."""
     try:
         return Machine.cached()
-    except ProfileError:
-        return None
+    except ProfileError as error:
+        return error.with_traceback(None)
 
 
 @cache

@@ -606,6 +606,16 @@ def test_the_command_keeps_what_it_measured_when_out_cannot_be_written(tables, m
     assert Machine.cached() == tables
 
 
+def test_the_command_keeps_what_it_measured_when_nobody_reads(tables, measured, tmp_path, monkeypatch):
+    def broken(console, *what):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(profile.Console, "print", broken)
+    with pytest.raises(SystemExit):  # as typer has it
+        cli.run(["profile", "--out", str(tmp_path / "tables.json")])
+    assert Machine.cached() == Machine.load(tmp_path / "tables.json") == tables
+
+
 def test_doctor_says_what_the_profile_found(tables, cache):
     def pcie():
         return next(each for each in doctor.findings() if each.subject == "PCIe")

@@ -210,6 +210,7 @@ def test_the_innermost_context_applies_and_contexts_can_be_entered_again():
         ({"lane_options": {}}, "has no option 'lane_options'"),
         ({"lane": "packed", "bits": 3}, "bits=3"),
         ({"lane": "exact", "bits": 4}, "no option 'bits'"),
+        ({"lane": "auto", "bogus": 1}, "lane 'auto' has no option 'bogus'"),
         ({"lane": RawLane(), "bits": 4}, "bits cannot be set on a lane that is open"),
         ({"max_rel_error": -1.0}, "max_rel_error=-1.0"),
         ({"max_rel_error": float("nan")}, "max_rel_error=nan"),

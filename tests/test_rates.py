@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sidelane.errors import ProfileError
 from sidelane.pipeline import rates
 from sidelane.pipeline.machine import Curve, LaneSpeed, Machine
 from sidelane.pipeline.rates import profiled_speed, tried_speed, wires
@@ -46,6 +47,33 @@ def test_a_group_code_is_tried_and_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), state)
     assert speed.encode(1 << 30) > speed.encode(1 << 20) > 0 and speed.decode(1 << 30) > 0
     assert tried_speed("packed:4", CPU) is speed, "once"
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (None, "measured in passing; there is no profile: run sidelane profile"),
+        (ProfileError("profile.json: damaged: measure again"), "measured in passing; profile.json: damaged"),
+    ],
+)
+def test_plans_say_why_no_profile_counts(monkeypatch, found, said):
+    def cached():
+        if found is not None:
+            raise found
+
+    monkeypatch.setattr(Machine, "cached", cached)
+    rates._cached.cache_clear()
+    assert rates.source(CUDA).startswith(said) and rates._machine() is None
+    rates._cached.cache_clear()
+    assert rates.source(CPU) == "guesses for a CPU"
+
+
+def test_plans_say_that_a_profile_counts(monkeypatch):
+    profile = Machine(key={}, wires={}, lanes={}, gemm=1.0, engines={})
+    monkeypatch.setattr(Machine, "cached", lambda: profile)
+    rates._cached.cache_clear()
+    assert rates.source(CUDA) == "the profile of this machine" and rates._machine() is profile
+    rates._cached.cache_clear()
 
 
 def test_a_processor_has_no_wires():

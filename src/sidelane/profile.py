@@ -24,6 +24,7 @@ def run_profile(out: Path | None, spill_dir: Path | None, force: bool) -> None:
 
     Raises ProfileError when `out` exists and not `force`, when its folder or `spill_dir` is not there, when
     nothing can be measured, and when `out` or the cache folder cannot be written, after all else is done.
+    Files are written before anything is printed, since the reader of a pipe may be gone.
     """
     if out is not None and out.exists() and not force:
         raise ProfileError(f"{out} exists: --force replaces it")
@@ -37,15 +38,21 @@ def run_profile(out: Path | None, spill_dir: Path | None, force: bool) -> None:
     if machine is None:
         begin = perf_counter()
         machine = _measure(spill_dir)
-        console.print(f"measured in {perf_counter() - begin:.1f} s")
+        taken = f"measured in {perf_counter() - begin:.1f} s"
+    errors = []
+    for path in (out, cache_path() if fresh else None):
+        if path is None:
+            continue
+        try:
+            machine.save(path)
+        except ProfileError as error:
+            errors.append(error)
+    if fresh:
+        console.print(taken)
     for part in summary(machine):
         console.print(part)
-    try:
-        if out is not None:
-            machine.save(out)
-    finally:
-        if fresh:
-            machine.save(cache_path())
+    if errors:
+        raise errors[0]
 
 
 def summary(machine: Machine) -> Iterator[RenderableType]:
