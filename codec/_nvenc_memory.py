@@ -78,7 +78,7 @@ class HostPlace:
     device = torch.device("cpu")
 
     def new(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def upload(self, target: int, data: bytes) -> None:
         ctypes.memmove(target, data, len(data))

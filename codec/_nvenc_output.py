@@ -123,7 +123,9 @@ class StreamTaker:
         """The stream. Raises SpaceError, with the stream, when `out` is too small."""
         self._place.upload(self._reserve(len(END_OF_BITSTREAM)), END_OF_BITSTREAM)
         self._place.flush()
-        written = torch.empty(0, dtype=torch.uint8) if self._out is None else self._out[: self._used]
+        written = (
+            torch.empty(0, dtype=torch.uint8, device="cpu") if self._out is None else self._out[: self._used]
+        )
         if not self._apart:
             return written
         whole = self._place.new(self._used + sum(part.numel() for part in self._apart))

@@ -470,5 +470,5 @@ def _parse_sections(
 
 def _copy(view: memoryview) -> Tensor:
     if not len(view):
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     return torch.frombuffer(bytearray(view), dtype=torch.uint8)

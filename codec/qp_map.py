@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def variance_qp_map(variances: Tensor, layout: SurfaceLayout, qp: int) -> Tensor
 def _block_sums(weights: Tensor, layout: SurfaceLayout) -> Tensor:
     """Sum of the weights [K] of the codes in every block, float64 [map_shape]."""
     shape = map_shape(layout)
-    sums = torch.zeros(shape, dtype=torch.float64)
+    sums = torch.zeros(shape, dtype=torch.float64, device=weights.device)
     for frame in range(shape[0]):
         for block_row, first, rows in _strips(layout):
             columns = _strip(weights, layout, frame * layout.format.rows(layout.height) + first, rows).sum(0)
@@ -93,21 +94,22 @@ def _strip(weights: Tensor, layout: SurfaceLayout, first: int, rows: int) -> Ten
     """Weight of every sample of `rows` rows of the surface, 0 where there is no code; [rows, width]."""
     tokens, width, stride = layout.tokens, layout.width, layout.stride
     start, stop = first * width, (first + rows) * width  # linear positions
+    count = partial(torch.arange, device=weights.device)
     if layout.mapping == CHANNEL_TILES:
-        row = torch.arange(first, first + rows)[:, None]
-        tiles = _pick(weights, row // layout.tile_h * layout.across + torch.arange(layout.across))
-        used = row % layout.tile_h * layout.tile_w + torch.arange(layout.tile_w) < tokens
+        row = count(first, first + rows)[:, None]
+        tiles = _pick(weights, row // layout.tile_h * layout.across + count(layout.across))
+        used = row % layout.tile_h * layout.tile_w + count(layout.tile_w) < tokens
         samples = (tiles[:, :, None] * used[:, None]).flatten(1)
         return torch.nn.functional.pad(samples, (0, width - samples.shape[1]))
-    lanes = torch.arange(start // stride, -(-stop // stride))
+    lanes = count(start // stride, -(-stop // stride))
     if layout.mapping == TOKEN_ROWS:
         lane = torch.nn.functional.pad(weights, (0, stride - layout.channels))
         flat = (lane * (lanes < tokens)[:, None]).flatten()[start % stride :]
         return flat[: stop - start].view(rows, width)
     # A lane has the tokens of a channel, then its padding.
-    ends = (lanes[:, None] * stride + torch.tensor([tokens, stride])).flatten().clamp(start, stop)
-    lengths = ends.diff(prepend=torch.tensor([start]))
-    values = torch.stack((_pick(weights, lanes), torch.zeros(len(lanes), dtype=weights.dtype)), 1).flatten()
+    ends = (lanes[:, None] * stride + lanes.new_tensor([tokens, stride])).flatten().clamp(start, stop)
+    lengths = ends.diff(prepend=lanes.new_tensor([start]))
+    values = torch.stack((_pick(weights, lanes), weights.new_zeros(len(lanes))), 1).flatten()
     return values.repeat_interleave(lengths).view(rows, width)
 
 

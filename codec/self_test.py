@@ -48,7 +48,7 @@ def _random_surface(format: SurfaceFormat) -> tuple[SurfaceLayout, Tensor]:
     layout = SurfaceLayout(format, TOKEN_ROWS, 1, 1, TEST_SIDE, TEST_SIDE, 1, pitch)
     draw = torch.Generator().manual_seed(0)
     bits = 8 if format.itemsize == 1 else format.bits
-    samples = torch.randint(2**bits, (layout.rows, TEST_SIDE), generator=draw) << format.shift
+    samples = torch.randint(2**bits, (layout.rows, TEST_SIDE), generator=draw, device="cpu") << format.shift
     return layout, samples.to(torch.uint8 if format.itemsize == 1 else torch.int16).view(torch.uint8)
 
 

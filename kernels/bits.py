@@ -172,7 +172,7 @@ def _tiles(tokens: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]
 @lru_cache(maxsize=64)
 def _first_planes(widths: tuple[int, ...], device: torch.device) -> Tensor:
     """Planes before each channel and their total, int64 [K + 1]."""
-    return torch.tensor((0, *widths), dtype=torch.int64).cumsum(0).to(device)
+    return torch.tensor((0, *widths), dtype=torch.int64, device="cpu").cumsum(0).to(device)
 
 
 def _check_widths(widths: list[int], channels: int) -> None:

@@ -374,7 +374,7 @@ def unpack_bits_ref(packed: Tensor, widths: list[int], tokens: int) -> Tensor:
 
 def _bit_planes(widths: list[int], device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """For every bit j: the channels wider than j and the numbers of their planes of bit j, int64 both."""
-    width = torch.tensor(widths, dtype=torch.int64)
+    width = torch.tensor(widths, dtype=torch.int64, device="cpu")
     first = torch.cumsum(width, 0) - width
     channels = [torch.nonzero(width > j).view(-1) for j in range(max(widths, default=0))]
     return [(k.to(device), (first[k] + j).to(device)) for j, k in enumerate(channels)]

@@ -173,7 +173,7 @@ class _Rows:
     def __init__(self, heldout: float) -> None:
         self.heldout = heldout
         self.seen = self.dropped = self.fitted = 0
-        self.mean = self.scatter = self.kept = torch.empty(0)
+        self.mean = self.scatter = self.kept = torch.empty(0, device="cpu")
         self._keys = np.empty(0)
         self._rng = np.random.default_rng(0)
 

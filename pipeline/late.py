@@ -36,7 +36,7 @@ _allocations: list[Tensor] = []  # never freed: a kernel may write what nobody h
 
 def _grow() -> Tensor:
     """A notice that nobody has; the others of its allocation are the next that are lent."""
-    block = torch.empty((NOTICES, 4), dtype=torch.int32, pin_memory=torch.cuda.is_available())
+    block = torch.empty((NOTICES, 4), dtype=torch.int32, device="cpu", pin_memory=torch.cuda.is_available())
     _allocations.append(block)
     first, *others = block[:, :2].unbind()  # each at a multiple of 16 bytes, as `launch` wants it
     _free.extendleft((notice, None) for notice in others)

@@ -142,7 +142,9 @@ class StoredKV:
             raise LaneError(f"positions {tuple(positions.shape)} are not those of {self.tokens} tokens")
         self._rates = rates
         self._keys, self._values, self._rotate = keys, values, rotate
-        self._positions = (torch.arange(self.tokens) if positions is None else positions).to(self.device)
+        self._positions = (
+            torch.arange(self.tokens, device=self.device) if positions is None else positions.to(self.device)
+        )
         self._shape, self._dtype = kv.shape, kv.dtype
         raw = partial(_RawRows, arena=arena or shared(), copy=copy or _copy)
         self._kv = [raw(rows) if lane is None else _LaneRows(rows, lane, block, self.device) for rows in kv]

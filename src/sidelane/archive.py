@@ -236,7 +236,7 @@ def _read_tensor(file: BinaryIO, entry: Entry) -> Tensor:
     if file.readinto(data) != len(data):  # type: ignore[attr-defined]
         raise ArchiveError(f"{file.name}: the file became shorter while it was read")
     if not data:
-        return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype).view(entry.shape)
 
 
