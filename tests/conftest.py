@@ -59,6 +59,16 @@ def math_attention() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def each_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The default device is the CPU, and, as a `gpu` test, the GPU."""
+    if request.param == "cpu":
+        yield
+        return
+    with request.getfixturevalue("cuda"), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)

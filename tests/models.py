@@ -60,11 +60,13 @@ class Decoder(nn.Module):
         return x @ self.embed.weight.t()  # tied
 
 
-def build(device: torch.device | str = "cpu", wrap=None) -> tuple[Decoder, Tensor]:
-    """A decoder and its tokens [2, 48], the same at every call."""
+def build(device: torch.device | str | None = None, wrap=None) -> tuple[Decoder, Tensor]:
+    """A decoder and its tokens [2, 48], the same at every call, on `device` or the default one."""
+    device = torch.get_default_device() if device is None else device
     torch.manual_seed(1)
     model = Decoder(wrap).to(device)
-    return model, torch.randint(0, VOCAB, (2, 48), generator=torch.Generator().manual_seed(2)).to(device)
+    draw = torch.Generator().manual_seed(2)
+    return model, torch.randint(0, VOCAB, (2, 48), generator=draw, device="cpu").to(device)
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:

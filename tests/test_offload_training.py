@@ -25,7 +25,12 @@ from sidelane.pipeline.lanes import open_lane
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.policy import may_lose_bits, plain_kind, why_kept
 
-exact = partial(offload, min_bytes=MIN_BYTES, checker=True)
+pytestmark = pytest.mark.usefixtures("each_device")
+
+
+def exact(lane="exact"):
+    """A context that checks what it restores and has room on a device for little of it."""
+    return offload(lane, gpu_budget=60_000, min_bytes=MIN_BYTES, checker=True)
 
 
 @pytest.mark.parametrize("lane", ["raw", "exact"])
@@ -88,7 +93,7 @@ def test_gradient_accumulation_over_several_contexts():
 
 def test_grad_scaler_step():
     model, tokens = build()
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(tokens.device.type, init_scale=1024.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def step(forward):
@@ -158,7 +163,7 @@ def test_selective_checkpoint(offload_inside):
 
 # Dynamo looks for .grad on the inputs of a block and filters the warning only under default filters.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
 def test_blocks_compiled_one_by_one(backend):
     compiles = []
 
