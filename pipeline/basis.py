@@ -166,13 +166,14 @@ class Basis:
         components = self.components[:, used].contiguous()
         limit = clip_range(self.std[used].double(), self.peak[used].double(), widths)
         levels = torch.tensor([2**w - 1 for w in widths], dtype=torch.float64, device=self.device)
+        limit = torch.where(2 * limit / levels > torch.finfo(torch.float32).tiny, limit, 0.0)
         scale = 2 * limit / levels
         wide = components.double()
         mean = self.mean.double()
         return Quantizer(
             components,
             offset=(mean @ wide - limit).float(),
-            inv_scale=torch.where(scale > torch.finfo(torch.float32).tiny, 1 / scale, 0.0).float(),
+            inv_scale=torch.where(scale > 0, 1 / scale, 0.0).float(),
             levels=levels.float(),
             scale=scale.float(),
             bias=(mean - wide @ limit).float(),

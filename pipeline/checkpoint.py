@@ -61,7 +61,9 @@ def checkpoint(
     call, tensors = _Call.split(fn, leaves, spec, preserve_rng_state)
     with ExitStack() as stack:
         if lane is not None or max_rel_error is not None or offload.current() is None:
-            stack.enter_context(_context(cast(Hashable, lane), max_rel_error))
+            if not isinstance(lane, Hashable):
+                raise LaneError(f"lane={lane!r} is no lane: give a name, or a lane as PackedLane(bits=4)")
+            stack.enter_context(_context(lane, max_rel_error))
         # Outputs of a Function require grad only if an input does; with the anchor, parameters get theirs.
         anchor = torch.empty(0, device="cpu", requires_grad=True)
         outputs = OffloadedCheckpoint.apply(call, anchor, *tensors)  # type: ignore[no-untyped-call]
@@ -107,6 +109,11 @@ class OffloadedCheckpoint(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:]
         inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needs, strict=True)]
         outputs = ctx.call.run_again(inputs)
+        if len(outputs) != len(grads):
+            raise OffloadError(
+                f"the checkpointed function returned {len(grads)} tensors, and {len(outputs)} when it ran "
+                "again: it has to do the same both times"
+            )
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
         if pairs:
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])

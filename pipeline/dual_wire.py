@@ -365,6 +365,8 @@ class DualWire:
         """`out` as flat elements in memory order."""
         if out is None:
             return torch.empty(like.flat_numel, dtype=like.dtype, device=self.device)
+        if not isinstance(out, Tensor):
+            raise LaneError(f"out is a {type(out).__name__}: pass a tensor")
         flat = flatten(out)
         found = (tuple(out.shape), compact_strides(out), out.dtype, out.device)
         wanted = (like.shape, like.strides, like.dtype, self.device)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from sidelane.errors import OffloadError
+
 Self = TypeVar("Self", bound="HookContext")
 
 _local = threading.local()
@@ -115,4 +117,7 @@ def _entries() -> list[_Entry]:
 
 
 def _innermost(context: HookContext) -> _Entry:
-    return next(entry for entry in reversed(_entries()) if entry.context is context)
+    for entry in reversed(_entries()):
+        if entry.context is context:
+            return entry
+    raise OffloadError("this thread has not entered the context that it leaves: use `with`")

@@ -216,7 +216,9 @@ class Machine:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise ProfileError(f"{path}: the profile cannot be read ({error.strerror})") from error
+            raise ProfileError(
+                f"{path}: the profile cannot be read ({error.strerror}): set XDG_CACHE_HOME to a folder"
+            ) from error
         return cls.load(path)
 
 

@@ -38,6 +38,7 @@ from sidelane.errors import BudgetError, LaneError
 from sidelane.pipeline.arena import Arena, shared
 from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.compress import choose_lane
+from sidelane.pipeline.lanes import plain
 from sidelane.pipeline.planner import Split, kv_split
 from sidelane.pipeline.streams import Event, HostEvent, Ring, Slot, current_stream, on, side_stream
 from sidelane.pipeline.ticket import Stored
@@ -128,6 +129,9 @@ class StoredKV:
     ) -> None:
         _check_types(x, kv, keys, values, rotate, positions)
         _check_shapes(x, kv, keys, values)
+        if rates is not None and not isinstance(rates, Rates):
+            raise LaneError(f"rates is a {type(rates).__name__}: pass Rates, or leave it out to measure them")
+        x, kv = plain(x), plain(kv)
         lane, x_lane = _opened(lane), _opened(x_lane)
         self.tokens = kv.shape[1]
         self.device = keys.weight.device
@@ -230,6 +234,8 @@ class StoredKV:
         if front % self.block and front != self.tokens and not self._divisible:
             raise LaneError(f"tokens={front} is no multiple of the {self.block} tokens in a packet")
         out = self.empty() if out is None else out
+        if not isinstance(out, Tensor):
+            raise LaneError(f"out is a {type(out).__name__}: pass what empty() returns")
         kind = out.shape, out.dtype, out.device, out.is_contiguous()
         if kind != (self._shape, self._dtype, self.device, True):
             raise LaneError(f"out {tuple(out.shape)} is not like what empty() returns")
@@ -269,7 +275,12 @@ class StoredKV:
             else:
                 torch.addmm(linear.bias, rows, weight, out=to)
         if self._rotate is not None:
-            made[0].copy_(self._rotate(made[0], self._positions[piece]))
+            rotated = self._rotate(made[0], self._positions[piece])
+            if not isinstance(rotated, Tensor) or rotated.shape != made[0].shape:
+                raise LaneError(
+                    f"rotate returned no tensor {list(made[0].shape)}: it keeps the shape of keys"
+                )
+            made[0].copy_(rotated)
 
 
 def restore_all(layers: Iterable[StoredKV], ahead: int = 1) -> Iterator[Tensor]:
@@ -425,3 +436,7 @@ def _check_shapes(x: Tensor, kv: Tensor, keys: Linear, values: Linear) -> None:
         kinds = {x.dtype, kv.dtype, linear.weight.dtype}
         if len(kinds) > 1 or linear.weight.device != keys.weight.device:
             raise LaneError(f"{name}: x, kv and weights need one dtype, projections one device")
+        if linear.weight.device.type not in ("cpu", "cuda"):
+            raise LaneError(
+                f"{name}: weights are on {linear.weight.device}: move them to a CPU or CUDA device"
+            )

@@ -26,6 +26,7 @@ import torch
 from sidelane.errors import LaneError, OffloadError
 
 T = TypeVar("T")
+MAX_DEPTH = 4096  # slots of a ring
 RECHECK = 0.05  # seconds after which a host that waits for a slot looks again
 
 
@@ -251,13 +252,13 @@ class Ring(Generic[T]):
     An exception at any point, also between two bytecodes, leaves no slot behind: a place is in use exactly as
     long as its slot is alive and not given. No lock is taken when a slot dies, since it may die anywhere.
 
-    Raises LaneError for a depth below 1.
+    Raises LaneError for a depth that is not 1 to `MAX_DEPTH`.
     """
 
     def __init__(self, depth: int) -> None:
         self._places: list[_Place[T]] = []
-        if type(depth) is not int or depth < 1:
-            raise LaneError(f"depth={depth!r} is not a whole number from 1 up")
+        if type(depth) is not int or not 1 <= depth <= MAX_DEPTH:
+            raise LaneError(f"depth={depth!r} is not a whole number from 1 to {MAX_DEPTH}")
         self._places = [_Place() for _ in range(depth)]
         self._turns = 0
         self._lock = Lock()

@@ -50,6 +50,7 @@ MIN_CHANNELS = 32  # rows shorter than this are no channels worth their own scal
 MAX_CHANNELS = 2**20  # nor rows longer than this: operands of the kernels have numbers for every channel
 FLAT_ROW = 256  # row length for tensors without channels
 MIN_TOKENS = 256  # with fewer, two floats per channel would cost more than a quarter bit per element
+TINY = torch.finfo(torch.float32).tiny  # steps below it have no inverse: such numbers come back as their mean
 LARGEST = 2.0**100  # rows with larger magnitudes could overflow float32 in a projection
 FRAMES_AHEAD = 8  # under way in encode_many: enough for every engine of a GPU
 
@@ -68,8 +69,7 @@ class SurfaceQuantizer:
 
     @property
     def inv_scale(self) -> Tensor:
-        tiny = torch.finfo(torch.float32).tiny
-        return torch.where(self.scale >= tiny, 1 / self.scale, 0.0)
+        return torch.where(self.scale > 0, 1 / self.scale, 0.0)
 
     def weights(self, fmt: SurfaceFormat, dtype: torch.dtype) -> Weights | None:
         """Of `unpack_dequantize_project`, made once."""
@@ -337,7 +337,7 @@ def _made_quantizer(basis: Basis, bits: int) -> SurfaceQuantizer:
     q = basis.quantizer(bits)
     middle = 2 ** (bits - 1)
     limit = q.scale * q.levels / 2
-    scale = (limit.amax() / (middle - 1)).expand_as(limit).contiguous()
+    scale = _usable(limit.amax() / (middle - 1)).expand_as(limit).contiguous()
     offset = q.offset + limit - scale * middle
     bias = basis.mean - scale[0] * middle * q.components.sum(1)
     return SurfaceQuantizer(q.components, scale, offset, bias)
@@ -355,8 +355,12 @@ def channel_scales(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     mean = x.mean(0, dtype=torch.float32)
     reach = torch.maximum(high - mean, mean - low)
     middle = 2 ** (bits - 1)
-    scale = reach.sqrt() * reach.amax().sqrt() / (middle - 1)
+    scale = _usable(reach.sqrt() * reach.amax().sqrt() / (middle - 1))
     return scale, mean - scale * middle
+
+
+def _usable(scale: Tensor) -> Tensor:
+    return torch.where(scale >= TINY, scale, 0.0)
 
 
 def channel_quantizer(scale: Tensor, bias: Tensor, channels: int) -> SurfaceQuantizer:

@@ -322,6 +322,11 @@ def test_encoders_go_on_while_a_size_is_unknown():
     assert whole(chain) and all(ring.held == 0 for ring in chain._stages.rings.values())
 
 
+def test_a_depth_beyond_reason_is_refused():
+    with pytest.raises(LaneError, match=r"depth=1000000000 is not a whole number from 1 to \d+"):
+        Chain("raw", depth=10**9)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_many_encoders_share_few_places_for_packets_of_unknown_size(depth):
     """None waits for a place that only a later tensor gives."""

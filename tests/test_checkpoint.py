@@ -244,6 +244,24 @@ def test_what_cannot_be_called_is_refused():
         checkpoint(None, torch.ones(3))
 
 
+def test_what_is_no_lane_is_refused():
+    with pytest.raises(LaneError, match=r"lane=\[\] is no lane"):
+        checkpoint(torch.sin, torch.ones(3), lane=[])
+
+
+def test_a_function_that_returns_more_the_second_time_is_refused():
+    runs = []
+
+    def fn(x):
+        runs.append(None)
+        return [x * 2] * len(runs)
+
+    x = torch.ones(512, requires_grad=True)
+    (y,) = checkpoint(fn, x)
+    with pytest.raises(OffloadError, match="returned 1 tensors, and 2 when it ran again"):
+        y.sum().backward()
+
+
 def test_the_keyword_of_another_checkpoint_is_refused():
     with pytest.raises(LaneError, match="use_reentrant"):
         checkpoint(lambda x: x, torch.ones(3), use_reentrant=False)

@@ -108,6 +108,33 @@ def test_table_has_the_measured_sizes(
         assert text in printed
 
 
+@pytest.mark.parametrize("options", [["--bits", "4"], ["--max-rel-error", "0.1"]])
+def test_what_is_restored_has_the_error_that_was_measured(
+    options: list[str], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tmp_path / "packed"
+    errors = []
+    for arguments in (
+        ["compress", str(weights), str(packed), "--lane", "packed", *options],
+        ["decompress", str(packed), str(tmp_path / "back")],
+    ):
+        assert cli.run(arguments) == 0
+        errors += re.findall(r"\d\.\d\de-\d\d", capsys.readouterr().out)
+    assert len(errors) == 2 and errors[0] == errors[1]
+
+
+def test_an_archive_without_errors_is_not_called_exact(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = tmp_path / "packed"
+    monkeypatch.setattr(archive, "_relative_error", lambda tensor, packet: packet.rel_error)
+    assert cli.run(["compress", str(weights), str(packed), "--lane", "packed", "--bits", "4"]) == 0
+    capsys.readouterr()
+    assert cli.run(["decompress", str(packed), str(tmp_path / "back")]) == 0
+    printed = capsys.readouterr().out
+    assert "not in the archive" in printed and "exact" not in printed
+
+
 def test_version_help_and_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--version"]) == 0
     assert capsys.readouterr().out == f"sidelane {sidelane.__version__}\n"
@@ -196,6 +223,7 @@ def row(**changes: object) -> dict[str, object]:
         "huge empty shape": safetensors({"a": row(shape=[0, 1 << 61, 1 << 61], data_offsets=[0, 0])}),
         "gap": safetensors({"a": row(data_offsets=[8, 16])}, bytes(16)),
         "overlap": safetensors({"a": row(), "b": row()}, bytes(8)),
+        "no BOOL": safetensors({"a": row(dtype="BOOL", data_offsets=[0, 2])}, b"\x01\x07"),
         "data cut off": safetensors({"a": row()}, bytes(7)),
         "data too long": safetensors({"a": row()}, bytes(9)),
     }.items(),

@@ -451,6 +451,8 @@ def test_a_bound_holds_over_all_parts() -> None:
 def test_destinations_that_do_not_fit(out) -> None:
     with DualWire(DualLane(), "cpu") as wire, pytest.raises(LaneError, match="out is not"):
         wire.receive(wire.send(torch.randn(512, 64)), out)
+    with DualWire(DualLane(), "cpu") as wire, pytest.raises(LaneError, match="out is a int"):
+        wire.receive(wire.send(torch.randn(512, 64)), 5)
 
 
 @pytest.mark.parametrize(

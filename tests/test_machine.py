@@ -616,6 +616,15 @@ def test_the_command_keeps_what_it_measured_when_nobody_reads(tables, measured, 
     assert Machine.cached() == Machine.load(tmp_path / "tables.json") == tables
 
 
+def test_the_command_measures_nothing_for_a_cache_that_takes_no_file(measured, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cli.run(["profile", "--force"]) == 2 and measured == []
+    assert re.fullmatch(
+        r"sidelane: [^\n]+ cannot be written \([^\n]+\): set XDG_CACHE_HOME[^\n]+\n", capsys.readouterr().err
+    )
+
+
 def test_doctor_says_what_the_profile_found(tables, cache):
     def pcie():
         return next(each for each in doctor.findings() if each.subject == "PCIe")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saving import activation, assert_identical, save
-from sidelane.errors import LaneError
+from sidelane.errors import LaneError, OffloadError
 from sidelane.pipeline import policy
 from sidelane.pipeline.extent import without_flags
 from sidelane.pipeline.lanes import PackedLane
@@ -203,6 +203,11 @@ def test_recurrent_layers_whose_cells_write_into_chunks_of_one_storage(kind, dty
 
     for got, want in zip(run(offload(min_bytes=0)), run(nullcontext()), strict=True):
         assert torch.equal(got, want)
+
+
+def test_leaving_a_context_that_was_not_entered_is_refused():
+    with pytest.raises(OffloadError, match="has not entered the context"):
+        offload().__exit__(None, None, None)
 
 
 def test_a_spill_folder_that_cannot_be_made_is_refused():

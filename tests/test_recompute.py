@@ -300,6 +300,11 @@ def test_the_order_of_dimensions_is_said():
         ({"positions": [1, 2]}, "positions is a list, no tensor"),
         ({"lane": "zip"}, "unknown lane 'zip'"),
         ({"x_lane": 3}, "lane=3 is neither the name of a lane nor a lane"),
+        ({"rates": 5}, "rates is a int: pass Rates"),
+        (
+            {"keys": Linear(64, 64, device="meta"), "values": Linear(64, 64, device="meta")},
+            "keys: weights are on",
+        ),
     ],
 )
 def test_arguments_of_another_type(change, text):
@@ -307,6 +312,24 @@ def test_arguments_of_another_type(change, text):
     with pytest.raises(LaneError) as caught:
         layer.store(**change)
     assert str(caught.value).startswith(text) and "\n" not in str(caught.value)
+
+
+def test_results_of_another_type():
+    layer = Layer(8, (), heads=4, kv_heads=4, dtype=torch.float32)
+    with pytest.raises(LaneError, match="out is a int"):
+        layer.store(rates=RATES).restore(0, out=5)
+    with pytest.raises(LaneError, match="rotate returned no tensor"):
+        layer.store(rates=RATES, rotate=lambda keys, positions: keys[:1]).restore(8)
+
+
+@pytest.mark.parametrize("lane", [None, "exact"])
+def test_sources_that_require_a_gradient(lane):
+    """As they come from projections outside of no_grad."""
+    layer = Layer(TOKENS, (), heads=4, kv_heads=4, dtype=torch.float32)
+    x, kv = layer.x.clone().requires_grad_(), layer.kv.clone().requires_grad_()
+    restored = layer.store(rates=RATES, x=x, kv=kv, lane=lane).restore(64)
+    assert not restored.requires_grad and torch.equal(restored[:, 64:], layer.kv[:, 64:])
+    assert within_rounding(layer, restored, 64)
 
 
 def test_lanes_by_name():

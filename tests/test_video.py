@@ -26,6 +26,7 @@ from sidelane.kernels.surface import weigh_components
 from sidelane.layout import FORMATS, MAPPINGS, NV12, P010, plan_surface
 from sidelane.pipeline import video
 from sidelane.pipeline.basis import Basis, clip_range
+from sidelane.pipeline.calibrate import calibrate
 from sidelane.pipeline.compress import compress
 from sidelane.pipeline.lanes import ExactLane, decode_packet, open_lane
 from sidelane.pipeline.video import FLAT_ROW, VideoLane, basis_quantizer
@@ -194,6 +195,14 @@ def test_a_tensor_of_nan_is_exact() -> None:
 def test_constant_and_subnormal_tensors() -> None:
     for x in (torch.full((300, 64), 3.25), torch.zeros(300, 64), torch.full((300, 64), 1e-42)):
         assert torch.equal(through_bytes(VideoLane(), x)[1], x)
+
+
+@pytest.mark.parametrize("use_basis", [False, True])
+def test_numbers_too_small_for_a_step_become_their_mean(use_basis: bool) -> None:
+    x = 1e-37 * smooth(600, 64)
+    basis = calibrate([x], bits=4) if use_basis else None
+    restored = VideoLane(basis).decode(VideoLane(basis).encode(x))
+    assert (restored - x).double().norm() < 1.01 * (x - x.mean(0)).double().norm()
 
 
 LAYOUTS: dict[str, Callable[[], Tensor]] = {

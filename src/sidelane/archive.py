@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EEXIST
-from math import isnan, prod
+from math import isnan, nan, prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,6 +54,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -86,7 +87,8 @@ class Entry:
 
 @dataclass
 class Summary:
-    """What one run moved. `worst_error`: largest relative Frobenius error of a tensor, 0 for exact lanes."""
+    """What one run moved. `worst_error`: largest relative Frobenius error of a tensor, 0 for exact lanes, NaN
+    where an archive does not say."""
 
     tensors: int = 0
     bytes_in: int = 0
@@ -125,6 +127,7 @@ def compress_file(
                 tensor = _read_tensor(file, entry)
                 packet = compress(tensor, lane=opened, max_rel_error=max_rel_error)
                 error = _relative_error(tensor, packet)
+                packet = packet.with_(rel_error=error)  # for those who decompress
             data = packet.to_bytes()
             out.write(_LENGTH.pack(len(data)))
             out.write(data)
@@ -166,8 +169,8 @@ def decompress_file(
                     raise PacketError("shape", "differs from the header of the file")
                 tensor = decompress(packet).contiguous()
             out.write(tensor.view(-1).view(torch.uint8).numpy().data)
-            if not isnan(packet.rel_error):
-                summary.worst_error = max(summary.worst_error, packet.rel_error)
+            worst = summary.worst_error
+            summary.worst_error = nan if isnan(packet.rel_error + worst) else max(worst, packet.rel_error)
             done += entry.nbytes
             progress(done, total)
         if file.tell() != size:
@@ -203,6 +206,8 @@ def _parse_header(header: bytes) -> list[Entry]:
     """The tensors in the order of their data. Raises ArchiveError if a field is wrong or data has gaps."""
     try:
         table = json.loads(header)
+        if not isinstance(table, dict):
+            raise ValueError("it is no table")
         table.pop("__metadata__", None)
         rows = sorted(
             (*map(_natural, row["data_offsets"]), name, row["dtype"], tuple(map(_natural, row["shape"])))
@@ -221,7 +226,7 @@ def _parse_header(header: bytes) -> list[Entry]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ArchiveError):
             raise
-        raise ArchiveError(f"the safetensors header is damaged: {error!r}"[:200]) from None
+        raise ArchiveError(f"the header of the safetensors file is damaged: {error!r}"[:200]) from None
     return entries
 
 
@@ -237,7 +242,10 @@ def _read_tensor(file: BinaryIO, entry: Entry) -> Tensor:
         raise ArchiveError(f"{file.name}: the file became shorter while it was read")
     if not data:
         return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-    return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype).view(entry.shape)
+    octets = torch.frombuffer(data, dtype=torch.uint8)
+    if entry.dtype == torch.bool and int(octets.max()) > 1:
+        raise ArchiveError("has bytes that are no BOOL, which is 0 or 1: store it as U8")
+    return octets.view(entry.dtype).view(entry.shape)
 
 
 def _read_packet(file: BinaryIO, size: int) -> Packet:

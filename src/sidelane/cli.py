@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -220,6 +221,8 @@ def _print_summary(summary: Summary, ratio: float) -> None:
     for column in table.columns:
         column.justify = "right"
     error = f"{summary.worst_error:.2e}" if summary.worst_error else "0 (exact)"
+    if isnan(summary.worst_error):
+        error = "not in the archive"
     table.add_row(
         str(summary.tensors), f"{summary.bytes_in:,}", f"{summary.bytes_out:,}", f"{ratio:.3f}", error
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import localtime, perf_counter, strftime
@@ -23,8 +24,8 @@ def run_profile(out: Path | None, spill_dir: Path | None, force: bool) -> None:
     `spill_dir`, and write them to `out`.
 
     Raises ProfileError when `out` exists and not `force`, when its folder or `spill_dir` is not there, when
-    nothing can be measured, and when `out` or the cache folder cannot be written, after all else is done.
-    Files are written before anything is printed, since the reader of a pipe may be gone.
+    nothing can be measured, and when `out` or the cache folder cannot be written: after all else is done with
+    `out`, before it without. Files are written before anything is printed, since who reads may be gone.
     """
     if out is not None and out.exists() and not force:
         raise ProfileError(f"{out} exists: --force replaces it")
@@ -36,6 +37,8 @@ def run_profile(out: Path | None, spill_dir: Path | None, force: bool) -> None:
     machine = None if force else _cached(console, spill_dir)
     fresh = machine is None
     if machine is None:
+        if out is None:
+            _check_folder(cache_path().parent)
         begin = perf_counter()
         machine = _measure(spill_dir)
         taken = f"measured in {perf_counter() - begin:.1f} s"
@@ -91,6 +94,17 @@ def _table(title: str, rows: Mapping[str, Sequence[Curve]]) -> Table:
 def _rates(curves: Sequence[Curve], size: int) -> str:
     text = " / ".join(f"{curve.rate(size) / 1e9:.3g}" for curve in curves)
     return text if all(curve.sizes[0] <= size <= curve.sizes[-1] for curve in curves) else f"({text})"
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ProfileError for one that cannot be written, before anything is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK) else "Permission denied"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise ProfileError(f"{folder} cannot be written ({reason}): set XDG_CACHE_HOME, or give --out")
 
 
 def _cached(console: Console, spill_dir: Path | None) -> Machine | None:
