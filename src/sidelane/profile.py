@@ -102,7 +102,7 @@ def _check_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         reason = "" if os.access(folder, os.W_OK) else "Permission denied"
     except OSError as error:
-        reason = error.strerror
+        reason = error.strerror or str(error)
     if reason:
         raise ProfileError(f"{folder} cannot be written ({reason}): set XDG_CACHE_HOME, or give --out")
 
