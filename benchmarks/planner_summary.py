@@ -16,6 +16,8 @@ GOALS = {  # column of the summary: the most that it may be
     "error_median": 0.10,
     "regret_mean": 0.05,
     "regret_worst": 0.10,
+    "regret_exact_mean": 0.05,
+    "regret_exact_worst": 0.10,
     "auto_loses": 0.02,
     "flip_error_worst": 0.20,
     "flip_learned_error_worst": 0.20,

@@ -70,6 +70,7 @@ SETTINGS = {
     "none": Setting(None),
     "exact": Setting("exact"),
     "8-bit": Setting("packed", {"bits": 8, "seed": 0}),
+    "8-bit nearest 256": Setting("packed", {"bits": 8, "group": 256}),  # as steps are timed
     "4-bit": Setting("packed", {"bits": 4, "seed": 0}),
     "4-bit layers": Setting("packed", {"bits": 4, "seed": 0}, layers_only=True),
     "4-bit nearest": Setting("packed", {"bits": 4}),
