@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import ceil
-from random import Random
 from statistics import median
 from threading import Thread
 from time import perf_counter
@@ -20,6 +19,7 @@ from sidelane.pipeline.streams import side_stream, timed_event
 REPEATS = 21  # of each size, after one that is not counted
 LEAST = 3  # of them, for all sizes before any is repeated more often
 ATTEMPTS = 5  # to have a load last longer than what is timed beside it
+GOLDEN = (5**0.5 - 1) / 2
 PAUSE = 3e-4  # seconds before what is timed as it comes in use
 FAILURES = (SidelaneError, OSError, RuntimeError, MemoryError)  # of a step, which is then left out
 
@@ -112,11 +112,12 @@ class Load:
     def __init__(self, device: torch.device, enqueue: Callable[[], object], seconds: float) -> None:
         self._stream: torch.cuda.Stream = side_stream(device, "load of a profile")
         self._enqueue, self._seconds = enqueue, seconds
-        self._random = Random(0)
+        self._moment = 0.0  # of a piece, at which the last call began
 
     def beside(self, timed: Callable[[], float], guess: float) -> float:
-        """What `timed` returns while the load runs from before its begin until after its end. It begins at a
-        random moment of the third piece, as work beside a program does, whose clocks are up.
+        """What `timed` returns while the load runs from before its begin until after its end. It begins
+        somewhere in the third piece, as work beside a program does, whose clocks are up: each time at another
+        moment, so spread (multiples of the golden ratio) that few calls have met them all.
 
         `guess`: seconds that it takes alone. Raises ProfileError when the load keeps ending earlier.
         """
@@ -128,7 +129,8 @@ class Load:
                     self._enqueue()
             last = self._stream.record_event()
             begun.synchronize()
-            _spin((2 + self._random.random()) * self._seconds)
+            self._moment = (self._moment + GOLDEN) % 1
+            _spin((2 + self._moment) * self._seconds)
             seconds = timed()
             covered = not last.query()
             last.synchronize()
