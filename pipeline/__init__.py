@@ -6,7 +6,7 @@ Where to begin reading:
 - Offload: `offload` has the hooks, over `entries`, `store` what they store. `policy` says which tensors,
   `extent` which elements; `stash` and `budget` keep the books, `report` and `waits` the figures; `wire` (with
   `bundle`, `late`) decides which packets stay on the GPU, `copies` moves them, `tiers` over `arena` and
-  `disk` holds them; `checker` compares.
+  `disk` holds them; `checker` compares tensors, `gradients` what a lane does to a step.
 - Offload with "auto": `step_auto` follows a step. `recorder`, `marks` and `lesson` learn it, `step_plan`
   searches on `step_model`; `moves` (in place of `wire`), `derive`, `blocks` and `passage` carry out;
   `explain` tells.

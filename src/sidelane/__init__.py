@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sidelane.pipeline.compress import compress, decompress
     from sidelane.pipeline.dual import DualLane, dual_share
     from sidelane.pipeline.dual_wire import DualWire
+    from sidelane.pipeline.gradients import compare_gradients
     from sidelane.pipeline.lanes import PackedLane
     from sidelane.pipeline.machine import Machine
     from sidelane.pipeline.offload import offload
@@ -61,6 +62,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "checkpoint",
+    "compare_gradients",
     "compress",
     "decompress",
     "dual_share",
@@ -80,6 +82,7 @@ _LAZY = {
     "StoredKV": "sidelane.pipeline.recompute",
     "calibrate": "sidelane.pipeline.calibrate",
     "checkpoint": "sidelane.pipeline.checkpoint",
+    "compare_gradients": "sidelane.pipeline.gradients",
     "compress": "sidelane.pipeline.compress",
     "decompress": "sidelane.pipeline.compress",
     "dual_share": "sidelane.pipeline.dual",
