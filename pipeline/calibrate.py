@@ -21,14 +21,12 @@ from sidelane.kernels.reference import (
 )
 from sidelane.pipeline.basis import Basis, clip_range
 from sidelane.pipeline.lanes import undisturbed
+from sidelane.pipeline.spread import GOLDEN
 
 Floats = npt.NDArray[np.float64]
 
 CHUNK = 4096  # rows converted to float64 at a time
 BLOCK = 16  # consecutive rows that are held out together, so that neighbours do not leak into the fit
-GOLDEN = (
-    5**0.5 - 1
-) / 2  # its multiples modulo 1 spread evenly and never fall in step with a sequence length
 HELDOUT_ROWS = 8192  # most held-out rows kept
 MIN_ROWS = 64  # fewest rows to fit, however few dimensions
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar, cast
@@ -61,9 +61,7 @@ def checkpoint(
     call, tensors = _Call.split(fn, leaves, spec, preserve_rng_state)
     with ExitStack() as stack:
         if lane is not None or max_rel_error is not None or offload.current() is None:
-            if not isinstance(lane, Hashable):
-                raise LaneError(f"lane={lane!r} is no lane: give a name, or a lane as PackedLane(bits=4)")
-            stack.enter_context(_context(lane, max_rel_error))
+            stack.enter_context(_context(_hashable(lane), max_rel_error))
         # Outputs of a Function require grad only if an input does; with the anchor, parameters get theirs.
         anchor = torch.empty(0, device="cpu", requires_grad=True)
         outputs = OffloadedCheckpoint.apply(call, anchor, *tensors)  # type: ignore[no-untyped-call]
@@ -194,6 +192,15 @@ class _Surroundings:
             for setting in self._autocast:
                 stack.enter_context(torch.autocast(*setting))
             yield
+
+
+def _hashable(lane: Any) -> Any:
+    """`lane`, which every name and every lane is a key with. Raises LaneError."""
+    try:
+        hash(lane)
+    except TypeError:
+        raise LaneError(f"lane={lane!r} is no lane: give a name, or a lane as PackedLane(bits=4)") from None
+    return lane
 
 
 def _fill(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:

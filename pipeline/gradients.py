@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sidelane.errors import LaneError
 from sidelane.pipeline.offload import offload
+from sidelane.pipeline.wrap import offload_of
 
 SHOWN = 10  # parameters in the text of a comparison
 
@@ -68,21 +69,23 @@ class GradientComparison:
 
 
 def compare_gradients(
-    loss: Callable[[], Tensor], module: nn.Module, context: offload, *, warm_up: int = 0
+    loss: Callable[[], Tensor], module: nn.Module, context: offload, *, warm_up: int | None = None
 ) -> GradientComparison:
     """Run a step twice without and once with `context`, and compare the gradients of `module`.
 
     Every run starts with the same random numbers of torch and the same buffers, and leaves random states,
-    buffers and `.grad` as they were. Takes the memory of two more sets of gradients.
+    buffers and `.grad` of `module` as they were. Other leaves get gradients and hooks run as in any backward
+    pass: leave optimizers that step in hooks out of it. Takes the memory of three more sets of gradients.
 
     Args:
         loss: the forward pass, which returns a scalar loss.
         module: whose parameters are compared.
         context: what the forward pass runs in; its report counts these runs.
-        warm_up: runs under the context before the one that counts: lane "auto" learns in the first and tries
-            plans in the next twelve.
+        warm_up: runs under the context before the one that counts. Default: none, and one with lane "auto",
+            which learns in it; in the next twelve that tries plans.
 
-    Raises LaneError for arguments of another kind and a loss that is no scalar with a gradient.
+    Raises LaneError for arguments of another kind, a loss that is no scalar with a gradient, and where
+    another context is active already.
     """
     if not callable(loss):
         raise LaneError(f"loss is a {type(loss).__name__}: pass the function that returns it")
@@ -90,6 +93,10 @@ def compare_gradients(
         raise LaneError(f"module is a {type(module).__name__}: pass the torch.nn.Module")
     if not isinstance(context, offload):
         raise LaneError(f"context is a {type(context).__name__}: pass a sidelane.offload")
+    if offload.current() is not None or any(offload_of(each) is not None for each in module.modules()):
+        raise LaneError("an offload is active already, or wrapped around the module: compare without it")
+    if warm_up is None:
+        warm_up = 1 if context.automatic else 0
     if type(warm_up) is not int or warm_up < 0:
         raise LaneError(f"warm_up={warm_up!r} is not a whole number from 0 up")
     alone, expected = _run(loss, module, nullcontext())
@@ -99,8 +106,8 @@ def compare_gradients(
     for _ in range(warm_up):
         _run(loss, module, context)
     value, found = _run(loss, module, context)
-    pairs = {name: _sums(gradient, found.get(name)) for name, gradient in expected.items()}
-    pairs |= {name: _sums(None, found[name]) for name in found.keys() - expected.keys()}
+    names = [name for name, _ in module.named_parameters() if name in expected or name in found]
+    pairs = {name: _sums(expected.get(name), found.get(name)) for name in names}
     each = {name: _difference(sums) for name, sums in pairs.items()}
     order = sorted(each, key=lambda name: (not isnan(each[name].cosine), each[name].cosine))
     total = torch.tensor(list(pairs.values()) or [[0.0] * 4], dtype=torch.float64, device="cpu").sum(0)
@@ -124,27 +131,32 @@ def _run(
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise LaneError("loss() returned no scalar tensor with a gradient: return the loss to minimize")
         value.backward()  # type: ignore[no-untyped-call]
-        found = {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
+        found = {name: _dense(p.grad) for name, p in module.named_parameters() if p.grad is not None}
         return float(value.detach()), found
 
 
 @contextmanager
 def _undone(module: nn.Module) -> Iterator[None]:
     """Inside there are no gradients; afterwards these, buffers and random states are as before."""
-    kept = [(p, p.grad) for p in module.parameters()]
+    kept = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in module.parameters()]
+    owners = [(each._buffers, dict(each._buffers)) for each in module.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    devices = {p.device.index for p, _ in kept if p.is_cuda}
+    devices = {p.device.index for p, *_ in kept if p.is_cuda}
     try:
-        for p, _ in kept:
+        for p, *_ in kept:
             p.grad = None
         with torch.random.fork_rng(devices=sorted(devices)):
             yield
     finally:
-        for p, gradient in kept:
+        for p, gradient, values in kept:
             p.grad = gradient
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            if gradient is not None and values is not None and not _same_bits(gradient, values):
+                gradient.data.copy_(values)  # a view of a bucket that DDP fills
+        for owner, before in owners:
+            owner.update(before)
+        for buffer, values in buffers:
+            if not _same_bits(buffer, values):
+                buffer.data.copy_(values)
 
 
 def _equal(a: Gradients, b: Gradients) -> bool:
@@ -153,9 +165,19 @@ def _equal(a: Gradients, b: Gradients) -> bool:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Also where both are NaN."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    a, b = _dense(a), _dense(b)
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_octets(a), _octets(b))
+
+
+def _octets(dense: Tensor) -> Tensor:
+    return dense.reshape(-1).view(torch.uint8)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """A copy that is strided and contiguous."""
+    plain = tensor.detach()
+    plain = plain.to_dense() if plain.layout != torch.strided else plain
+    return plain.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 def _sums(a: Tensor | None, b: Tensor | None) -> list[float]:
@@ -169,8 +191,7 @@ def _sums(a: Tensor | None, b: Tensor | None) -> list[float]:
 
 
 def _flat(gradient: Tensor) -> Tensor:
-    dense = gradient.to_dense() if gradient.is_sparse else gradient
-    real = torch.view_as_real(dense) if dense.is_complex() else dense
+    real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
     return real.reshape(-1).double()
 
 

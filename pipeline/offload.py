@@ -182,6 +182,11 @@ class offload(HookContext):
         )
 
     @property
+    def automatic(self) -> bool:
+        """It was made with `lane="auto"`."""
+        return self._auto is not None
+
+    @property
     def plan(self) -> Plan | None:
         """What `lane="auto"` does with the present step; None for other lanes and before the second step."""
         auto = self._auto

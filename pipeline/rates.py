@@ -89,10 +89,10 @@ def wires(device: torch.device) -> tuple[Callable[[float], float], Callable[[flo
 def source(device: torch.device) -> str:
     """Where the rates for `device` come from, and why not from a profile."""
     if device.type != "cuda":
-        return "guesses for a CPU"
+        return "tried and guessed, as for every CPU"
     found = _cached()
     if isinstance(found, Machine):
-        return "the profile of this machine"
+        return "the profile of this machine; tried where it lacks a lane or a wire"
     reason = "there is no profile: run sidelane profile" if found is None else str(found)
     return f"measured in passing; {reason}"
 

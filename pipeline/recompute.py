@@ -40,7 +40,16 @@ from sidelane.pipeline.budget import Budget
 from sidelane.pipeline.compress import choose_lane
 from sidelane.pipeline.lanes import plain
 from sidelane.pipeline.planner import Split, kv_split
-from sidelane.pipeline.streams import Event, HostEvent, Ring, Slot, current_stream, on, side_stream
+from sidelane.pipeline.streams import (
+    MAX_DEPTH,
+    Event,
+    HostEvent,
+    Ring,
+    Slot,
+    current_stream,
+    on,
+    side_stream,
+)
 from sidelane.pipeline.ticket import Stored
 
 if TYPE_CHECKING:
@@ -288,9 +297,11 @@ def restore_all(layers: Iterable[StoredKV], ahead: int = 1) -> Iterator[Tensor]:
     their own. Each is for work on the current stream, enqueued before the next one is asked for: then its
     memory is used again.
 
-    Raises LaneError when `ahead` is no whole number from 0 up.
+    Raises LaneError when `ahead` is no whole number from 0 to 4095.
     """
-    ring: Ring[Tensor] = Ring(_whole("ahead", ahead, 0) + 1)
+    if _whole("ahead", ahead, 0) >= MAX_DEPTH:
+        raise LaneError(f"ahead={ahead} is not a whole number from 0 to {MAX_DEPTH - 1}")
+    ring: Ring[Tensor] = Ring(ahead + 1)
     waiting: deque[Slot[Tensor]] = deque()
     for layer in layers:
         stream = side_stream(layer.device, "recompute", -1)

@@ -114,6 +114,11 @@ class Trip:
         return self.script is None
 
     @property
+    def abandoned(self) -> bool:
+        """Of all that was saved to learn from, nothing is left, and there was no backward pass."""
+        return self.learning and self.end is None and bool(self._entries) and not self._numbers
+
+    @property
     def complete(self) -> bool:
         """Backward has begun, and all came that was to come."""
         return not self.lost and self.end is not None and (self.script is None or self.played)

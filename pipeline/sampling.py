@@ -14,12 +14,12 @@ import torch
 
 from sidelane.errors import ProfileError, SidelaneError
 from sidelane.pipeline.machine import Curve
+from sidelane.pipeline.spread import GOLDEN
 from sidelane.pipeline.streams import side_stream, timed_event
 
 REPEATS = 21  # of each size, after one that is not counted
 LEAST = 3  # of them, for all sizes before any is repeated more often
 ATTEMPTS = 5  # to have a load last longer than what is timed beside it
-GOLDEN = (5**0.5 - 1) / 2
 PAUSE = 3e-4  # seconds before what is timed as it comes in use
 FAILURES = (SidelaneError, OSError, RuntimeError, MemoryError)  # of a step, which is then left out
 
@@ -117,7 +117,7 @@ class Load:
     def beside(self, timed: Callable[[], float], guess: float) -> float:
         """What `timed` returns while the load runs from before its begin until after its end. It begins
         somewhere in the third piece, as work beside a program does, whose clocks are up: each time at another
-        moment, so spread (multiples of the golden ratio) that few calls have met them all.
+        moment, so spread that few calls have met them all.
 
         `guess`: seconds that it takes alone. Raises ProfileError when the load keeps ending earlier.
         """

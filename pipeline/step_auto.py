@@ -10,7 +10,7 @@ be faster by `GAIN`, a few times at most. In the end the one stays that was fast
 From then on nothing is timed or planned, until steps take another time than they did, and each time that
 happens it has to last longer.
 A trip that is not the step of its script goes on as one that learns would, and the next that begins like it
-learns again, or a later one where that has happened before the step settled. Steps are told apart by the
+learns again; a later one the more often that has happened. Steps are told apart by the
 first tensor they save and by which blocks are in training mode, so that batches of other shapes, and
 evaluation, have plans of their own. `_StepState` has the phases.
 """
@@ -53,7 +53,7 @@ REPLANS = 2  # plans that may take over from the first
 RECENT = 9  # trips whose median time is that of the step
 DRIFT = 0.15  # share of the step by which that may change
 EARLY_ENDS = 3  # trips in a row that end early before the step is learned again
-MOST_PATIENCE = 16  # trips in a row that are another step, at most, before that one is learned
+MOST_PATIENCE = 16  # trips in a row that are another step, at most, before the step is learned again
 SPARE = 1 / 128  # of budgets that plans leave alone, for what rounding and headers add
 MAX_STEPS = 16  # that are remembered
 
@@ -98,9 +98,8 @@ class _StepState:
         discard_old_timings: what the next timed trip shows counts alone.
         recent: seconds of the last plain trips.
         tried: plans, with the seconds of their fastest trip. replans_left: plans that may still take over.
-        early_ends: trips in a row that were not as the script says.
-        patience: so many of them that were another step lead to LEARN; doubles each time until the step
-            settles, as steps may differ at random.
+        early_ends: trips in a row that ended early. others: trips in a row that were another step; `patience`
+            of them lead to LEARN, and each time that takes twice as many, as steps may differ at random.
         baseline: seconds of the settled step; None before enough trips.
         backoff: trips, more each time, before a settled step may be timed again. backoff_left: of these.
     """
@@ -119,7 +118,7 @@ class _StepState:
     def enter(self, phase: Phase, script: Script | None) -> None:
         """Begin a phase, in which trips follow this script."""
         self.phase, self.script = phase, script
-        self.left, self.early_ends = TIMED, 0
+        self.left, self.early_ends, self.others = TIMED, 0, 0
         self.baseline: float | None = None
 
     @property
@@ -220,7 +219,8 @@ class Auto:
         blocks, user = self._blocks, object()
 
         def arrive() -> None:
-            if not self._alive() and not self.moves.holding:
+            trip = self._local.trip
+            if (not self._alive() and not self.moves.holding) or (trip is not None and trip.abandoned):
                 self._local.trip = None
             blocks.install(user)
 
@@ -328,10 +328,14 @@ class Auto:
             elif script is None:
                 self._learn_from(state, trip)
             elif not trip.complete:
-                state.early_ends += 1
-                something_else = trip.lost and not trip.failed
-                if state.early_ends >= (state.patience if something_else else EARLY_ENDS):
+                if trip.lost and not trip.failed:
+                    state.others += 1
+                else:
+                    state.early_ends += 1
+                if state.others >= state.patience:
                     state.patience = min(2 * state.patience, MOST_PATIENCE)
+                    state.enter(Phase.LEARN, None)
+                elif state.early_ends >= EARLY_ENDS:
                     state.enter(Phase.LEARN, None)
             elif trip.ended():
                 self._advance(state, trip, script)
@@ -371,7 +375,7 @@ class Auto:
 
     def _advance(self, state: _StepState, trip: Trip, script: Script) -> None:
         """Note what a trip of the plan has shown or taken, and begin the next phase after enough of them."""
-        state.early_ends = 0
+        state.early_ends = state.others = 0
         shown = trip.shown()
         if shown is not None:
             choices, discard_old = script.plan.choices, state.discard_old_timings
@@ -413,7 +417,6 @@ class Auto:
         if fastest < (1 - GAIN) * seconds or (best.plan.fits and not old.fits):
             script = best.predicted_anew(lessons)
             state.recent.clear()
-        state.patience = 1
         state.enter(Phase.SETTLED, replace(script, plan=replace(script.plan, others=others)))
 
     def _plan_for(self, step: Step) -> StepPlan:

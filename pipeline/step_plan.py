@@ -12,6 +12,7 @@ from itertools import product
 from math import inf, prod
 from typing import NamedTuple
 
+from sidelane.pipeline.spread import GOLDEN
 from sidelane.pipeline.step_model import (
     AWAY,
     DERIVE,
@@ -36,7 +37,6 @@ STARTS = 20  # mixtures that are simulated
 ALIKE = 2  # of the same policies among these: estimates are too rough to try more of one kind
 CLIMBS = 2  # of these that are changed
 SPACINGS = (1, 2, 3, 4)  # of items under the first policy of a mixture
-GOLDEN = 0.618034
 WHOLE = 1000  # simulations of a step of which everything is tried, at most
 REPAIRS = 3  # searches with less room, where that of single tensors did not suffice
 SMALL = 0.03  # share of the bytes of a step that its smallest tensors have

@@ -47,6 +47,12 @@ def wrap(module: M, context: AbstractContextManager[object]) -> M:
     return module
 
 
+def offload_of(module: nn.Module) -> offload | None:
+    """The context that `wrap` has put around `module`."""
+    found: offload | None = getattr(module.forward, _OFFLOAD, None)
+    return found
+
+
 def _inside(function: Any, context: AbstractContextManager[object]) -> Any:
     @wraps(function)
     def forward(*args: Any, **kwargs: Any) -> Any:

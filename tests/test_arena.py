@@ -200,6 +200,12 @@ def test_an_arena_that_starts_small_maps_less_than_twice_what_it_lends():
     assert arena.take(3 * MIB) is not None and arena.reserved == reserved[-1] + 3 * MIB
 
 
+def test_the_arena_of_the_process_starts_small():
+    arena = arena_module.shared.__wrapped__()
+    slot = arena.take(5 * MIB)
+    assert slot is not None and arena.reserved == arena_module.FIRST < arena_module.STEP
+
+
 def test_the_machine_is_a_limit(monkeypatch):
     arena = Arena(pinned=False, step=64 * MIB)
     monkeypatch.setattr(arena_module, "available_memory", lambda: arena_module.RESERVE + MIB)

@@ -93,17 +93,82 @@ def test_a_program_that_does_not_repeat_itself_is_told():
 def test_a_plan_is_compared_once_it_is_there():
     model, tokens = build()
     context = exact("auto", bits=4)
-    found = sidelane.compare_gradients(lambda: loss_of(model, tokens), model, context, warm_up=2)
+    found = sidelane.compare_gradients(lambda: loss_of(model, tokens), model, context)
     assert context.plan is not None and found.whole.cosine > 0.9 and settled(context)
 
 
 def test_gradients_that_are_no_numbers_come_first():
-    model = nn.Linear(64, 64)
+    model = nn.ModuleDict({"good": nn.Linear(64, 64), "bad": nn.Linear(64, 64, bias=False)})
     x = torch.randn(256, 64)
-    x[0, 0] = float("inf")
-    found = sidelane.compare_gradients(lambda: model(x).square().sum(), model, exact())
-    name, worst = next(iter(found.parameters.items()))
-    assert isnan(worst.cosine) and found.bitwise and name in ("weight", "bias")
+
+    def loss() -> Tensor:
+        return model["good"](x).tanh().sum() + (model["bad"](x) * float("inf")).sum()
+
+    found = sidelane.compare_gradients(loss, model, exact())
+    assert isnan(found.parameters["bad.weight"].cosine) and next(iter(found.parameters)) == "bad.weight"
+    assert found.parameters["good.weight"].cosine == pytest.approx(1.0)
+
+
+class Squares(nn.Module):
+    """Its gradient is made of the tensor that was saved, which four bits change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).exp().sin().sum()
+
+
+def test_gradients_in_memory_of_the_program_are_told_apart():
+    """As those that DDP keeps in its buckets: written into again by every backward pass."""
+    model, x = Squares(), torch.randn(256, 64)
+    bucket = torch.zeros(64)
+
+    def into_bucket(parameter: Tensor) -> None:
+        bucket.copy_(parameter.grad)
+        parameter.grad = bucket
+
+    model.weight.register_post_accumulate_grad_hook(into_bucket)
+    model(x).backward()
+    before = bucket.clone()
+    found = sidelane.compare_gradients(lambda: 2 * model(x), model, exact("packed", bits=2))
+    assert not found.bitwise and found.repeatable and found.whole.cosine < 0.999
+    assert model.weight.grad is bucket and torch.equal(bucket, before)
+
+
+def test_sparse_gradients():
+    model = nn.Embedding(64, 32, sparse=True)
+    tokens = torch.randint(64, (48,))
+    found = sidelane.compare_gradients(lambda: model(tokens).exp().sum(), model, exact())
+    assert found.bitwise and found.repeatable and found.whole.cosine == pytest.approx(1.0)
+
+
+def test_buffers_that_are_assigned_come_back():
+    class Average(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(64))
+            self.register_buffer("average", torch.zeros(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.average = 0.9 * self.average + x.mean(0)
+            return (x * self.weight * (1 + self.average)).exp().sum()
+
+    model = Average()
+    average = model.average
+    x = torch.randn(256, 64)
+    found = sidelane.compare_gradients(lambda: model(x), model, exact())
+    assert found.repeatable and found.bitwise and model.average is average and not average.any()
+
+
+def test_another_offload_around_it_is_refused():
+    model, x = Squares(), torch.randn(256, 64)
+    with exact(), pytest.raises(LaneError, match="an offload is active already"):
+        sidelane.compare_gradients(lambda: model(x), model, exact())
+    sidelane.wrap(model, exact())
+    with pytest.raises(LaneError, match="wrapped around the module"):
+        sidelane.compare_gradients(lambda: model(x), model, exact())
 
 
 def test_a_failure_leaves_no_trace():
@@ -131,7 +196,7 @@ def test_a_failure_leaves_no_trace():
         ({"loss": lambda: torch.ones(3, requires_grad=True)}, "returned no scalar tensor with a gradient"),
         ({"loss": lambda: torch.ones(())}, "returned no scalar tensor with a gradient"),
     ],
-    ids=str,
+    ids=["loss", "module", "context", "warm_up", "number", "vector", "constant"],
 )
 def test_arguments_of_another_kind(change: dict[str, object], text: str):
     model = nn.Linear(4, 4)

@@ -410,6 +410,53 @@ def test_steps_that_differ_at_random_are_learned_more_and_more_seldom(monkeypatc
     assert 2 <= sum(learning) <= 8 and settled(context)
 
 
+def test_a_step_that_differs_now_and_then_is_not_learned_each_time(monkeypatch):
+    learning: list[bool] = []
+
+    class Counted(Trip):
+        def __init__(self, device, script, *arguments):
+            super().__init__(device, script, *arguments)
+            learning.append(script is None)
+
+    monkeypatch.setattr(auto_module, "Trip", Counted)
+    context = automatic(gpu_budget=200_000)
+    w = torch.randn(64, 64, requires_grad=True)
+    for i in range(200):
+        with context:
+            y = (w * 2).exp()[: 48 if i % 10 == 9 else 32].clone().sin()
+        y.sum().backward()
+    assert sum(learning) <= 4 and settled(context)
+
+
+def test_a_thread_that_never_runs_backward_learns_nothing_for_ever(monkeypatch):
+    """While a graph of another thread is alive."""
+    trips: list[Trip] = []
+
+    class Counted(Trip):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            trips.append(self)
+
+    monkeypatch.setattr(auto_module, "Trip", Counted)
+    context = automatic(gpu_budget=200_000)
+    kept: list[torch.Tensor] = []
+
+    def forward() -> None:
+        w = torch.randn(64, 64, requires_grad=True)
+        with context:
+            kept[:] = [(w * 2).exp().sin()]
+
+    thread = threading.Thread(target=forward)
+    thread.start()
+    thread.join()
+    of_another, trips[:] = trips[:], []
+    w = torch.randn(64, 64, requires_grad=True)
+    for _ in range(20):
+        with context:
+            (w * 2).exp().sin()
+    assert len(trips) == 20 and max(trip.size for trip in trips) <= 4 and len(of_another) == 1
+
+
 def test_a_backward_pass_of_another_thread_ends_no_trip(monkeypatch):
     trips: list[Trip] = []
 

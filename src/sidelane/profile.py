@@ -33,15 +33,14 @@ def run_profile(out: Path | None, spill_dir: Path | None, force: bool) -> None:
         raise ProfileError(f"{out}: {out.parent} is no folder: make it first")
     if spill_dir is not None and not spill_dir.is_dir():
         raise ProfileError(f"--spill-dir {spill_dir} is no folder: make it first")
-    console = Console()
-    machine = None if force else _cached(console, spill_dir)
+    machine, said = (None, "") if force else _cached(spill_dir)
     fresh = machine is None
     if machine is None:
         if out is None:
             _check_folder(cache_path().parent)
         begin = perf_counter()
         machine = _measure(spill_dir)
-        taken = f"measured in {perf_counter() - begin:.1f} s"
+        said += f"measured in {perf_counter() - begin:.1f} s"
     errors = []
     for path in (out, cache_path() if fresh else None):
         if path is None:
@@ -50,9 +49,8 @@ def run_profile(out: Path | None, spill_dir: Path | None, force: bool) -> None:
             machine.save(path)
         except ProfileError as error:
             errors.append(error)
-    if fresh:
-        console.print(taken)
-    for part in summary(machine):
+    console = Console()
+    for part in (said, *summary(machine)):
         console.print(part)
     if errors:
         raise errors[0]
@@ -107,19 +105,17 @@ def _check_folder(folder: Path) -> None:
         raise ProfileError(f"{folder} cannot be written ({reason}): set XDG_CACHE_HOME, or give --out")
 
 
-def _cached(console: Console, spill_dir: Path | None) -> Machine | None:
+def _cached(spill_dir: Path | None) -> tuple[Machine | None, str]:
+    """The tables of the cache folder, if they serve, and what is to be said of them."""
     try:
         machine = Machine.cached()
     except ProfileError as error:
-        console.print(f"measuring again: {error}")
-        return None
+        return None, f"measuring again: {error}\n"
     if machine is None:
-        return None
+        return None, ""
     if spill_dir is not None and machine.key.get(DISK_FOLDER) != str(spill_dir.resolve()):
-        console.print(f"measuring again: the disk of {spill_dir} is not in {cache_path()}")
-        return None
-    console.print(f"from {cache_path()}; --force measures again")
-    return machine
+        return None, f"measuring again: the disk of {spill_dir} is not in {cache_path()}\n"
+    return machine, f"from {cache_path()}; --force measures again"
 
 
 def _measure(spill_dir: Path | None) -> Machine:
