@@ -198,8 +198,11 @@ def test_constant_and_subnormal_tensors() -> None:
 
 
 @pytest.mark.parametrize("use_basis", [False, True])
-def test_numbers_too_small_for_a_step_become_their_mean(use_basis: bool) -> None:
-    x = 1e-38 * torch.randn(600, 64)
+@pytest.mark.parametrize("make", [torch.randn, smooth])
+def test_numbers_too_small_for_a_step_become_their_mean(
+    make: Callable[[int, int], torch.Tensor], use_basis: bool
+) -> None:
+    x = 1e-38 * make(600, 64)
     basis = calibrate([x], bits=4) if use_basis else None
     restored = VideoLane(basis).decode(VideoLane(basis).encode(x))
     assert (restored - x).double().norm() < 1.01 * (x - x.mean(0)).double().norm()
