@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from math import isfinite
 from random import Random
 from statistics import median, quantiles
@@ -12,6 +13,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from common import timing_event
 from planner_paths import Path, Setting, round_trip
 from planner_summary import ratio_of
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch import Tensor
 from sidelane.codec.lane import Lane
 from sidelane.pipeline.chain import AUTO_WIRES, Chain
 from sidelane.pipeline.choice import Decision, choose
+from sidelane.pipeline.lanes import decode_packet
 from sidelane.pipeline.samples import Probes, lane_named
 from sidelane.pipeline.tensor_auto import AutoLane
 
@@ -26,6 +29,7 @@ Row = dict[str, Any]
 
 LANES = ("raw", "exact", "packed:8", "packed:4", "packed:2")
 LEAST, MOST = 5, 61  # rounds of a cell
+STAGED = 7  # round trips whose stages are shown
 DEPTH, IN_CHAIN, WARM = 8, 32, 2  # of chains; tensors of a round; rounds that do not count
 LINE = (
     "{path:14} {tensor:7} {load:5} {lane:9} predicted {predicted_ms:>8} measured {measured_ms:>8} ms, "
@@ -84,8 +88,52 @@ def cell(
             if i:
                 times[name].append(taken / path.together)
     took = setting.apart(lambda: auto.decide(x)).lane
+    if path.together == 1:
+        for name in ("raw", "exact"):
+            show_stages(setting, path, name, x, load, any_lane, guess[name])
     about = {"path": path.name, "group": path.group, "simulated": int(path.simulated), "tensor": kind}
     return rows_of(about, x, load, any_lane, exact, stored | {"auto": ""}, took, times)
+
+
+def show_stages(
+    setting: Setting, path: Path, lane: str, x: Tensor, load: str, decision: Decision, guess: float
+) -> None:
+    """Print medians of what the stages of a round trip take, each with its prediction in brackets."""
+    found = [_staged(setting, path, lane, x, load, guess) for _ in range(STAGED)]
+    stages = decision.candidates[lane].stages
+    encode, decode = (stages.get(f"{way} {lane}", 0.0) for way in ("encode", "decode"))
+    told = encode, sum(stages.values()) - encode - decode, decode
+    measured = (median(times) for times in zip(*found, strict=True))
+    columns = zip(("encode", "way", "decode"), measured, told, strict=True)
+    text = ", ".join(f"{name} {1e6 * a:.0f} ({1e6 * b:.0f})" for name, a, b in columns)
+    print(f"stages of {lane}, {load}, us: {text}", flush=True)
+
+
+def _staged(setting: Setting, path: Path, lane: str, x: Tensor, load: str, guess: float) -> list[float]:
+    """Seconds of encode, of the way out and back and of decode in one round trip, on the device's clock."""
+    stamps: list[Any] = []
+
+    def stamp() -> None:
+        if setting.stream is None:
+            stamps.append(perf_counter())
+        else:
+            stamps.append(timing_event())
+            stamps[-1].record()
+
+    def work() -> None:
+        stamp()
+        packets = [lane_named(lane).encode(x)]
+        stamp()
+        back = path.carry(packets)
+        stamp()
+        for packet in back:
+            decode_packet(packet)
+        stamp()
+
+    setting.timed(work, load, guess)
+    if setting.stream is None:
+        return [b - a for a, b in pairwise(stamps)]
+    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(stamps)]
 
 
 def chain_cell(setting: Setting, kind: str, x: Tensor, load: str, seconds: float) -> list[Row]:
