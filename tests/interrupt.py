@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from dis import opname
@@ -39,6 +40,9 @@ def interrupted(action: Callable[[], object], at: int, *modules: ModuleType) -> 
                 raise KeyboardInterrupt
         return trace
 
+    # What is collected meanwhile would run finalizers of others, which drop the interrupt.
+    collects = gc.isenabled()
+    gc.disable()
     sys._getframe().f_trace_opcodes = True  # 3.12 asks at `settrace` whether any frame wants opcodes
     sys.settrace(trace)
     try:
@@ -47,4 +51,6 @@ def interrupted(action: Callable[[], object], at: int, *modules: ModuleType) -> 
         return True
     finally:
         sys.settrace(before)
+        if collects:
+            gc.enable()
     return False
