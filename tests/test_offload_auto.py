@@ -36,6 +36,20 @@ def _four_blocks(monkeypatch):
     monkeypatch.setattr(models, "LAYERS", 4)
 
 
+@pytest.fixture
+def trips(monkeypatch):
+    """Those that are made."""
+    made: list[Trip] = []
+
+    class Counted(Trip):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(auto_module, "Trip", Counted)
+    return made
+
+
 def runs_of(blocks) -> list[int]:
     """Counts the forward passes of each block, recomputing included."""
     counts = [0] * len(blocks)
@@ -389,15 +403,7 @@ def test_two_threads_share_a_context(monkeypatch):
     assert not wrong and settled(context)
 
 
-def test_steps_that_differ_at_random_are_learned_more_and_more_seldom(monkeypatch):
-    learning: list[bool] = []
-
-    class Counted(Trip):
-        def __init__(self, device, script, *arguments):
-            super().__init__(device, script, *arguments)
-            learning.append(script is None)
-
-    monkeypatch.setattr(auto_module, "Trip", Counted)
+def test_steps_that_differ_at_random_are_learned_more_and_more_seldom(trips):
     context = automatic(gpu_budget=200_000)
     w = torch.randn(64, 64, requires_grad=True)
     expected: dict[int, torch.Tensor] = {}
@@ -407,37 +413,21 @@ def test_steps_that_differ_at_random_are_learned_more_and_more_seldom(monkeypatc
             y = (w * 2).exp()[: 32 + 16 * (i % 2)].clone().sin()
         y.sum().backward()
         assert torch.equal(expected.setdefault(i % 2, w.grad), w.grad)
-    assert 2 <= sum(learning) <= 8 and settled(context)
+    assert 2 <= sum(trip.learning for trip in trips) <= 8 and settled(context)
 
 
-def test_a_step_that_differs_now_and_then_is_not_learned_each_time(monkeypatch):
-    learning: list[bool] = []
-
-    class Counted(Trip):
-        def __init__(self, device, script, *arguments):
-            super().__init__(device, script, *arguments)
-            learning.append(script is None)
-
-    monkeypatch.setattr(auto_module, "Trip", Counted)
+def test_a_step_that_differs_now_and_then_is_not_learned_each_time(trips):
     context = automatic(gpu_budget=200_000)
     w = torch.randn(64, 64, requires_grad=True)
     for i in range(200):
         with context:
             y = (w * 2).exp()[: 48 if i % 10 == 9 else 32].clone().sin()
         y.sum().backward()
-    assert sum(learning) <= 4 and settled(context)
+    assert sum(trip.learning for trip in trips) <= 4 and settled(context)
 
 
-def test_a_thread_that_never_runs_backward_learns_nothing_for_ever(monkeypatch):
+def test_a_thread_that_never_runs_backward_learns_nothing_for_ever(trips):
     """While a graph of another thread is alive."""
-    trips: list[Trip] = []
-
-    class Counted(Trip):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            trips.append(self)
-
-    monkeypatch.setattr(auto_module, "Trip", Counted)
     context = automatic(gpu_budget=200_000)
     kept: list[torch.Tensor] = []
 
@@ -457,15 +447,7 @@ def test_a_thread_that_never_runs_backward_learns_nothing_for_ever(monkeypatch):
     assert len(trips) == 20 and max(trip.size for trip in trips) <= 4 and len(of_another) == 1
 
 
-def test_a_backward_pass_of_another_thread_ends_no_trip(monkeypatch):
-    trips: list[Trip] = []
-
-    class Counted(Trip):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            trips.append(self)
-
-    monkeypatch.setattr(auto_module, "Trip", Counted)
+def test_a_backward_pass_of_another_thread_ends_no_trip(trips):
     context = automatic(gpu_budget=200_000)
     turns = [threading.Semaphore(0) for _ in range(2)]
 
