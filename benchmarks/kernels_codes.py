@@ -19,7 +19,6 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from common import RESULTS, append_rows, environment, figure, timing_event
 from kernels_surface import microseconds
+from nvcomp_ans import ans_calls
 from torch import Tensor
 
 from sidelane.kernels._launch import cdiv, span
@@ -63,7 +63,6 @@ GATED = 1 << 18  # elements that are compared with the reference
 CALLS = 200  # of which the time on the CPU is the mean
 PROGRAMS = (132, 264, 528, 1056, 2112)
 READ = 2048  # tokens that the encoder reads
-NVCOMP_CHUNKS = 64 << 10, 256 << 10, 1 << 20  # bytes that nvCOMP codes by themselves
 KINDS = ("residual", "query", "context", "norm_input", "pregelu", "gelu")
 
 
@@ -305,37 +304,8 @@ def measure_exact(name: str, x: Tensor, rows: Rows, max_programs: int | None = N
         }
         for direction, run in calls.items():
             rows.add(columns, direction, "sidelane", waited(run), moved, raw, ratio)
-        measure_nvcomp(x, columns, rows)
-
-
-def measure_nvcomp(x: Tensor, columns: Mapping[str, Any], rows: Rows) -> None:
-    """ANS of nvCOMP with each size of chunks and each policy, nothing where it is not installed."""
-    try:
-        from nvidia import nvcomp
-    except ImportError:
-        print("nvCOMP is not installed: pip install nvidia-nvcomp-cu13", flush=True)
-        return
-    words, kind = (x.view(FP16), "<f2") if x.itemsize == 2 else (x, "<f4")
-    source = nvcomp.as_array(words)
-    room, out = torch.empty(2 * x.nbytes, dtype=torch.uint8, device=x.device), torch.empty_like(words)
-    policies = {"latency": nvcomp.ExecutionPolicy.LATENCY, "concurrency": nvcomp.ExecutionPolicy.CONCURRENCY}
-    for chunk, (policy, value) in product(NVCOMP_CHUNKS, policies.items()):
-        codec = nvcomp.Codec(algorithm="ANS", data_type=kind, uncomp_chunk_size=chunk, execution_policy=value)
-        config = codec.compression_config(x.nbytes)
-        coded = codec.encode(source, compression_config=config)
-        decoding = codec.decompression_config(coded)
-        back = codec.decode(coded, kind, decompression_config=decoding)
-        torch.cuda.synchronize()
-        restored = torch.as_tensor(back, device=x.device)
-        require(same_bits(restored.view(torch.uint8).view(x.dtype), x), f"nvCOMP, chunks of {chunk} bytes")
-        moved, ratio = x.nbytes + coded.buffer_size, round(x.nbytes / coded.buffer_size, 4)
-        calls: dict[str, Callable[[], Any]] = {
-            "encode, call": partial(codec.encode, source, out=room, compression_config=config),
-            "decode, call": partial(codec.decode, coded, kind, out=out, decompression_config=decoding),
-        }
-        method = f"nvCOMP ANS, {chunk >> 10} KiB, {policy}"
-        for direction, run in calls.items():
-            rows.add(columns, direction, method, waited(run), moved, x.nbytes, ratio)
+        for direction, method, run, nbytes in ans_calls(x):
+            rows.add(columns, direction, method, waited(run), raw + nbytes, raw, round(raw / nbytes, 4))
 
 
 def waited(run: Callable[[], Any]) -> tuple[float, float, float]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sidelane.errors import LaneError
+from sidelane.pipeline.checker import same_bits
 from sidelane.pipeline.offload import offload
 from sidelane.pipeline.wrap import offload_of
 
@@ -138,39 +139,29 @@ def _run(
 @contextmanager
 def _undone(module: nn.Module) -> Iterator[None]:
     """Inside there are no gradients; afterwards these, buffers and random states are as before."""
-    kept = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in module.parameters()]
+    gradients = [(p, p.grad) for p in module.parameters()]
     owners = [(each._buffers, dict(each._buffers)) for each in module.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    devices = {p.device.index for p, *_ in kept if p.is_cuda}
+    tensors = [gradient for _, gradient in gradients if gradient is not None]  # DDP writes into its buckets
+    tensors += module.buffers()
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    devices = {p.device.index for p, _ in gradients if p.is_cuda}
     try:
-        for p, *_ in kept:
+        for p, _ in gradients:
             p.grad = None
         with torch.random.fork_rng(devices=sorted(devices)):
             yield
     finally:
-        for p, gradient, values in kept:
+        for p, gradient in gradients:
             p.grad = gradient
-            if gradient is not None and values is not None and not _same_bits(gradient, values):
-                gradient.data.copy_(values)  # a view of a bucket that DDP fills
         for owner, before in owners:
             owner.update(before)
-        for buffer, values in buffers:
-            if not _same_bits(buffer, values):
-                buffer.data.copy_(values)
+        for tensor, value in values:
+            if not same_bits(_dense(tensor), _dense(value)):
+                tensor.data.copy_(value)
 
 
 def _equal(a: Gradients, b: Gradients) -> bool:
-    return a.keys() == b.keys() and all(_same_bits(a[name], b[name]) for name in a)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Also where both are NaN."""
-    a, b = _dense(a), _dense(b)
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_octets(a), _octets(b))
-
-
-def _octets(dense: Tensor) -> Tensor:
-    return dense.reshape(-1).view(torch.uint8)
+    return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
 
 
 def _dense(tensor: Tensor) -> Tensor:

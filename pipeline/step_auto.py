@@ -10,9 +10,9 @@ be faster by `GAIN`, a few times at most. In the end the one stays that was fast
 From then on nothing is timed or planned, until steps take another time than they did, and each time that
 happens it has to last longer.
 A trip that is not the step of its script goes on as one that learns would, and the next that begins like it
-learns again; a later one the more often that has happened. Steps are told apart by the
-first tensor they save and by which blocks are in training mode, so that batches of other shapes, and
-evaluation, have plans of their own. `_StepState` has the phases.
+learns again; a later one the more often that has happened. Steps are told apart by the first tensor they save
+and by which blocks are in training mode, so that batches of other shapes, and evaluation, have plans of their
+own. `_StepState` has the phases.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class _StepState:
     CHECK: plain trips tell what the plan takes. `TIMED` of them lead to TIME if another plan takes over, else
     to SETTLED with the fastest that was tried.
     SETTLED: nothing is timed or planned. Steps that take another time than they did lead to TIME again.
-    Trips that are not as the script says lead from anywhere to LEARN.
+    Enough trips that are not as the script says lead from anywhere to LEARN.
 
     Attributes:
         phase: these four. left: trips that TIME or CHECK still needs; without meaning in the others.
