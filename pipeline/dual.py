@@ -17,7 +17,7 @@ from sidelane.codec.packet import LANES, Packet, flatten
 from sidelane.errors import LaneError, PacketError
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.lanes import ExactLane, RawLane, decode_packet, plain
-from sidelane.pipeline.packed import as_bytes
+from sidelane.pipeline.packed import as_bytes, copied
 from sidelane.pipeline.planner import LaneLoad, split_lanes
 
 CODED = {LANES[name]: name for name in ("exact", "packed", "video")}
@@ -74,7 +74,7 @@ class DualLane:
         coded = self.lane.encode(split.rows(flat[split.raw :]))
         if coded.lane == "raw":
             return RawLane().encode(tensor)
-        sections = {"raw": as_bytes(flat[: split.raw]).clone(), **coded.sections}
+        sections = {"raw": copied(as_bytes(flat[: split.raw])), **coded.sections}
         return coded.with_(
             lane="dual",
             shape=like.shape,

@@ -32,6 +32,7 @@ from sidelane.pipeline.packed import (
     LOSSY_DTYPES,
     GroupPlan,
     as_bytes,
+    copied,
     decode_basis,
     decode_groups,
     encode_basis,
@@ -325,7 +326,7 @@ def _decode_own(packet: Packet, *lanes: str, basis: Basis | None = None) -> Tens
 
 def _encode_raw(packet: Packet, flat: Tensor) -> Packet:
     """`packet` with a copy of `flat`: the caller may change its tensor afterwards."""
-    return packet.with_(lane="raw", sections={"data": as_bytes(flat).clone()})
+    return packet.with_(lane="raw", sections={"data": copied(as_bytes(flat))})
 
 
 def _decode_raw(packet: Packet) -> Tensor:
@@ -333,7 +334,7 @@ def _decode_raw(packet: Packet) -> Tensor:
     packet.check_sections("data")
     data = packet.section("data", packet.dtype, packet.flat_numel)
     # A byte of a bool that is neither 0 nor 1 would be undefined.
-    return as_bytes(data).ne(0) if packet.dtype == torch.bool else as_bytes(data).clone().view(packet.dtype)
+    return as_bytes(data).ne(0) if packet.dtype == torch.bool else copied(as_bytes(data)).view(packet.dtype)
 
 
 def _or_raw(packet: Packet, flat: Tensor) -> Packet:

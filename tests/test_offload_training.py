@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -161,7 +162,9 @@ def test_selective_checkpoint(offload_inside):
     assert context.report().total.count > 0
 
 
-# Dynamo looks for .grad on the inputs of a block and filters the warning only under default filters.
+# Dynamo looks for .grad on the inputs of a block and filters the warning only under default filters. Modules
+# of torch 2.11 that Inductor imports use what torch deprecates.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
 def test_blocks_compiled_one_by_one(backend):
@@ -312,14 +315,19 @@ def test_memory_is_flat_without_gc():
 
 
 def test_lossy_gradients_equal_the_codec_applied_in_place():
-    """No streams, no stash: the same lane as a synchronous round trip in plain hooks."""
+    """No streams, no stash: the same lane as a synchronous round trip in plain hooks. Views of what is stored
+    without loss stay without."""
     model, tokens = build()
     options = {"max_rel_error": 0.05, "bits": 4, "group": 32}
     lane = open_lane("packed", bits=4, group=32)
+    without_loss = set()  # storages, which live as long as what autograd holds
 
     def pack(tensor):
-        kind = plain_kind(tensor)
-        if why_kept(tensor, MIN_BYTES, kind) or not may_lose_bits(tensor, kind):
+        kind, storage = plain_kind(tensor), tensor.untyped_storage().data_ptr()
+        kept = why_kept(tensor, MIN_BYTES, kind)
+        if not kept and not may_lose_bits(tensor, kind):
+            without_loss.add(storage)
+        if kept or storage in without_loss:
             return tensor.detach()
         return decompress(compress(tensor, lane=lane, max_rel_error=0.05))
 
@@ -383,7 +391,7 @@ def test_heads_of_attention_take_eight_bits_since_their_errors_are_in_an_exponen
         layer, x = torch.nn.Linear(128, 384), torch.randn(2, 64, 128)
         with torch.no_grad():
             layer.weight.mul_(8)  # logits as large as those of a trained model
-        with context:
+        with context, sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
             heads = layer(x).view(2, 64, 12, 32).transpose(1, 2).split(4, 1)
             q, k, v = (t.contiguous() for t in heads)
             loss = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).square().sum()
