@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sidelane.errors import LaneError, ProfileError
 from sidelane.pipeline.compress import check_bound
-from sidelane.pipeline.decision import RAW, Residuals, best_lane, least_gain
+from sidelane.pipeline.decision import MIN_GAIN, RAW, Residuals, best_lane
 from sidelane.pipeline.extent import distinct_bytes
 from sidelane.pipeline.machine import HOST_TIMES, WIRES, Curve, Machine
 from sidelane.pipeline.prediction import Candidate, Described, Prediction, Task, idle_figures, short
@@ -84,10 +84,7 @@ class Decision:
         times = each.seconds / self.seconds
         if times >= 1:
             return f"{times:.2f} x the time of {self.lane}"
-        doubts = {each.lane: each.doubt}
-        need = (
-            f"{least_gain(each.lane, doubts):.0%} beside raw" if self.lane == RAW else "what a change needs"
-        )
+        need = f"{MIN_GAIN:.0%} beside raw" if self.lane == RAW else "what a change needs"
         return f"saves {1 - times:.1%} of {self.lane}, less than {need}"
 
 
@@ -104,8 +101,7 @@ def choose(
     residuals: Residuals | None = None,
     probes: Probes = SHARED,
 ) -> Decision:
-    """The lane for a tensor: raw unless another one is predicted to save at least 5 % of the time, and more
-    where predictions are known to be less exact (Note: [Doubt]).
+    """The lane for a tensor: raw unless another one is predicted to save at least 5 % of the time.
 
     Args:
         what: the tensor; or its dtype, its bytes and a tensor like it, or for each lane (ratio, error).
@@ -147,7 +143,7 @@ def choose(
             candidates[lane] = prediction.candidate(lane, candidates[RAW].seconds)
     permitted = [lane for lane in LANES if lane in EXACT or not exact]
     return Decision(
-        best_lane(*compared(candidates)),
+        best_lane(seconds_of(candidates)),
         task.dtype,
         task.nbytes,
         tuple(label for label, _ in wires),
@@ -159,10 +155,9 @@ def choose(
     )
 
 
-def compared(candidates: Mapping[str, Candidate]) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds and doubts by lane, for `best_lane`."""
-    seconds = {lane: each.seconds for lane, each in candidates.items() if each.seconds < inf}
-    return seconds, {lane: each.doubt for lane, each in candidates.items()}
+def seconds_of(candidates: Mapping[str, Candidate]) -> dict[str, float]:
+    """Seconds by lane, of those that are not out."""
+    return {lane: each.seconds for lane, each in candidates.items() if each.seconds < inf}
 
 
 def raw_decision(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import exp, inf, log, log2, sqrt
+from math import exp, inf, log, log2
 
 from sidelane.errors import LaneError
 
@@ -17,17 +17,15 @@ SWITCH_AFTER = 3
 EWMA = 0.2
 FADE = 0.01
 FAR = log(2.0)
-NO_DOUBTS: Mapping[str, float] = {}
 
 
 @dataclass
 class _Seen:
-    """Of log(actual / predicted): the moving mean, what part of it its beginning still is, the variance
-    around it, how many times count, and how far from the mean the last one was."""
+    """Of log(actual / predicted): the moving mean, what part of it its beginning still is, how many times
+    count, and how far from the mean the last one was."""
 
     mean: float = 0.0
     begin: float = 1.0
-    variance: float = 0.0
     count: float = 0.0
     last: float = 0.0
 
@@ -40,7 +38,6 @@ class _Seen:
         weight = max(EWMA, 1 / (self.count + 1))
         self.mean += weight * off
         self.begin *= 1 - weight
-        self.variance = (1 - weight) * (self.variance + weight * off**2)
 
 
 @dataclass
@@ -59,15 +56,6 @@ class Residuals:
         at sizes up to 16 times smaller or larger; `begin` where nothing was."""
         seen = self._near(name, nbytes)
         return exp(seen.mean + seen.begin * log(begin)) if seen else begin
-
-    def error(self, name: str, nbytes: float, unknown: float) -> float:
-        """By how much of itself a prediction with `factor` may be off: `unknown` where nothing was observed,
-        else the standard error of the mean, `unknown` being one of the times."""
-        seen = self._near(name, nbytes)
-        if seen is None:
-            return unknown
-        variance = (unknown**2 + seen.count * seen.variance) / (seen.count + 1)
-        return sqrt(variance / min(seen.count + 1, 2 / EWMA - 1))
 
     def known(self, name: str, nbytes: float) -> bool:
         """Whether a time of this name and size was observed."""
@@ -100,26 +88,18 @@ def _size_class(nbytes: float) -> int:
     return int(log2(max(nbytes, 1.0)) / 2)
 
 
-def best_lane(seconds: Mapping[str, float], doubts: Mapping[str, float] = NO_DOUBTS) -> str:
-    """The fastest of the lanes that save enough of the time of raw, which is `MIN_GAIN` of it and more where
-    predictions are known to be less exact; raw if none does.
+def best_lane(seconds: Mapping[str, float]) -> str:
+    """The fastest of the lanes that save `MIN_GAIN` of the time of raw; raw if none does.
 
     Args:
         seconds: predicted, by lane.
-        doubts: by how much of the time of raw the time that a lane saves may be off.
 
     Raises LaneError without "raw" among the lanes.
     """
     if RAW not in seconds:
         raise LaneError("raw is not among the lanes: every choice is made beside it")
-    raw = seconds[RAW]
-    enough = [lane for lane, time in seconds.items() if time <= (1 - least_gain(lane, doubts)) * raw]
+    enough = [lane for lane, time in seconds.items() if time <= (1 - MIN_GAIN) * seconds[RAW]]
     return min(enough, key=seconds.__getitem__, default=RAW)
-
-
-def least_gain(lane: str, doubts: Mapping[str, float] = NO_DOUBTS) -> float:
-    """The part of the time of raw that `lane` has to save."""
-    return max(MIN_GAIN, doubts.get(lane, 0.0))
 
 
 @dataclass
@@ -138,10 +118,10 @@ class Hysteresis:
         """Nothing better was seen the last time."""
         return self._rival is None
 
-    def update(self, seconds: Mapping[str, float], doubts: Mapping[str, float] = NO_DOUBTS) -> str:
+    def update(self, seconds: Mapping[str, float]) -> str:
         """The lane to take after these predictions, see `best_lane`. A lane that is no longer among them is
         left at once."""
-        best = best_lane(seconds, doubts)
+        best = best_lane(seconds)
         current = self.lane
         if current is None or (current != RAW and seconds.get(current, inf) >= seconds[RAW]):
             current = best

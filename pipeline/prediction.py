@@ -8,19 +8,12 @@ Kernels of small tensors take less time than starting them, and how long that ta
 factor of up to two within seconds. So a sample is also timed, in the stages that tables hold, and half of
 what that differs from them at its size is added to predictions for tensors of its kind, until times of their
 own are known. Beside other work a sample waits for it, which says nothing: then tables alone count.
-
-Note: [Doubt]
-A lane that is slower than raw costs more than one that is not taken, so a lane has to beat raw even if what
-speaks for it is off by as much as predictions are known to be: its kernels and what it costs the host slower,
-and the wires faster, which favours raw. How far that is was measured for the tables (`KERNEL_ERRORS`,
-`WIRE_ERROR`; benchmarks/planner.py), and is less for stages whose times were observed (`Residuals.error`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import ceil, inf
 
 import torch
@@ -47,8 +40,6 @@ TABLES = {  # the table of a dtype; every lane stores the other dtypes raw, loss
 DISKS = {"disk write", "disk read"}  # no chain leads there
 NOT_TIMED = Sample(1.0)
 MARGIN = 0.9  # of the bound that the error of a sample may reach
-KERNEL_ERRORS = {"idle": 0.1, "busy": 0.3}  # of predictions from tables, see Note: [Doubt]
-WIRE_ERROR = 0.05
 BELIEF = 0.5  # in what a sample differs from its table: both are of moments
 LAUNCHES = 0.5, 2.0  # of the times in tables that those of samples may be, see Note: [Launches]
 
@@ -65,7 +56,6 @@ class Candidate:
         learned: `seconds` once each of the stages was timed; else None.
         stages: seconds of each. A kernel beside the program's own begins when one of those ends.
         why: it is out; "" for a lane that is not.
-        doubt: by how much of the time of raw the time that it saves may be off. See Note: [Doubt].
     """
 
     lane: str
@@ -74,7 +64,6 @@ class Candidate:
     learned: float | None = None
     stages: dict[str, float] = field(default_factory=dict)
     why: str = ""
-    doubt: float = 0.0
 
     @property
     def binds(self) -> str:
@@ -156,20 +145,7 @@ class Prediction:
         seconds = self._seconds(phases)
         sizes = {f"encode {lane}": n, f"decode {lane}": n} | {label: n * share for label, _ in self.wires}
         known = all(self.residuals.known(name, size) for name, size in sizes.items() if name in times)
-        doubt = 0.0
-        if lane != RAW and seconds < self._raw:
-            doubted = self._seconds(self._phases(lane, share, sample, doubted=True)) / self._doubted_raw
-            doubt = max(doubted - seconds / self._raw, 0.0)
-        return Candidate(lane, seconds, sample, seconds if known else None, times, doubt=doubt)
-
-    @cached_property
-    def _raw(self) -> float:
-        return self._seconds(self._phases(RAW, 1.0, self._sample(RAW) or NOT_TIMED))
-
-    @cached_property
-    def _doubted_raw(self) -> float:
-        """Seconds of raw if its wires are as fast as they may be."""
-        return self._seconds(self._phases(RAW, 1.0, self._sample(RAW) or NOT_TIMED, doubted=True))
+        return Candidate(lane, seconds, sample, seconds if known else None, times)
 
     def _why_no_table(self, lane: str) -> str:
         table = _table(lane, self.task.dtype)
@@ -182,17 +158,13 @@ class Prediction:
             return self.task.known.get(lane)
         return self.probes.sample(self.task.kind, lane, self.task.tensor)
 
-    def _phases(self, lane: str, share: float, sample: Sample, doubted: bool = False) -> list[list[Stage]]:
+    def _phases(self, lane: str, share: float, sample: Sample) -> list[list[Stage]]:
         """Stages on the way over each wire, kernels at both ends; without wires where `share` is 0.
 
-        Under a bound a lossy packet is decoded and measured before it leaves. `doubted`: as slow beside raw
-        as they may be, see Note: [Doubt].
+        Under a bound a lossy packet is decoded and measured before it leaves.
         """
         n = self.task.nbytes
-        wires = []
-        for label, curve in self.wires:
-            error = -self.residuals.error(label, n * share, WIRE_ERROR) if doubted else 0.0
-            wires.append((label, self._learned(label, curve, n * share) * (1 + error)))
+        wires = [(label, self._learned(label, curve, n * share)) for label, curve in self.wires]
         phases = [[_stage(label, seconds)] if share else [] for label, seconds in wires]
         speed = self._speed(lane, self.load)
         if speed is None:
@@ -218,18 +190,12 @@ class Prediction:
         if self.max_rel_error is not None and lane not in EXACT and self.task.tensor is not None:
             chunks = ceil(n / self.task.dtype.itemsize / CHUNK)
             encode += speed.decode(n) + chunks * self.probes.check_seconds(self.task.tensor)
-        host = 1.0
-        if doubted and lane != RAW:
-            unknown = host_error = KERNEL_ERRORS[self.load]
-            encode *= 1 + self.residuals.error(f"encode {lane}", n, unknown)
-            decode *= 1 + self.residuals.error(f"decode {lane}", n, unknown)
-            host += host_error
         if self.together > 1 and not DISKS.intersection(label for label, _ in wires):
             waited = kernel + waits[0] if lane in WAITING else 0.0
             out = self._host("chain out", lane, idle.encode, lambda speed: speed.encode) + waited
-            phases[0].append(_stage("chain out", host * out))
+            phases[0].append(_stage("chain out", out))
             back = self._host("chain back", lane, idle.decode, lambda speed: speed.decode)
-            phases[-1].append(_stage("chain back", host * back))
+            phases[-1].append(_stage("chain back", back))
         phases[0].insert(0, _stage(f"encode {lane}", encode))
         phases[-1].append(_stage(f"decode {lane}", decode))
         return [phase for phase in phases if phase]

@@ -23,12 +23,12 @@ from sidelane.pipeline.choice import (
     check_load,
     check_together,
     choose,
-    compared,
     given_or_present,
     listed,
     missing_wire,
     named_wire,
     raw_decision,
+    seconds_of,
 )
 from sidelane.pipeline.compress import check_bound, compress
 from sidelane.pipeline.decision import RAW, Hysteresis, Residuals
@@ -228,7 +228,7 @@ class AutoLane:
                 if self._breaks.get((kind, lane), 0.0) >= BREAKS:
                     candidates[lane] = Candidate(lane, inf, each.sample, why="kept breaking the bound")
             decision = replace(decision, candidates=candidates)
-            decision = replace(decision, lane=choice.update(*compared(decision.candidates)))
+            decision = replace(decision, lane=choice.update(seconds_of(decision.candidates)))
         return _Plan(decision, lane_named(decision.lane), choice, self._encode_work(decision), self._observed)
 
     def _encode_work(self, decision: Decision) -> tuple[str, float | None]:

@@ -7,13 +7,10 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sidelane.pipeline.choice import LOADS, choose
-from sidelane.pipeline.decision import MIN_GAIN, Residuals
+from sidelane.pipeline.decision import MIN_GAIN
 from sidelane.pipeline.machine import Curve, LaneSpeed, Machine
-from sidelane.pipeline.prediction import KERNEL_ERRORS, WIRE_ERROR
 from sidelane.pipeline.samples import Probes, Sample
 from sidelane.pipeline.tensor_auto import LEARN, AutoLane
 
@@ -23,11 +20,8 @@ SHARES = {"raw": 1.0, "exact": 0.75}
 ENCODE = {"raw": (2e-5, 2000 * GB), "exact": (1.2e-4, 700 * GB)}  # seconds to start, bytes per second
 DECODE = {"raw": (2e-5, 2000 * GB), "exact": (5e-5, 1900 * GB)}
 LOST = 0.02  # of the time of raw that "auto" may lose
-
-FACTORS = st.fixed_dictionaries(
-    {f"{stage} {lane}": st.floats(-1, 1) for stage in ("encode", "decode") for lane in LANES}
-    | {"wire": st.floats(-1, 1)}
-)
+KERNEL_ERRORS = {"idle": 0.1, "busy": 0.3}  # of tables
+WIRE_ERROR = 0.05
 
 
 class Known(Probes):
@@ -38,7 +32,7 @@ class Known(Probes):
 
 
 def machine() -> Machine:
-    """Kernels take the same time beside products, of which less is known."""
+    """Kernels take the same time beside products."""
     lanes = {
         f"{lane}|{dtype}|{load}": LaneSpeed(Curve.line(*ENCODE[lane]), Curve.line(*DECODE[lane]))
         for lane in LANES
@@ -68,48 +62,21 @@ class World:
         return sum(seconds for _, _, seconds in self.stages(lane).values())
 
 
-@settings(max_examples=300, deadline=None)
-@given(FACTORS, st.sampled_from(LOADS), st.floats(0.1, 400), st.integers(1 << 14, 1 << 28))
-def test_what_is_chosen_beats_raw_when_tables_are_off_by_no_more_than_known(
-    off: dict[str, float], load: str, rate: float, nbytes: int
-) -> None:
-    errors = dict.fromkeys(off, KERNEL_ERRORS[load]) | {"wire": WIRE_ERROR}
-    world = World(nbytes, rate * GB, {name: 1 + errors[name] * part for name, part in off.items()})
-    described = torch.bfloat16, nbytes, {"exact": (1 / SHARES["exact"], 0.0)}
-    chosen = choose(described, rate * GB, machine(), load).lane
-    assert world.seconds(chosen) <= (1 + LOST) * world.seconds("raw")
-
-
 @pytest.mark.parametrize("load", LOADS)
-def test_a_gain_below_the_error_of_its_prediction_is_none(load: str) -> None:
-    """From fast wires to slow ones: first raw, then exact, from a larger gain on where less is known."""
+def test_a_lane_is_taken_from_a_gain_of_5_percent_on(load: str) -> None:
+    """From fast wires to slow ones: first raw, then exact."""
     described = torch.bfloat16, 32 << 20, {"exact": (1 / SHARES["exact"], 0.0)}
     gains = []
     for rate in range(400, 1, -1):
         found = choose(described, rate * GB, machine(), load)
         raw, exact = (found.candidates[lane].seconds for lane in LANES)
         gain = 1 - exact / raw
-        if exact < float("inf"):
-            assert (found.lane == "exact") == (gain >= max(MIN_GAIN, found.candidates["exact"].doubt))
+        assert (found.lane == "exact") == (gain >= MIN_GAIN)
         gains += [gain] * (found.lane == "exact")
-    assert gains[0] == pytest.approx({"idle": 0.05, "busy": 0.08}[load], abs=0.005)
+    assert gains[0] == pytest.approx(0.05, abs=0.005)
     assert gains == sorted(gains)
-    text = choose(described, 40 * GB, machine(), "busy").explain()
-    assert "saves 5.2% of raw, less than 9% beside raw" in text
-
-
-def test_what_was_observed_is_doubted_less() -> None:
-    described = torch.bfloat16, 32 << 20, {"exact": (1 / SHARES["exact"], 0.0)}
-    residuals, doubts = Residuals(), []
-    for _ in range(30):
-        found = choose(described, 50 * GB, machine(), "busy", residuals=residuals)
-        doubts.append(found.candidates["exact"].doubt)
-        for name, (size, known, _) in (
-            World(32 << 20, 50 * GB, dict.fromkeys(ALL, 1.0)).stages("exact").items()
-        ):
-            residuals.observe(name.replace("wire", "50 GB/s"), size, known, 1.05 * known)
-    assert doubts == sorted(doubts, reverse=True)
-    assert doubts[-1] < doubts[0] / 4
+    text = choose(described, 47 * GB, machine(), "busy").explain()
+    assert "less than 5% beside raw" in text
 
 
 ALL = ("encode raw", "encode exact", "decode raw", "decode exact", "wire")
@@ -118,7 +85,7 @@ ALL = ("encode raw", "encode exact", "decode raw", "decode exact", "wire")
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("far", [1, 2], ids=["as known", "twice that"])
 def test_auto_loses_at_most_2_percent_to_raw(load: str, far: int) -> None:
-    """1,000 tensors each on 60 machines, stages off by `far` times what is known of the tables, times that
+    """1,000 tensors each on 60 machines, stages off by `far` times what tables are, times that
     scatter by 10 %, one span in `LEARN` timed: over all tensors, the first included. Where exact is faster by
     much and tables are no worse than known, it is taken."""
     random, x = Random(0), torch.zeros(4 << 20, dtype=torch.bfloat16)
