@@ -179,12 +179,10 @@ class Prediction:
             encode -= 0.0 if lane in WAITING else waits[0] * (1 - 1 / self.together)
             decode -= waits[1] * (1 - 1 / self.together)
         else:
-            product, crossing = self.machine.product, sum(seconds for _, seconds in wires)
+            half = self.machine.product / 2
             if lane not in WAITING:
-                encode -= max(waits[0] - product / 2, 0.0)
-            decode -= waits[1]
-            if share and waits[1]:
-                decode += _until_boundary(kernel + crossing, product)
+                encode -= max(waits[0] - half, 0.0)
+            decode -= max(waits[1] - half, 0.0)
             if share and wires[-1][0] in ENQUEUED:
                 decode -= min(max(launch - KERNEL, 0.0), wires[-1][1])
         if self.max_rel_error is not None and lane not in EXACT and self.task.tensor is not None:
@@ -245,10 +243,3 @@ def short(dtype: torch.dtype) -> str:
 
 def _stage(name: str, seconds: float) -> Stage:
     return Stage(name, lambda nbytes: seconds)
-
-
-def _until_boundary(seconds: float, product: float) -> float:
-    """How long a kernel waits that is ready `seconds` after the one before began, where products of the
-    program let others in only between them. The mean over half a product: they do not keep time exactly."""
-    moments = [max(seconds + product * i / 8, 0.0) for i in range(-2, 3)]
-    return sum(ceil(moment / product) * product - moment for moment in moments) / len(moments)

@@ -7,7 +7,9 @@ Note: [Busy]
 Beside matrix products a kernel begins when the product under way ends, even on a stream that goes first. An
 encode or decode that is alone and begins at some moment of a product takes half a product longer, and more
 for each wait of the host or of its next kernel. That is what "busy" curves hold, for products of 4096 x 4096
-x 4096 (0.2 ms on an H200). Several tensors on streams of their own, as in a chain, wait together.
+x 4096 (0.2 ms on an H200). Several tensors on streams of their own, as in a chain, wait together. Each call
+meets another moment, so all calls of a size count, whenever they were made; the few of one step scatter by a
+fifth.
 
 Note: [Turns]
 What starting kernels costs the host changes by a factor of up to two within seconds, with the CPU that a
@@ -19,10 +21,11 @@ start kernels some 7 % faster than in use, hence the pauses (`seconds_in_use`).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from random import Random
 from statistics import median
 from time import perf_counter
 
@@ -55,7 +58,8 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZES = (8 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 SMALL = 4 * MIB  # the largest for lanes on the CPU
 DISK = tuple(64 * KIB << i for i in range(9))  # sizes for the disk, to 16 MiB
-TURNS = 16 * MIB  # the largest that is timed in turns
+TURNS = 8 * KIB, 16 * MIB  # the smallest and the largest size that is timed in turns, and beside products:
+TURNS_BESIDE = MIB, 64 * MIB
 VIDEO = 64 * KIB, 16 * MIB  # the smallest and the largest for the video lane
 LANES = {
     "packed:4": ("packed", {"bits": 4}),
@@ -78,12 +82,14 @@ Timed = Callable[[int, Callable[[], object]], float]  # seconds of work on so ma
 
 @dataclass
 class Tables:
-    """What was found so far; see `Machine`."""
+    """What was found so far; see `Machine`. beside: seconds of encode and decode beside products, timed in
+    turns, by lane and size."""
 
     wires: dict[str, Curve] = field(default_factory=dict)
     lanes: dict[str, LaneSpeed] = field(default_factory=dict)
     gemm: float = 0.0
     engines: dict[str, int] = field(default_factory=lambda: {"nvenc": 0, "nvdec": 0})
+    beside: dict[tuple[str, int], list[tuple[float, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,20 +183,26 @@ def _steps(
     lanes = [(name, dtype, partial(_lane, tables, device, sizes, name, dtype)) for name, dtype in pairs]
     for name, dtype, work in lanes:
         yield Step(f"{name} {dtype}", 0.5, work, COMPILE)
-    turns = Step("lanes in turns", 0.5, partial(_in_turns, tables, device), again=True)
+    turns: list[Step] = []
     if device is not None:  # kernels are compiled now
-        yield turns
+
+        def beside(limit: float) -> None:
+            _in_turns_beside(tables, device, _load(tables, device), limit)
+
+        turns = [
+            Step("lanes in turns", 0.5, partial(_in_turns, tables, device), again=True),
+            Step("lanes beside products", 1.3, beside, again=True),
+        ]
+        yield from turns
         yield Step("chain", 2.0, lambda limit: tables.wires.update(probe_chain.chains(device, limit)))
-        yield turns
+        yield from turns
     few = tuple(size for size in sizes if VIDEO[0] <= size <= VIDEO[1])
     for dtype in DTYPES:
         yield Step(f"video {dtype}", 4.0, partial(_lane, tables, device, few, "video", dtype), COMPILE)
-    if device is not None:
-        yield turns
-    for name, dtype, work in lanes:
-        yield Step(f"{name} {dtype}", 0.3, work, COMPILE, again=True)
-    if device is not None:
-        yield turns
+    if device is None:
+        for name, dtype, work in lanes:
+            yield Step(f"{name} {dtype}", 0.3, work, COMPILE, again=True)
+    yield from turns
 
 
 def _gemm(tables: Tables, device: torch.device | None, limit: float) -> None:
@@ -242,7 +254,7 @@ def _lane(
     idle = subject.speed(sizes, limit * 0.4, lambda size, work: seconds_in_use(stream, work))
     _keep(tables, f"{name}|{dtype}|idle", idle)
 
-    load = Load(device, _product(device, LOAD_SIDE), 2 * LOAD_SIDE**3 / tables.gemm)
+    load = _load(tables, device)
 
     def beside(size: int, work: Callable[[], object]) -> float:
         return load.beside(partial(stream_seconds, stream, work), max(idle.encode(size), idle.decode(size)))
@@ -258,31 +270,92 @@ def _lane(
 
 def _in_turns(tables: Tables, device: torch.device | None, limit: float) -> None:
     """All lanes idle once more, one call of each after the other. See Note: [Turns]."""
-    timed = host_seconds
-    if device is not None:
-        timed = partial(seconds_in_use, side_stream(device, "lane of a profile", -1))
-    data = {dtype: activations(TURNS, kind, device) for dtype, kind in DTYPES.items()}
-    subjects: dict[str, _Subject] = {}
-    times: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    for key, speed in tables.lanes.items():
-        name, dtype, load = key.split("|")
-        if load == "idle" and name != "video":
-            kind, options = LANES[name]
-            subjects[key] = _Subject(open_lane(kind, **options), data[dtype])
-            for size in speed.encode.sizes:
-                if size <= TURNS:
-                    times[key, size] = []
-    end, rounds = perf_counter() + limit, 0
+    clock = _clock(device, seconds_in_use)
+
+    def in_use(key: str, size: int, work: Callable[[], object]) -> float:
+        return clock(work)
+
+    found = _take_turns(tables, device, "idle", TURNS, limit, in_use)
+    for key in {key for key, _ in found}:
+        timed = {size: _medians(times) for (known, size), times in found.items() if known == key}
+        _keep(tables, key, _speed(timed))
+
+
+def _in_turns_beside(tables: Tables, device: torch.device | None, load: Load, limit: float) -> None:
+    """The same beside products, into curves of all such calls so far. See Note: [Busy]."""
+    clock = _clock(device, stream_seconds)
+
+    def beside(key: str, size: int, work: Callable[[], object]) -> float:
+        alone = tables.lanes[key.replace("busy", "idle")]
+        guess = max(alone.encode(size), alone.decode(size))
+        return load.beside(partial(clock, work), guess)
+
+    for at, times in _take_turns(tables, device, "busy", TURNS_BESIDE, limit, beside).items():
+        tables.beside.setdefault(at, []).extend(times)
+    for key in {key for key, _ in tables.beside}:
+        known = tables.lanes[key]
+        points = {size: (known.encode(size), known.decode(size)) for size in known.encode.sizes}
+        timed = {size: _medians(times) for (name, size), times in tables.beside.items() if name == key}
+        tables.lanes[key] = _speed(points | timed)
+
+
+def _take_turns(
+    tables: Tables,
+    device: torch.device | None,
+    load: str,
+    sizes: tuple[int, int],
+    limit: float,
+    timed: Callable[[str, int, Callable[[], object]], float],
+) -> dict[tuple[str, int], list[tuple[float, float]]]:
+    """Seconds of encode and decode by lane and size, of all curves for `load`, in rounds of random order, the
+    first of which does not count. `sizes`: the smallest and the largest."""
+    keys = [key for key in tables.lanes if key.endswith(f"|{load}") and not key.startswith("video")]
+    within = {key: [n for n in tables.lanes[key].encode.sizes if sizes[0] <= n <= sizes[1]] for key in keys}
+    turns = [(key, size) for key in keys for size in within[key]]
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {turn: [] for turn in turns}
+    if not turns:
+        return found
+    largest = max(size for _, size in turns)
+    data = {dtype: activations(largest, kind, device) for dtype, kind in DTYPES.items()}
+    subjects = {}
+    for key in keys:
+        name, dtype, _ = key.split("|")
+        kind, options = LANES[name]
+        subjects[key] = _Subject(open_lane(kind, **options), data[dtype])
+    end, rounds, order = perf_counter() + limit, 0, Random(0)
     while rounds < 2 or perf_counter() < end:
-        for (key, size), found in times.items():
+        for key, size in order.sample(turns, len(turns)):
             subject = subjects[key]
-            found.append((timed(subject.encode(size)), timed(subject.decode(size))))
+            times = timed(key, size, subject.encode(size)), timed(key, size, subject.decode(size))
+            if rounds:
+                found[key, size].append(times)
         rounds += 1
-    for key in subjects:
-        sizes = [size for known, size in times if known == key]
-        both = [zip(*times[key, size][1:], strict=True) for size in sizes]
-        encode, decode = zip(*([median(way) for way in ways] for ways in both), strict=True)
-        _keep(tables, key, LaneSpeed(Curve.fit(sizes, encode), Curve.fit(sizes, decode)))
+    return found
+
+
+def _clock(
+    device: torch.device | None, on_stream: Callable[[torch.cuda.Stream, Callable[[], object]], float]
+) -> Callable[[Callable[[], object]], float]:
+    """Seconds of a call, by `on_stream` where there is a GPU, on a stream as a chain has."""
+    return (
+        host_seconds if device is None else partial(on_stream, side_stream(device, "lane of a profile", -1))
+    )
+
+
+def _medians(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    encode, decode = zip(*times, strict=True)
+    return median(encode), median(decode)
+
+
+def _speed(points: Mapping[int, tuple[float, float]]) -> LaneSpeed:
+    """Of seconds of encode and decode by size."""
+    sizes = sorted(points)
+    encode, decode = zip(*(points[size] for size in sizes), strict=True)
+    return LaneSpeed(Curve.fit(sizes, encode), Curve.fit(sizes, decode))
+
+
+def _load(tables: Tables, device: torch.device) -> Load:
+    return Load(device, _product(device, LOAD_SIDE), 2 * LOAD_SIDE**3 / tables.gemm)
 
 
 def _keep(tables: Tables, key: str, found: LaneSpeed) -> None:

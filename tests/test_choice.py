@@ -152,12 +152,12 @@ def test_no_chain_leads_to_a_disk() -> None:
     assert found.seconds == pytest.approx(2e-3, rel=0.1)
 
 
-@pytest.mark.parametrize("rate, milliseconds", [(1e9, 3.1), (5e8, 5.3)])
-def test_kernels_beside_products_start_when_one_ends(rate: float, milliseconds: float) -> None:
-    """Products of 1 ms, 2.1 MB: encode waits for half of one, decode for the first boundary after the wire,
-    which takes 2.1 or 4.2 ms and a quarter of a millisecond more or less."""
+@pytest.mark.parametrize("rate, milliseconds", [(1e9, 3.1), (5e8, 5.2)])
+def test_kernels_beside_products_wait_for_half_of_one(rate: float, milliseconds: float) -> None:
+    """Products of 1 ms, 2.1 MB, a wire that takes 2.1 or 4.2 ms; tables that have longer waits, as those of
+    calls that are launched late."""
     machine = replace(
-        made(kernels=dict.fromkeys(KERNELS, (1e15, 1e15)), busy=5e-4), gemm=2 * LOAD_SIDE**3 / 1e-3
+        made(kernels=dict.fromkeys(KERNELS, (1e15, 1e15)), busy=8e-4), gemm=2 * LOAD_SIDE**3 / 1e-3
     )
     found = choose((torch.bfloat16, 2_100_000, {}), rate, machine, "busy").candidates["raw"]
     assert found.seconds == pytest.approx(milliseconds * 1e-3, rel=1e-3)

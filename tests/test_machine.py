@@ -393,7 +393,7 @@ def test_chains_of_packed_lanes_share_a_median(monkeypatch):
 def test_lanes_are_timed_in_turns_and_the_least_time_counts(monkeypatch):
     """What was slow before is not any more, and the other way round; large sizes stay as they are."""
     sizes = (8 * KIB, 64 * KIB, 2 * MIB)
-    monkeypatch.setattr(probe, "TURNS", 64 * KIB)
+    monkeypatch.setattr(probe, "TURNS", (8 * KIB, 64 * KIB))
     done = []
 
     def timed(work):
@@ -413,7 +413,33 @@ def test_lanes_are_timed_in_turns_and_the_least_time_counts(monkeypatch):
         assert idle.encode.seconds == idle.decode.seconds == pytest.approx((0.1, 0.25, 9.0))
         assert busy.encode.seconds == (0.1, 0.5, 9.0)
     packets = [each.lane for each in done[::2]]
-    assert packets == ["raw", "raw", "exact", "exact"] * 2  # two sizes in each of two rounds
+    assert len(packets) == 8 and set(packets[:4]) == set(packets[4:]) == {"raw", "exact"}
+    assert packets.count("raw") == packets.count("exact") == 4  # two sizes in each of two rounds
+
+
+def test_times_beside_products_are_of_all_turns(monkeypatch):
+    """Medians of what all steps took but for their first rounds; sizes out of bounds stay as they are."""
+    sizes = (8 * KIB, 64 * KIB, 2 * MIB)
+    monkeypatch.setattr(probe, "TURNS_BESIDE", (64 * KIB, 64 * KIB))
+    tables, seconds = probe.Tables(), iter([9.0, 9.0, 0.5, 0.6, 9.0, 9.0, 0.7, 0.8])
+
+    class Load:
+        def beside(self, timed, guess):
+            timed()
+            assert guess == 0.25
+            return next(seconds)
+
+    idle, busy = (
+        LaneSpeed(curve, curve) for curve in (Curve(sizes, (0.25,) * 3), Curve(sizes, (0.1, 0.4, 9.0)))
+    )
+    tables.lanes |= {"exact|bfloat16|idle": idle, "exact|bfloat16|busy": busy}
+    for _ in range(2):
+        probe._in_turns_beside(tables, None, Load(), 0.0)
+    found = tables.lanes["exact|bfloat16|busy"]
+    assert found.encode.seconds == pytest.approx((0.1, 0.6, 9.0))
+    assert found.decode.seconds == pytest.approx((0.1, 0.7, 9.0))
+    assert tables.lanes["exact|bfloat16|idle"] is idle
+    assert next(seconds, None) is None
 
 
 def test_a_folder_that_takes_no_file(tmp_path):
