@@ -107,7 +107,7 @@ def units(setting: Setting, kinds: dict[str, Tensor], folder: str) -> list[Unit]
         x = head(kinds[kind], int(path.mib * MIB) // setting.scale)
 
         def work(seconds: float) -> list[Row]:
-            if isinstance(path, Simulated) and not isinstance(path.wires[0], Curve):
+            if isinstance(path, Simulated) and not any(isinstance(wire, Curve) for wire in path.wires):
                 path.calibrate()
             each = seconds / len(setting.loads)
             return [row for load in setting.loads for row in cell(setting, path, kind, x, load, probes, each)]

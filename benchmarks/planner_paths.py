@@ -152,15 +152,17 @@ class Simulated(Path):
         self.setting.join()  # a wire that is faster than the copy stays out of reach
 
     def calibrate(self) -> None:
-        """Take this path as one wire that is measured, since a profile measures its wires too."""
+        """Take the throttled way as a wire that is measured, since a profile measures its wires too: what the
+        path takes beyond the other way."""
         nbytes = int(self.mib * MIB) // self.setting.scale
         sizes = sorted({max(nbytes // part, 4096) for part in (16, 4, 2, 1)})
-        times = []
+        times, other = [], self.setting.machine.wires[self.other]
         for size in sizes:
             packet = self.setting.apart(partial(_zeros, self.setting, size))
             found = sorted(self.setting.timed(partial(self.carry, [packet])) for _ in range(CALIBRATE))
-            times.append(found[CALIBRATE // 2])
-        self.wires = (Curve.fit(sizes, times),)
+            times.append(max(found[CALIBRATE // 2] - other(size), 1e-9))
+        paced = Curve.fit(sizes, times)
+        self.wires = (paced, self.other) if self.way == "d2h" else (self.other, paced)
 
 
 class OnDisk(Path):

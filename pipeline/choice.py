@@ -14,8 +14,8 @@ from sidelane.errors import LaneError, ProfileError
 from sidelane.pipeline.compress import check_bound
 from sidelane.pipeline.decision import MIN_GAIN, RAW, Residuals, best_lane
 from sidelane.pipeline.extent import distinct_bytes
-from sidelane.pipeline.machine import HOST_TIMES, WIRES, Curve, Machine
-from sidelane.pipeline.prediction import Candidate, Described, Prediction, Task, idle_figures, short
+from sidelane.pipeline.machine import CHAIN_TIMES, HOST_TIMES, WIRES, Curve, Machine
+from sidelane.pipeline.prediction import DISKS, Candidate, Described, Prediction, Task, idle_figures, short
 from sidelane.pipeline.samples import EXACT, LANES, SHARED, Probes, Sample
 
 LOADS = ("idle", "busy")
@@ -221,6 +221,16 @@ def missing_wire(wires: Sequence[Wire], machine: Machine | None) -> str:
         if name not in WIRES:
             raise LaneError(f"unknown wire {name!r}: profiles have {', '.join(WIRES)}; or give a rate")
     return names[0] if names else ""
+
+
+def lacks_chains(wires: Sequence[Wire], machine: Machine, together: int) -> bool:
+    """Whether tensors under way together cost the host a time that `machine` does not know. None lead to a
+    disk."""
+    return (
+        together > 1
+        and not DISKS.intersection(map(str, wires))
+        and not machine.wires.keys() >= {*CHAIN_TIMES}
+    )
 
 
 def listed(wire: Wire | Sequence[Wire]) -> tuple[Wire, ...]:

@@ -23,7 +23,7 @@ from sidelane.pipeline.chain import Chain
 from sidelane.pipeline.choice import LOADS, NO_PROFILE, choose
 from sidelane.pipeline.compress import relative_error
 from sidelane.pipeline.decision import EWMA, FADE, MIN_GAIN, SWITCH_AFTER, Residuals
-from sidelane.pipeline.machine import LOAD_SIDE, Curve, LaneSpeed, Machine
+from sidelane.pipeline.machine import CHAIN_TIMES, LOAD_SIDE, Curve, LaneSpeed, Machine
 from sidelane.pipeline.planner import SCATTER
 from sidelane.pipeline.prediction import MARGIN
 from sidelane.pipeline.samples import LANES, SAMPLE, Probes, Sample, kind_of, lane_named, probe, sample_of
@@ -53,7 +53,8 @@ KERNELS = {  # rates of encode and decode
 def made(
     wire: float = 55 * GB, latency: float = 0.0, kernels=KERNELS, wires=None, busy: float | None = None
 ) -> Machine:
-    """A machine of straight lines; with `busy`, kernels beside products wait so many seconds."""
+    """A machine of straight lines, whose host takes no time for a chain unless `wires` say so; with `busy`,
+    kernels beside products wait so many seconds."""
     lanes = {}
     for lane, (encode, decode) in kernels.items():
         for table in ("bfloat16", "float32"):
@@ -61,7 +62,8 @@ def made(
                 lanes[f"{lane}|{table}|{load}"] = LaneSpeed(
                     Curve.line(latency + extra, encode), Curve.line(latency + extra, decode)
                 )
-    named = {"d2h": Curve.line(latency, wire), "h2d": Curve.line(latency, wire)} | (wires or {})
+    named = {"d2h": Curve.line(latency, wire), "h2d": Curve.line(latency, wire)}
+    named |= dict.fromkeys(CHAIN_TIMES, Curve.line(0.0, 1e30)) | (wires or {})
     return Machine({}, named, lanes, 7e14, {"nvenc": 0, "nvdec": 7})
 
 
@@ -710,6 +712,23 @@ def test_a_chain_returns_what_it_was_sent(workers: int) -> None:
         text = chain.explain()
     assert text.count(": exact") == 3
     assert chain.report().lane == "auto"
+
+
+@pytest.mark.parametrize("missing", CHAIN_TIMES)
+def test_a_chain_stays_raw_where_nothing_is_known_of_chains(missing: str) -> None:
+    """As in a profile whose time ran out: a lane that costs the host more than it saves would be taken."""
+    machine = slow()
+    del machine.wires[missing]
+    with Chain("auto", machine=machine) as chain:
+        chain.receive(chain.send(activations()))
+        text = chain.explain()
+    assert "the profile has no times of chains: run sidelane profile again" in text
+    assert choose(activations(), "d2h", machine).lane == "exact"
+    disk = machine.wires | {"disk write": machine.wires["d2h"]}
+    assert (
+        AutoLane(("d2h", "disk write"), replace(machine, wires=disk), together=2).decide(activations()).lane
+        != "raw"
+    )
 
 
 def test_a_chain_keeps_the_bound() -> None:
