@@ -474,11 +474,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for method, marker in (("sidelane", "o"), ("nvCOMP", "x")):
             for direction, color in (("encode, call", "tab:orange"), ("decode, call", "tab:green")):
                 fastest: dict[str, float] = {}
+                whole = ("exact", direction, "")
                 for row in rows:
-                    if (row["code"], row["direction"], row["max_programs"]) == ("exact", direction, ""):
+                    found = row["code"], row["direction"], row["max_programs"]
+                    if found == whole and row["data"] != "random" and row["method"].startswith(method):
                         name = f"{row['data']} {row['dtype']}"
-                        if row["method"].startswith(method):
-                            fastest[name] = max(fastest.get(name, 0.0), float(row["raw_gb_s"]))
+                        fastest[name] = max(fastest.get(name, 0.0), float(row["raw_gb_s"]))
                 label = f"{method} {direction}"
                 right.scatter(fastest.values(), fastest.keys(), color=color, marker=marker, label=label)
         right.set(xlabel="GB/s of raw tensor, with the wait of the host", xlim=(0, None))

@@ -20,6 +20,7 @@ from sidelane.kernels.surface import MAX_SIZE, dequantize_project, project_quant
 from sidelane.pipeline.basis import Basis
 
 LOSSY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PAGE = 4096  # bytes
 _GROUP_SECTIONS = ("codes", "scale", "offset")
 
 
@@ -31,10 +32,10 @@ def as_bytes(tensor: Tensor) -> Tensor:
 def copied(data: Tensor) -> Tensor:
     """A copy of a uint8 vector, by one kernel on a GPU.
 
-    `clone` is several, one after the other, where the size is no multiple of 4 KiB, each of which waits for
-    its turn beside other work (DESIGN.md, "Measured and changed").
+    `clone` is two, one after the other, where the size is no multiple of 4 KiB, each of which waits for its
+    turn beside other work (DESIGN.md, "What measurements decided").
     """
-    if not data.is_cuda:
+    if not data.is_cuda or data.numel() % PAGE == 0:
         return data.clone()
     whole = data.numel() % 8 == 0 and data.storage_offset() % 8 == 0
     return torch.bitwise_or(data.view(torch.int64) if whole else data, 0).view(torch.uint8)

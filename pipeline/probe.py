@@ -185,7 +185,7 @@ def _steps(
     pairs = [(name, dtype) for dtype in DTYPES for name in LANES if name != "video"]
     lanes = [(name, dtype, partial(_lane, tables, device, sizes, name, dtype)) for name, dtype in pairs]
     for name, dtype, work in lanes:
-        yield Step(f"{name} {dtype}", 0.5, work, COMPILE)
+        yield Step(f"{name} {dtype}", 0.65, work, COMPILE)
     turns: list[Step] = []
     if device is not None:  # kernels are compiled now
 

@@ -14,6 +14,7 @@ from sidelane.codec.packet import DTYPES, Packet, compact_strides
 from sidelane.errors import BasisError, LaneError, PacketError
 from sidelane.kernels.reference import dequantize_project_ref, project_quantize_ref
 from sidelane.pipeline.lanes import ExactLane, PackedLane, RawLane, decode_packet, open_lane
+from sidelane.pipeline.packed import copied
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -485,3 +486,12 @@ def test_bools_are_zero_or_one():
     packet = RawLane().encode(torch.tensor([True, False, True]))
     y = decode_packet(with_section(packet, "data", torch.tensor([2, 0, 255], dtype=torch.uint8)))
     assert y.view(torch.uint8).tolist() == [1, 0, 1]
+
+
+@pytest.mark.usefixtures("each_device")
+@pytest.mark.parametrize("nbytes, offset", [(0, 0), (1, 0), (4096, 0), (4104, 8), (4104, 1), (4099, 3)])
+def test_bytes_are_copied(nbytes: int, offset: int) -> None:
+    data = torch.randint(256, (offset + nbytes,), dtype=torch.uint8)[offset:]
+    expected, copy = data.tolist(), copied(data)
+    data.bitwise_not_()
+    assert copy.dtype == torch.uint8 and copy.tolist() == expected
