@@ -20,25 +20,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import quantiles
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
-from common import RESULTS, append_rows, environment, figure, timing_event
+from common import RESULTS, figure
+from kernels_exact import measure_exact_code, save_activations
+from kernels_rows import DEPTHS, GATED, PROGRAMS, TOKENS, Rows, require, same_bits
 from kernels_surface import microseconds
-from nvcomp_ans import ans_calls
 from torch import Tensor
 
-from sidelane.kernels._launch import cdiv, span
-from sidelane.kernels.exact import (
-    exact_decode,
-    exact_decode_into,
-    exact_encode,
-    exact_encode_into,
-    exact_encode_late,
-)
+from sidelane.kernels.exact import exact_decode, exact_encode
 from sidelane.kernels.groups import (
     group_quantize_pack,
     group_quantize_pack_into,
@@ -46,24 +39,11 @@ from sidelane.kernels.groups import (
     group_unpack_dequantize_into,
 )
 from sidelane.kernels.multiply import multiply
-from sidelane.kernels.reference import (
-    EXACT_BLOCK,
-    ExactCodes,
-    exact_decode_ref,
-    exact_encode_ref,
-    exact_sizes,
-    group_quantize_pack_ref,
-    group_unpack_dequantize_ref,
-)
+from sidelane.kernels.reference import group_quantize_pack_ref, group_unpack_dequantize_ref
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-TOKENS, DEPTHS = 16384, (2048, 5632)
 LARGE = TOKENS * 16384
-GATED = 1 << 18  # elements that are compared with the reference
 CALLS = 200  # of which the time on the CPU is the mean
-PROGRAMS = (132, 264, 528, 1056, 2112)
-READ = 2048  # tokens that the encoder reads
-KINDS = ("residual", "query", "context", "norm_input", "pregelu", "gelu")
 
 
 @dataclass(frozen=True)
@@ -111,86 +91,6 @@ def cases() -> Iterator[Case]:
         for group in (64, 128):
             for seed in (None, 7):
                 yield Case(bits, group, FP32, seed=seed)
-
-
-class Rows:
-    """Rows that share the environment, each beside a copy that moves as many bytes."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.kept: list[dict[str, Any]] = []
-        self._environment = environment()
-        self._copies: dict[int, float] = {}
-
-    def copy(self, moved: int) -> float:
-        """Bytes per microsecond of a copy that reads and writes `moved` bytes, in whole MiB each."""
-        mib = max(moved >> 21, 1)
-        if mib not in self._copies:
-            self._copies[mib] = copy_bandwidth(mib << 20)
-            print(f"copy of {mib} MiB {self._copies[mib] / 1e6:.3f} TB/s", flush=True)
-        return self._copies[mib]
-
-    def add(
-        self,
-        columns: Mapping[str, Any],
-        direction: str,
-        method: str,
-        times: tuple[float, float, float],
-        moved: int,
-        raw: int,
-        ratio: float | str = "",
-    ) -> None:
-        q1, middle, q3 = times
-        copy = self.copy(moved)
-        row = {
-            **self._environment,
-            **columns,
-            "direction": direction,
-            "method": method,
-            "us": round(middle, 2),
-            "us_q1": round(q1, 2),
-            "us_q3": round(q3, 2),
-            "moved_gb_s": round(moved / middle / 1e3, 1),
-            "copy_gb_s": round(copy / 1e3, 1),
-            "of_copy": round(moved / middle / copy, 3),
-            "raw_gb_s": round(raw / middle / 1e3, 1),
-            "ratio": ratio,
-        }
-        append_rows(self.path, [row])
-        self.kept.append(row)
-        names = (*columns, "direction", "method", "us", "moved_gb_s", "of_copy", "raw_gb_s", "ratio")
-        print(*(row[name] for name in names), flush=True)
-
-
-def copy_bandwidth(nbytes: int) -> float:
-    """Bytes read and written per microsecond by the best of three copies of `nbytes`: in a graph, called, and
-    by a kernel.
-
-    A copy in a graph has been seen at two thirds of the others, which made kernels look faster than memory.
-    """
-    source = torch.randn(nbytes // 2, device="cuda").bfloat16()
-    target = torch.empty_like(source)
-    in_graph = microseconds(lambda: target.copy_(source))[1]
-    by_kernel = microseconds(lambda: torch.neg(source, out=target))[1]
-    called: list[float] = []
-    for _ in range(20):
-        begin, end = (timing_event() for _ in range(2))
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        called.append(begin.elapsed_time(end) * 1e3)
-    return 2 * source.nbytes / min(in_graph, by_kernel, median(called))
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
-def require(holds: bool, what: str) -> None:
-    """Raises RuntimeError unless a gate holds."""
-    if not holds:
-        raise RuntimeError(f"the gate fails: {what}")
 
 
 # Groups
@@ -253,131 +153,6 @@ def gate_groups(x: Tensor, case: Case, options: Mapping[str, Any]) -> None:
         require(same_bits(restored.cpu(), group_unpack_dequantize_ref(want, values.dtype)), "restored")
 
 
-# Exact
-
-
-def measure_exact(name: str, x: Tensor, rows: Rows, max_programs: int | None = None) -> None:
-    """The launches of the encoder, the whole call with its wait, and the decoder."""
-    gate = x[:GATED]
-    want, got = exact_encode_ref(gate.cpu()), exact_encode(gate, max_programs=max_programs)
-    require(want is not None and got is not None, f"{name} does not get smaller")
-    if want is None or got is None:
-        return
-    for part, tensor in want.sections.items():
-        require(torch.equal(got.sections[part].cpu(), tensor), part)
-    require(same_bits(exact_decode_ref(want, x.dtype), gate.cpu()), "reference")
-    codes = exact_encode(x, max_programs=max_programs)
-    if codes is None:
-        raise RuntimeError(f"{name} does not get smaller")
-    require(same_bits(exact_decode(codes, x.dtype, max_programs=max_programs), x), "restored")
-    numel, raw, out = x.numel(), x.numel() * x.element_size(), torch.empty_like(x)
-    ratio, moved = round(raw / codes.nbytes, 4), raw + codes.nbytes
-    room = codes.escapes.numel() // 2
-    buffer = torch.empty(span(exact_sizes(x.dtype, numel, 0, room)), dtype=torch.uint8, device=x.device)
-    columns = {
-        "code": "exact",
-        "data": name,
-        "dtype": str(x.dtype)[6:],
-        "elements": numel,
-        "group": EXACT_BLOCK,
-        "symmetric": "",
-        "rounding": "",
-        "max_programs": max_programs or "",
-    }
-    times = microseconds(lambda: exact_encode_into(x, buffer, room, max_programs=max_programs))
-    rows.add(columns, "encode, launches", "sidelane", times, moved, raw, ratio)
-    times = waited(lambda: exact_encode(x, max_programs=max_programs))
-    rows.add(columns, "encode, call", "sidelane", times, moved, raw, ratio)
-    times = microseconds(lambda: exact_decode_into(codes, out, max_programs=max_programs))
-    rows.add(columns, "decode", "sidelane", times, moved, raw, ratio)
-    if max_programs is None:
-        notice = torch.zeros(2, dtype=torch.int32, pin_memory=True)
-        late = exact_encode_late(x, notice)
-        torch.cuda.synchronize()
-        settled = None if late is None else late.settle()
-        if not isinstance(settled, ExactCodes) or settled.nbytes != codes.nbytes:
-            raise RuntimeError("the code of late size has another one")
-        require(same_bits(exact_decode(settled, x.dtype), x), "restored from the code of late size")
-        calls: dict[str, Callable[[], Any]] = {
-            "encode late, call": lambda: exact_encode_late(x, notice),
-            "decode, call": lambda: exact_decode(codes, x.dtype),
-        }
-        for direction, run in calls.items():
-            rows.add(columns, direction, "sidelane", waited(run), moved, raw, ratio)
-        for direction, method, run, nbytes in ans_calls(x):
-            rows.add(columns, direction, method, waited(run), raw + nbytes, raw, round(raw / nbytes, 4))
-
-
-def waited(run: Callable[[], Any]) -> tuple[float, float, float]:
-    """Quartiles of the microseconds that a call takes the host when the device has nothing else to do."""
-    times = []
-    for _ in range(22):
-        torch.cuda.synchronize()
-        start = perf_counter()
-        run()
-        torch.cuda.synchronize()
-        times.append(1e6 * (perf_counter() - start))
-    q1, middle, q3 = quantiles(times[2:], n=4)
-    return q1, middle, q3
-
-
-def activations(path: Path | None) -> dict[str, Tensor]:
-    """bfloat16 vectors of a trained encoder by kind, and float32 `residual, float32`."""
-    if path is None:
-        return read_activations()
-    found = {}
-    with np.load(path) as file:
-        for name in file.files:
-            words = torch.from_numpy(file[name])
-            found[name] = words.view(BF16 if words.dtype == torch.int16 else FP32)
-    return found
-
-
-def read_activations() -> dict[str, Tensor]:
-    """Of layers 2 and 5 of MiniLM reading Python's standard library."""
-    from minilm import MiniLM, standard_library
-
-    lm = MiniLM()
-    found: dict[str, list[Tensor]] = {}
-
-    def save(name: str, of_input: bool = False) -> Any:
-        def hook(_module: Any, inputs: Any, output: Any) -> None:
-            made = output[0] if isinstance(output, tuple) else output
-            tensor = (inputs[0] if of_input else made).detach().reshape(-1)
-            found.setdefault(name, []).append(tensor.bfloat16())
-            if name == "residual":
-                found.setdefault("residual, float32", []).append(tensor.clone())
-
-        return hook
-
-    for layer in (lm.model.encoder.layer[i] for i in (2, 5)):
-        layer.register_forward_hook(save("residual"))
-        layer.attention.self.query.register_forward_hook(save("query"))
-        layer.attention.output.dense.register_forward_hook(save("context", of_input=True))
-        layer.attention.output.LayerNorm.register_forward_hook(save("norm_input", of_input=True))
-        layer.intermediate.dense.register_forward_hook(save("pregelu"))
-        layer.intermediate.register_forward_hook(save("gelu"))
-    with torch.inference_mode():
-        for batch in torch.split(lm.windows(standard_library()[1], READ), 8):
-            lm.model(batch)
-    return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def save_activations(path: Path, each: int) -> None:
-    """`each` elements of every kind, spread evenly in runs of a block."""
-    kept: dict[str, Any] = {}
-    for name, x in activations(None).items():
-        blocks = x[: x.numel() // EXACT_BLOCK * EXACT_BLOCK].view(-1, EXACT_BLOCK)
-        chosen = blocks[:: max(1, cdiv(blocks.shape[0] * EXACT_BLOCK, each))].reshape(-1)
-        kept[name] = chosen.view(torch.int16).numpy() if x.dtype == BF16 else chosen.numpy()
-    np.savez_compressed(path, **kept)
-    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
-
-
-def repeated(x: Tensor, numel: int) -> Tensor:
-    return x.cuda().repeat(cdiv(numel, x.numel()))[:numel].contiguous()
-
-
 # Products that tensors are made again of
 
 
@@ -437,21 +212,6 @@ def measure_calls(rows: Rows) -> None:
         rows.add(columns, direction, "sidelane, CPU time", (q1, middle, q3), 0, 0)
 
 
-def measure_exact_code(path: Path | None, rows: Rows) -> None:
-    """Everything but the groups, and what calls cost the CPU."""
-    numel = TOKENS * DEPTHS[1]
-    measure_calls(rows)
-    found = activations(path)
-    for kind in KINDS:
-        measure_exact(kind, repeated(found[kind], numel), rows)
-    everything = torch.cat([found[kind] for kind in KINDS])
-    measure_exact("all kinds", repeated(everything, numel), rows)
-    measure_exact("residual", repeated(found["residual, float32"], numel), rows)
-    measure_exact("upcast residual", repeated(found["residual"], numel).float(), rows)
-    for programs in PROGRAMS:
-        measure_exact("all kinds", repeated(everything, numel), rows, programs)
-
-
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Bytes moved by each group code beside a copy, and throughput of the exact code."""
     with figure(path, 2) as (left, right):
@@ -506,6 +266,7 @@ def main() -> None:
     if options.products:
         return
     if not options.groups:
+        measure_calls(rows)
         measure_exact_code(options.activations, rows)
     for case in cases():
         measure_groups(case, rows)

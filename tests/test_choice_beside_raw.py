@@ -112,3 +112,24 @@ def test_auto_loses_at_most_2_percent_to_raw(load: str, far: int) -> None:
     assert worst <= LOST
     assert len(taken) > 5
     assert far > 1 or set(taken) == {"exact"}
+
+
+def test_a_wire_that_slows_and_recovers_is_followed() -> None:
+    """From 400 to 4 GB/s and back: exact is taken while it is the faster lane, and no tensor after the first
+    600 of each phase goes another way."""
+    x, taken = torch.zeros(16 << 20, dtype=torch.bfloat16), []
+    auto = AutoLane(400 * GB, machine(), probes=Known())
+    span = 0
+    for slowed in (1.0, 100.0, 1.0):
+        world = World(x.nbytes, 400 * GB, dict.fromkeys(ALL, 1.0) | {"wire": slowed})
+        lanes = []
+        for _ in range(1500):
+            lanes.append(auto.decide(x).lane)
+            for name, (size, known, seconds) in world.stages(lanes[-1]).items():
+                span += 1
+                if span % auto.every == 1:
+                    auto.observe(name.replace("wire", "400 GB/s"), size, known, seconds)
+        settled = max((i + 1 for i, lane in enumerate(lanes) if lane != lanes[-1]), default=0)
+        taken.append((lanes[-1], settled))
+    assert [lane for lane, _ in taken] == ["raw", "exact", "raw"]
+    assert taken[0][1] == 0 and max(settled for _, settled in taken) < 600, taken
