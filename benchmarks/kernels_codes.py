@@ -240,7 +240,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                     if found == whole and row["data"] != "random" and row["method"].startswith(method):
                         name = f"{row['data']} {row['dtype']}"
                         fastest[name] = max(fastest.get(name, 0.0), float(row["raw_gb_s"]))
-                label = f"{method} {direction}"
+                label = f"{method} {direction}" + ", fastest setting" * (method == "nvCOMP")
                 right.scatter(fastest.values(), fastest.keys(), color=color, marker=marker, label=label)
         right.set(xlabel="GB/s of raw tensor, with the wait of the host", xlim=(0, None))
         right.tick_params(axis="y", labelsize=7)

@@ -49,7 +49,7 @@ from torch import Tensor
 
 from sidelane.pipeline.choice import choose
 from sidelane.pipeline.machine import LOAD_SIDE, Curve, Machine
-from sidelane.pipeline.probe import measure
+from sidelane.pipeline.probe import BUDGET, measure
 from sidelane.pipeline.samples import Probes
 from sidelane.pipeline.sampling import Load
 from sidelane.pipeline.tensor_auto import AutoLane
@@ -107,7 +107,7 @@ def units(setting: Setting, kinds: dict[str, Tensor], folder: str) -> list[Unit]
         x = head(kinds[kind], int(path.mib * MIB) // setting.scale)
 
         def work(seconds: float) -> list[Row]:
-            if isinstance(path, Simulated) and not any(isinstance(wire, Curve) for wire in path.wires):
+            if isinstance(path, Simulated):
                 path.calibrate()
             each = seconds / len(setting.loads)
             return [row for load in setting.loads for row in cell(setting, path, kind, x, load, probes, each)]
@@ -249,7 +249,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=FilePath, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=190.0, help="for everything")
-    parser.add_argument("--profile", type=float, default=26.0, help="seconds for the profile")
+    parser.add_argument("--profile", type=float, default=BUDGET, help="seconds for the profile")
     parser.add_argument("--train", type=float, default=5.0, help="seconds of training")
     parser.add_argument("--only", default="", help="beginnings of 'PATH TENSOR', by commas")
     parser.add_argument(

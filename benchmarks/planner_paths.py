@@ -152,8 +152,10 @@ class Simulated(Path):
         self.setting.join()  # a wire that is faster than the copy stays out of reach
 
     def calibrate(self) -> None:
-        """Take the throttled way as a wire that is measured, since a profile measures its wires too: what the
-        path takes beyond the other way."""
+        """Take the throttled way as a wire that is measured, once, since a profile measures its wires too:
+        what the path takes beyond the other way."""
+        if any(isinstance(wire, Curve) for wire in self.wires):
+            return
         nbytes = int(self.mib * MIB) // self.setting.scale
         sizes = sorted({max(nbytes // part, 4096) for part in (16, 4, 2, 1)})
         times, other = [], self.setting.machine.wires[self.other]

@@ -20,6 +20,7 @@ from sidelane.pipeline.samples import EXACT, LANES, SHARED, Probes, Sample
 
 LOADS = ("idle", "busy")
 MIN_RATE, MAX_RATE = 1e3, 1e15  # bytes per second of a wire; others are of another unit
+NO_CHAINS = "the profile has no times of chains: run sidelane profile again, on a GPU"
 NO_PROFILE = "no profile of this machine: run sidelane profile"
 
 Wire = str | float | Curve
@@ -136,8 +137,15 @@ def choose(
         task, wires, machine, load, max_rel_error, together, residuals or Residuals(), probes
     )
     candidates = {RAW: prediction.candidate(RAW, inf)}
+    chains = (
+        together == 1
+        or DISKS.intersection(label for label, _ in wires)
+        or machine.wires.keys() >= {*CHAIN_TIMES}
+    )
     for lane in LANES[1:]:
-        if exact and lane not in EXACT:
+        if not chains:
+            candidates[lane] = Candidate(lane, inf, why=NO_CHAINS)
+        elif exact and lane not in EXACT:
             candidates[lane] = Candidate(lane, inf, why="not exact: give max_rel_error")
         else:
             candidates[lane] = prediction.candidate(lane, candidates[RAW].seconds)
@@ -221,16 +229,6 @@ def missing_wire(wires: Sequence[Wire], machine: Machine | None) -> str:
         if name not in WIRES:
             raise LaneError(f"unknown wire {name!r}: profiles have {', '.join(WIRES)}; or give a rate")
     return names[0] if names else ""
-
-
-def lacks_chains(wires: Sequence[Wire], machine: Machine, together: int) -> bool:
-    """Whether tensors under way together cost the host a time that `machine` does not know. None lead to a
-    disk."""
-    return (
-        together > 1
-        and not DISKS.intersection(map(str, wires))
-        and not machine.wires.keys() >= {*CHAIN_TIMES}
-    )
 
 
 def listed(wire: Wire | Sequence[Wire]) -> tuple[Wire, ...]:

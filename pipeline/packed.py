@@ -35,10 +35,13 @@ def copied(data: Tensor) -> Tensor:
     `clone` is two, one after the other, where the size is no multiple of 4 KiB, each of which waits for its
     turn beside other work (DESIGN.md, "What measurements decided").
     """
-    if not data.is_cuda or data.numel() % PAGE == 0:
-        return data.clone()
-    whole = data.numel() % 8 == 0 and data.storage_offset() % 8 == 0
-    return torch.bitwise_or(data.view(torch.int64) if whole else data, 0).view(torch.uint8)
+    return data.clone() if not data.is_cuda or data.numel() % PAGE == 0 else copied_by_kernel(data)
+
+
+def copied_by_kernel(data: Tensor) -> Tensor:
+    """A copy of a uint8 vector, words of 8 bytes at a time where it has no others."""
+    words = (data.numel() | int(data.storage_offset()) | data.data_ptr()) % 8 == 0
+    return torch.bitwise_or(data.view(torch.int64) if words else data, 0).view(torch.uint8)
 
 
 class GroupPlan(NamedTuple):

@@ -172,9 +172,13 @@ class Prediction:
         encode = self._learned(f"encode {lane}", speed.encode, n, sample.nbytes, sample.encode)
         decode = self._learned(f"decode {lane}", speed.decode, n, sample.nbytes, sample.decode)
         idle = self._speed(lane, "idle") or speed
-        waits = max(speed.encode(n) - idle.encode(n), 0.0), max(speed.decode(n) - idle.decode(n), 0.0)
+        learned = encode / speed.encode(n), decode / speed.decode(n)
+        waits = (
+            learned[0] * max(speed.encode(n) - idle.encode(n), 0.0),
+            learned[1] * max(speed.decode(n) - idle.decode(n), 0.0),
+        )
         kernel = idle.encode(n) - idle.encode(1)  # without the time to start it
-        launch = idle.decode(1) * (decode / speed.decode(n) if self.load == "idle" else 1.0)
+        launch = learned[1] * idle.decode(1)
         if self.together > 1:
             encode -= 0.0 if lane in WAITING else waits[0] * (1 - 1 / self.together)
             decode -= waits[1] * (1 - 1 / self.together)

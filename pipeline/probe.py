@@ -8,8 +8,8 @@ Beside matrix products a kernel begins when the product under way ends, even on 
 encode or decode that is alone and begins at some moment of a product takes half a product longer, and more
 for each wait of the host or of its next kernel. That is what "busy" curves hold, for products of 4096 x 4096
 x 4096 (0.2 ms on an H200). Several tensors on streams of their own, as in a chain, wait together. Each call
-meets another moment, so all calls of a size count, whenever they were made; the few of one step scatter by a
-fifth.
+meets another moment, so all that are made in turns count, whenever they were; the few calls of one step
+scatter by a quarter.
 
 Note: [Turns]
 What starting kernels costs the host changes by a factor of up to two within seconds, with the CPU that a
@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import median
+from threading import Thread
 from time import perf_counter
 
 import torch
@@ -74,7 +75,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CHANNELS = 1024  # of the data
 SIDE, SIDE_CPU = 8192, 512  # of the matrices whose products are timed
 BUDGET = 27.0  # seconds for everything
-COMPILERS = 8  # threads
+OVER = 2.5  # at most beyond it
 GRACE = 3.0  # seconds beyond its limit after which a step counts as stalled
 COMPILE = 6.0  # the same where kernels are compiled or libraries loaded
 
@@ -84,13 +85,18 @@ Timed = Callable[[int, Callable[[], object]], float]  # seconds of work on so ma
 
 @dataclass
 class Tables:
-    """What was found so far; see `Machine`. beside: seconds of encode and decode beside products, timed in
-    turns, by lane and size."""
+    """What was found so far; see `Machine`.
+
+    Attributes:
+        apart: curves beside products as the steps of single lanes found them.
+        beside: seconds of encode and decode there, timed in turns, by lane and size.
+    """
 
     wires: dict[str, Curve] = field(default_factory=dict)
     lanes: dict[str, LaneSpeed] = field(default_factory=dict)
     gemm: float = 0.0
     engines: dict[str, int] = field(default_factory=lambda: {"nvenc": 0, "nvdec": 0})
+    apart: dict[str, LaneSpeed] = field(default_factory=dict)
     beside: dict[tuple[str, int], list[tuple[float, float]]] = field(default_factory=dict)
 
 
@@ -135,7 +141,7 @@ def measure(
         try:
             if limit <= 0:
                 raise ProfileError(f"no time left in {budget:.0f} s: run again, kernels stay compiled")
-            watched(partial(step.work, limit), min(limit + step.slack, end - perf_counter() + GRACE))
+            watched(partial(step.work, limit), min(limit + step.slack, end - perf_counter() + OVER))
         except FAILURES as error:
             if not step.again:
                 left_out[step.name] = " ".join(str(error).split())[:300] or type(error).__name__
@@ -174,7 +180,7 @@ def _steps(
     yield Step("products", 0.8, partial(_gemm, tables, device), slack=COMPILE)
     if device is not None:
         yield Step("d2h, h2d", 2.4, lambda limit: tables.wires.update(probe_wires.pcie(device, sizes, limit)))
-        yield Step("kernels", 4.0, lambda limit: _compile(device), COMPILE, again=True)
+        yield Step("kernels", 8.0, partial(_compile, device))
     some = tuple(size for size in DISK if sizes[0] <= size <= sizes[-1]) or sizes[-1:]
     yield Step("disk", 2.5, lambda limit: tables.wires.update(probe_wires.disk(folder, some, limit, device)))
     yield Step("tcp", 1.0, lambda limit: tables.wires.update(probe_wires.tcp(sizes, limit)))
@@ -182,12 +188,11 @@ def _steps(
         yield Step("engines", 1.0, lambda limit: tables.engines.update(_engines(device)))
     if device is not None and torch.cuda.device_count() > 1:
         yield Step("peer", 1.0, lambda limit: tables.wires.update(probe_wires.peer(device, sizes, limit)))
-    pairs = [(name, dtype) for dtype in DTYPES for name in LANES if name != "video"]
-    lanes = [(name, dtype, partial(_lane, tables, device, sizes, name, dtype)) for name, dtype in pairs]
+    lanes = [(name, dtype, partial(_lane, tables, device, sizes, name, dtype)) for name, dtype in _pairs()]
     for name, dtype, work in lanes:
         yield Step(f"{name} {dtype}", 0.65, work, COMPILE)
     turns: list[Step] = []
-    if device is not None:  # kernels are compiled now
+    if device is not None:
 
         def beside(limit: float) -> None:
             _in_turns_beside(tables, device, _load(tables, device), limit)
@@ -206,6 +211,11 @@ def _steps(
         for name, dtype, work in lanes:
             yield Step(f"{name} {dtype}", 0.3, work, COMPILE, again=True)
     yield from turns
+
+
+def _pairs() -> list[tuple[str, str]]:
+    """Lanes and dtypes of kernels."""
+    return [(name, dtype) for dtype in DTYPES for name in LANES if name != "video"]
 
 
 def _gemm(tables: Tables, device: torch.device | None, limit: float) -> None:
@@ -230,19 +240,22 @@ def _product(device: torch.device | None, side: int) -> Callable[[], object]:
     return partial(torch.mm, a, b, out=out)
 
 
-def _compile(device: torch.device) -> None:
-    """The kernels of all lanes at once, which takes seconds one after the other."""
+def _compile(device: torch.device, limit: float) -> None:
+    """The kernels of all lanes at once, which takes many seconds one after the other. What is not done by
+    `limit`, or fails, is left to the steps of the lanes."""
 
     def compile_lane(name: str, dtype: str) -> None:
         kind, options = LANES[name]
-        with torch.cuda.device(device):
+        with suppress(Exception), torch.cuda.device(device):
             subject = _Subject(open_lane(kind, **options), activations(SIZES[0], DTYPES[dtype], device))
             subject.decode(SIZES[0])()
 
-    pairs = [(name, dtype) for dtype in DTYPES for name in LANES if name != "video"]
-    with ThreadPoolExecutor(COMPILERS) as pool:
-        for work in [pool.submit(compile_lane, *pair) for pair in pairs]:
-            work.result()
+    end = perf_counter() + limit
+    threads = [Thread(target=compile_lane, args=pair, daemon=True) for pair in _pairs()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(end - perf_counter(), 0.0))
     _synchronize(device)
 
 
@@ -312,7 +325,7 @@ def _in_turns_beside(tables: Tables, device: torch.device | None, load: Load, li
     for at, times in _take_turns(tables, device, "busy", TURNS_BESIDE, limit, beside).items():
         tables.beside.setdefault(at, []).extend(times)
     for key in {key for key, _ in tables.beside}:
-        known = tables.lanes[key]
+        known = tables.apart.setdefault(key, tables.lanes[key])
         points = {size: (known.encode(size), known.decode(size)) for size in known.encode.sizes}
         timed = {size: _medians(times) for (name, size), times in tables.beside.items() if name == key}
         tables.lanes[key] = _speed(points | timed)
@@ -374,6 +387,8 @@ def _speed(points: Mapping[int, tuple[float, float]]) -> LaneSpeed:
 
 
 def _load(tables: Tables, device: torch.device) -> Load:
+    if not tables.gemm:
+        raise ProfileError("no matrix product was measured that could be a load")
     return Load(device, _product(device, LOAD_SIDE), 2 * LOAD_SIDE**3 / tables.gemm)
 
 

@@ -24,7 +24,6 @@ from sidelane.pipeline.choice import (
     check_together,
     choose,
     given_or_present,
-    lacks_chains,
     listed,
     missing_wire,
     named_wire,
@@ -88,9 +87,6 @@ class AutoLane:
         self._reason = NO_PROFILE
         if (lacks := missing_wire(self._wires, self._machine)) and self._machine is not None:
             self._reason = f"the profile has no wire '{lacks}': see sidelane profile"
-            self._machine = None
-        elif self._machine is not None and lacks_chains(self._wires, self._machine, together):
-            self._reason = "the profile has no times of chains: run sidelane profile again"
             self._machine = None
         self._curves: dict[str, Curve] = {}
         if self._machine is not None:

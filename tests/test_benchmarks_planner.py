@@ -181,9 +181,29 @@ def test_every_path_brings_back_what_it_got(
         stored = cells.gate(path, x)
         assert stored["packed:4"] == "packed"
     assert [path.simulated for path in paths] == [False, False, True, True]
-    paths[-1].calibrate()
-    other, paced = paths[-1].wires
-    assert other == "d2h" and paced(64 << 10) + setting.machine.wires[other](64 << 10) >= 64e-6
+
+
+@pytest.mark.parametrize("way, place", [("d2h", 0), ("h2d", 1)])
+def test_a_throttled_way_is_measured_once_without_the_other_one(
+    planner: ModuleType, setting, way: str, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path that takes 1 ms and 1 us for each KiB."""
+    path = planner.Simulated(setting, way, 1e9, 32)
+    sent = []
+    monkeypatch.setattr(path, "carry", lambda packets: sent.append(packets[0].raw_nbytes))
+
+    def timed(work):
+        work()
+        return 1e-3 + sent[-1] / 1024 * 1e-6
+
+    monkeypatch.setattr(setting, "timed", timed)
+    path.calibrate()
+    path.calibrate()
+    assert len(sent) == 9 * len(set(sent))
+    assert path.wires[1 - place] == path.other
+    for size in set(sent):
+        other = setting.machine.wires[path.other](size)
+        assert path.wires[place](size) == pytest.approx(1e-3 + size / 1024 * 1e-6 - other)
 
 
 def test_a_simulated_wire_keeps_its_rate(planner: ModuleType, cells: ModuleType, setting) -> None:

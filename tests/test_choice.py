@@ -165,6 +165,20 @@ def test_kernels_beside_products_wait_for_half_of_one(rate: float, milliseconds:
     assert found.seconds == pytest.approx(milliseconds * 1e-3, rel=1e-3)
 
 
+def test_what_was_learned_beside_products_holds_for_the_waits_as_well() -> None:
+    """Products of 0.2 ms, tables whose kernels wait for 1 ms, and calls that took 0.3 of that."""
+    machine = replace(
+        made(kernels=dict.fromkeys(KERNELS, (1e15, 1e15)), busy=1e-3), gemm=2 * LOAD_SIDE**3 / 2e-4
+    )
+    residuals = Residuals()
+    for _ in range(50):
+        for stage in ("encode raw", "decode raw"):
+            residuals.observe(stage, 1e6, 1e-3, 3e-4)
+    stages = choose((torch.bfloat16, 1_000_000, {}), 1e9, machine, "busy", residuals=residuals).candidates
+    found = stages["raw"].stages
+    assert found["encode raw"] == pytest.approx(1e-4, rel=0.01) == found["decode raw"]
+
+
 def test_tensors_together_share_the_wait_for_products() -> None:
     machine = made(1 * GB, kernels=dict.fromkeys(KERNELS, (1e15, 1e15)), busy=1e-3)
     found = choose(described(), ("d2h", "h2d"), machine, "busy", exact=False, together=4).candidates
@@ -722,7 +736,7 @@ def test_a_chain_stays_raw_where_nothing_is_known_of_chains(missing: str) -> Non
     with Chain("auto", machine=machine) as chain:
         chain.receive(chain.send(activations()))
         text = chain.explain()
-    assert "the profile has no times of chains: run sidelane profile again" in text
+    assert "the profile has no times of chains: run sidelane profile again, on a GPU" in text
     assert choose(activations(), "d2h", machine).lane == "exact"
     disk = machine.wires | {"disk write": machine.wires["d2h"]}
     assert (

@@ -83,11 +83,11 @@ ALL = ("encode raw", "encode exact", "decode raw", "decode exact", "wire")
 
 
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("far", [1, 2], ids=["as known", "twice that"])
+@pytest.mark.parametrize("far", [1, 2], ids=["as tables are", "twice that"])
 def test_auto_loses_at_most_2_percent_to_raw(load: str, far: int) -> None:
     """1,000 tensors each on 60 machines, stages off by `far` times what tables are, times that
     scatter by 10 %, one span in `LEARN` timed: over all tensors, the first included. Where exact is faster by
-    much and tables are no worse than known, it is taken."""
+    much and tables are no worse than that, it is taken."""
     random, x = Random(0), torch.zeros(4 << 20, dtype=torch.bfloat16)
     worst, taken = 0.0, []
     for _ in range(60):

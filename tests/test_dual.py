@@ -102,6 +102,13 @@ def test_exact_for_every_dtype_and_share(dtype, share) -> None:
     assert same(dual.decode(Packet.from_bytes(dual.encode(x).to_bytes())), x)
 
 
+def test_a_packet_does_not_follow_its_tensor() -> None:
+    x = torch.randn(64, 32)
+    expected, packet = x.clone(), DualLane(share=0.5).encode(x)
+    x.zero_()
+    assert torch.equal(decode_packet(packet), expected)
+
+
 @pytest.mark.parametrize("x", [torch.empty(0, 8), torch.tensor(1.5), torch.randn(3)], ids=["0", "1", "3"])
 def test_small_tensors(x) -> None:
     dual = DualLane(share=0.5)

@@ -14,7 +14,7 @@ from sidelane.codec.packet import DTYPES, Packet, compact_strides
 from sidelane.errors import BasisError, LaneError, PacketError
 from sidelane.kernels.reference import dequantize_project_ref, project_quantize_ref
 from sidelane.pipeline.lanes import ExactLane, PackedLane, RawLane, decode_packet, open_lane
-from sidelane.pipeline.packed import copied
+from sidelane.pipeline.packed import copied, copied_by_kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -489,9 +489,15 @@ def test_bools_are_zero_or_one():
 
 
 @pytest.mark.usefixtures("each_device")
+@pytest.mark.parametrize("copier", [copied, copied_by_kernel])
 @pytest.mark.parametrize("nbytes, offset", [(0, 0), (1, 0), (4096, 0), (4104, 8), (4104, 1), (4099, 3)])
-def test_bytes_are_copied(nbytes: int, offset: int) -> None:
+def test_bytes_are_copied(copier, nbytes: int, offset: int) -> None:
     data = torch.randint(256, (offset + nbytes,), dtype=torch.uint8)[offset:]
-    expected, copy = data.tolist(), copied(data)
+    expected, copy = data.tolist(), copier(data)
     data.bitwise_not_()
     assert copy.dtype == torch.uint8 and copy.tolist() == expected
+
+
+def test_bytes_at_an_odd_address_that_begin_their_storage_are_copied() -> None:
+    data = torch.frombuffer(bytearray(range(65)), dtype=torch.uint8, offset=1)
+    assert data.storage_offset() == 0 and copied_by_kernel(data).tolist() == list(range(1, 65))

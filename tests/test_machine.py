@@ -422,6 +422,7 @@ def test_times_beside_products_are_of_all_turns(monkeypatch):
     sizes = (8 * KIB, 64 * KIB, 2 * MIB)
     monkeypatch.setattr(probe, "TURNS_BESIDE", (64 * KIB, 64 * KIB))
     tables, seconds = probe.Tables(), iter([9.0, 9.0, 0.5, 0.6, 9.0, 9.0, 0.7, 0.8])
+    probe._in_turns_beside(tables, None, None, 1e3)  # of nothing
 
     class Load:
         def beside(self, timed, guess):
@@ -429,15 +430,15 @@ def test_times_beside_products_are_of_all_turns(monkeypatch):
             assert guess == 0.25
             return next(seconds)
 
-    idle, busy = (
-        LaneSpeed(curve, curve) for curve in (Curve(sizes, (0.25,) * 3), Curve(sizes, (0.1, 0.4, 9.0)))
-    )
-    tables.lanes |= {"exact|bfloat16|idle": idle, "exact|bfloat16|busy": busy}
+    idle = LaneSpeed(Curve(sizes, (0.2,) * 3), Curve(sizes, (0.25,) * 3))
+    busy = LaneSpeed(*[Curve(sizes, (0.1, 0.4, 0.6))] * 2)  # the last is less than what is found before it
+    tables.lanes |= {"exact|bfloat16|idle": idle, "exact|bfloat16|busy": busy, "video|bfloat16|busy": busy}
     for _ in range(2):
         probe._in_turns_beside(tables, None, Load(), 0.0)
     found = tables.lanes["exact|bfloat16|busy"]
-    assert found.encode.seconds == pytest.approx((0.1, 0.6, 9.0))
-    assert found.decode.seconds == pytest.approx((0.1, 0.7, 9.0))
+    assert found.encode.seconds == pytest.approx((0.1, 0.6, 0.6))
+    assert found.decode.seconds == pytest.approx((0.1, 0.42**0.5, 0.42**0.5))
+    assert tables.lanes["video|bfloat16|busy"] is busy
     assert tables.lanes["exact|bfloat16|idle"] is idle
     assert next(seconds, None) is None
 
@@ -483,6 +484,29 @@ def test_a_machine_without_a_gpu(on_cpu, tmp_path):
     assert found.engines == {"nvenc": 0, "nvdec": 0}
     assert found.left_out.keys() == {"busy"}
     assert [i for _, i, _ in steps] == list(range(steps[0][2]))
+    names = [name for name, _, _ in steps]
+    assert names.count("raw float32") == 2 and "kernels" not in names
+
+
+def test_what_a_gpu_is_measured_by_comes_in_order_and_within_half_a_minute():
+    steps = list(probe._steps(probe.Tables(), torch.device("cuda", 0), probe.SIZES, "/tmp"))
+    names = [step.name for step in steps]
+    order = (
+        "products",
+        "d2h, h2d",
+        "kernels",
+        "packed:4 bfloat16",
+        "chain",
+        "lanes in turns",
+        "video bfloat16",
+    )
+    assert [names.index(name) for name in order] == sorted(names.index(name) for name in order)
+    assert names.count("lanes in turns") == names.count("lanes beside products") == 3
+    # What others can do without comes last, and repeats what is known.
+    first = names.index("lanes in turns")
+    assert not any(step.again for step in steps[:first])
+    assert all(step.again for step in steps[first:] if not step.name.startswith("video"))
+    assert probe.BUDGET + probe.OVER < 30
 
 
 def test_what_stalls_or_fails_is_left_out_and_named(on_cpu, tmp_path, monkeypatch):
