@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sidelane import cli, doctor, profile
 from sidelane.errors import LaneError, ProfileError
 from sidelane.pipeline import machine as machines
-from sidelane.pipeline import probe, probe_chain, probe_wires, sampling
+from sidelane.pipeline import probe, probe_chain, probe_lanes, probe_wires, sampling
 from sidelane.pipeline.machine import Curve, LaneSpeed, Machine, cache_path, current_key
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -356,12 +356,12 @@ def test_work_that_stalls_is_left_alone():
 
 
 def test_the_data_of_lanes_is_smooth_and_noisy():
-    x = probe.activations(4 * MIB, torch.float32).double()
+    x = probe_lanes.activations(4 * MIB, torch.float32).double()
     assert x.shape == (1024, 1024)
     x = (x - x.mean(0)) / x.std(0)
     jump = (x[1:] - x[:-1]).std(0)  # 2 ** 0.5 for noise alone
     assert (jump > 0.1).all() and (jump < 0.5).all()
-    half = probe.activations(MIB, torch.bfloat16)
+    half = probe_lanes.activations(MIB, torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.nbytes == MIB
 
 
@@ -393,22 +393,22 @@ def test_chains_of_packed_lanes_share_a_median(monkeypatch):
 def test_lanes_are_timed_in_turns_and_the_least_time_counts(monkeypatch):
     """What was slow before is not any more, and the other way round; large sizes stay as they are."""
     sizes = (8 * KIB, 64 * KIB, 2 * MIB)
-    monkeypatch.setattr(probe, "TURNS", (8 * KIB, 64 * KIB))
+    monkeypatch.setattr(probe_lanes, "TURNS", (8 * KIB, 64 * KIB))
     done = []
 
     def timed(work):
         done.append(work())
         return 0.25
 
-    monkeypatch.setattr(probe, "host_seconds", timed)
-    tables = probe.Tables()
+    monkeypatch.setattr(probe_lanes, "host_seconds", timed)
+    lanes = probe_lanes.Lanes(None)
     for name in ("raw", "exact"):
         before = Curve(sizes, (0.1, 0.5, 9.0))
-        tables.lanes[f"{name}|bfloat16|idle"] = LaneSpeed(before, before)
-        tables.lanes[f"{name}|bfloat16|busy"] = LaneSpeed(before, before)
-    probe._in_turns(tables, None, 0.0)
+        lanes.curves[f"{name}|bfloat16|idle"] = LaneSpeed(before, before)
+        lanes.curves[f"{name}|bfloat16|busy"] = LaneSpeed(before, before)
+    lanes.in_turns(0.0)
     for name in ("raw", "exact"):
-        idle, busy = (tables.lanes[f"{name}|bfloat16|{load}"] for load in ("idle", "busy"))
+        idle, busy = (lanes.curves[f"{name}|bfloat16|{load}"] for load in ("idle", "busy"))
         assert idle.encode.sizes == sizes
         assert idle.encode.seconds == idle.decode.seconds == pytest.approx((0.1, 0.25, 9.0))
         assert busy.encode.seconds == (0.1, 0.5, 9.0)
@@ -420,9 +420,9 @@ def test_lanes_are_timed_in_turns_and_the_least_time_counts(monkeypatch):
 def test_times_beside_products_are_of_all_turns(monkeypatch):
     """Medians of what all steps took but for their first rounds; sizes out of bounds stay as they are."""
     sizes = (8 * KIB, 64 * KIB, 2 * MIB)
-    monkeypatch.setattr(probe, "TURNS_BESIDE", (64 * KIB, 64 * KIB))
-    tables, seconds = probe.Tables(), iter([9.0, 9.0, 0.5, 0.6, 9.0, 9.0, 0.7, 0.8])
-    probe._in_turns_beside(tables, None, None, 1e3)  # of nothing
+    monkeypatch.setattr(probe_lanes, "TURNS_BESIDE", (64 * KIB, 64 * KIB))
+    lanes, seconds = probe_lanes.Lanes(None), iter([9.0, 9.0, 0.5, 0.6, 9.0, 9.0, 0.7, 0.8])
+    lanes.in_turns_beside(lambda: None, 1e3)  # of nothing
 
     class Load:
         def beside(self, timed, guess):
@@ -432,14 +432,14 @@ def test_times_beside_products_are_of_all_turns(monkeypatch):
 
     idle = LaneSpeed(Curve(sizes, (0.2,) * 3), Curve(sizes, (0.25,) * 3))
     busy = LaneSpeed(*[Curve(sizes, (0.1, 0.4, 0.6))] * 2)  # the last is less than what is found before it
-    tables.lanes |= {"exact|bfloat16|idle": idle, "exact|bfloat16|busy": busy, "video|bfloat16|busy": busy}
+    lanes.curves |= {"exact|bfloat16|idle": idle, "exact|bfloat16|busy": busy, "video|bfloat16|busy": busy}
     for _ in range(2):
-        probe._in_turns_beside(tables, None, Load(), 0.0)
-    found = tables.lanes["exact|bfloat16|busy"]
+        lanes.in_turns_beside(Load, 0.0)
+    found = lanes.curves["exact|bfloat16|busy"]
     assert found.encode.seconds == pytest.approx((0.1, 0.6, 0.6))
     assert found.decode.seconds == pytest.approx((0.1, 0.42**0.5, 0.42**0.5))
-    assert tables.lanes["video|bfloat16|busy"] is busy
-    assert tables.lanes["exact|bfloat16|idle"] is idle
+    assert lanes.curves["video|bfloat16|busy"] is busy
+    assert lanes.curves["exact|bfloat16|idle"] is idle
     assert next(seconds, None) is None
 
 
@@ -479,7 +479,9 @@ def test_a_machine_without_a_gpu(on_cpu, tmp_path):
     found = probe.measure(str(tmp_path), sizes=sizes, progress=lambda *step: steps.append(step))
     assert set(found.wires) == {"disk write", "disk read", "tcp"}
     assert found.key == current_key() | {"disk": str(tmp_path.resolve())}
-    assert set(found.lanes) == {f"{lane}|{dtype}|idle" for lane in probe.LANES for dtype in probe.DTYPES}
+    assert set(found.lanes) == {
+        f"{lane}|{dtype}|idle" for lane in probe_lanes.LANES for dtype in probe_lanes.DTYPES
+    }
     assert found.lanes["packed:4|bfloat16|idle"].decode.sizes == sizes
     assert found.engines == {"nvenc": 0, "nvdec": 0}
     assert found.left_out.keys() == {"busy"}
@@ -489,7 +491,9 @@ def test_a_machine_without_a_gpu(on_cpu, tmp_path):
 
 
 def test_what_a_gpu_is_measured_by_comes_in_order_and_within_half_a_minute():
-    steps = list(probe._steps(probe.Tables(), torch.device("cuda", 0), probe.SIZES, "/tmp"))
+    steps = list(
+        probe._steps(probe.Tables(), probe_lanes.Lanes(None), torch.device("cuda", 0), probe.SIZES, "/tmp")
+    )
     names = [step.name for step in steps]
     order = (
         "products",
@@ -512,7 +516,7 @@ def test_what_a_gpu_is_measured_by_comes_in_order_and_within_half_a_minute():
 def test_what_stalls_or_fails_is_left_out_and_named(on_cpu, tmp_path, monkeypatch):
     stalled = Event()
     monkeypatch.setattr(probe, "GRACE", 0.1)
-    monkeypatch.setattr(probe, "LANES", {"raw": ("raw", {}), "video": ("gone", {})})
+    monkeypatch.setattr(probe_lanes, "LANES", {"raw": ("raw", {}), "video": ("gone", {})})
     monkeypatch.setattr(probe_wires, "tcp", lambda sizes, limit: {"tcp": stalled.wait()})
     steps = probe._steps
     monkeypatch.setattr(probe, "_steps", lambda *a: [replace(s, seconds=0.2, slack=0.3) for s in steps(*a)])
@@ -539,16 +543,16 @@ def test_a_second_pass_is_welcome_but_not_needed(on_cpu, monkeypatch):
     """The lesser times of both count; the second one fails for one lane, the first for another."""
     times = {"raw": [3.0, 2.0], "exact": [1.0, None], "packed:4": [None, 4.0]}
 
-    def work(tables, name, limit):
+    def work(lanes, name, limit):
         if (seconds := times[name].pop(0)) is None:
             raise RuntimeError("out of memory")
-        probe._keep(tables, name, LaneSpeed(curve(seconds), curve(seconds)))
+        lanes.keep(name, LaneSpeed(curve(seconds), curve(seconds)))
 
-    def steps(tables, *rest):
+    def steps(tables, lanes, *rest):
         yield probe.Step("products", 1.0, lambda limit: setattr(tables, "gemm", 1.0))
         for again in (False, True):
             for name in times:
-                yield probe.Step(name, 1.0, partial(work, tables, name), again=again)
+                yield probe.Step(name, 1.0, partial(work, lanes, name), again=again)
 
     monkeypatch.setattr(probe, "_steps", steps)
     found = probe.measure()
@@ -565,8 +569,8 @@ def test_a_machine_that_multiplies_nothing(on_cpu, monkeypatch):
         raise RuntimeError("illegal\ninstruction")
 
     monkeypatch.setattr(probe, "_product", refuse)
-    monkeypatch.setattr(probe, "LANES", {})
-    monkeypatch.setattr(probe, "DTYPES", {})
+    monkeypatch.setattr(probe_lanes, "LANES", {})
+    monkeypatch.setattr(probe_lanes, "DTYPES", {})
     with pytest.raises(ProfileError, match="no matrix product runs here .illegal instruction."):
         probe.measure(sizes=(8 * KIB,))
 

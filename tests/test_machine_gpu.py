@@ -9,7 +9,7 @@ from time import perf_counter
 import pytest
 import torch
 
-from sidelane.pipeline import probe, probe_wires
+from sidelane.pipeline import probe, probe_lanes, probe_wires
 from sidelane.pipeline.machine import HOST_TIMES, Curve, Machine, cache_path
 
 pytestmark = pytest.mark.gpu
@@ -32,11 +32,11 @@ def machine() -> Machine:
 
 def test_everything_is_measured(machine):
     without = [] if find_spec("av") else ["video"]  # its encoder in software
-    assert set(machine.left_out) == {f"{lane} {dtype}" for lane in without for dtype in probe.DTYPES}
+    assert set(machine.left_out) == {f"{lane} {dtype}" for lane in without for dtype in probe_lanes.DTYPES}
     assert {*WIRES, *HOST_TIMES, "disk write", "disk read", "tcp"} <= set(machine.wires)
     assert ("peer" in machine.wires) == (torch.cuda.device_count() > 1)
-    lanes = set(probe.LANES).difference(without)
-    names = {f"{lane}|{dtype}|{load}" for lane in lanes for dtype in probe.DTYPES for load in LOADS}
+    lanes = set(probe_lanes.LANES).difference(without)
+    names = {f"{lane}|{dtype}|{load}" for lane in lanes for dtype in probe_lanes.DTYPES for load in LOADS}
     assert set(machine.lanes) == names
     assert all(machine.wires[name].sizes == probe.SIZES for name in WIRES)
     for name, speed in machine.lanes.items():
