@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -415,6 +417,58 @@ def test_lanes_are_timed_in_turns_and_the_least_time_counts(monkeypatch):
     packets = [each.lane for each in done[::2]]
     assert len(packets) == 8 and set(packets[:4]) == set(packets[4:]) == {"raw", "exact"}
     assert packets.count("raw") == packets.count("exact") == 4  # two sizes in each of two rounds
+
+
+def test_lanes_of_a_gpu_are_measured_alone_and_beside_a_load(monkeypatch):
+    """What runs there, with tensors of the CPU and streams that are none."""
+    opened, guesses = [], []
+    monkeypatch.setattr(probe_lanes, "_stream", lambda device: None)
+    for name in ("seconds_in_use", "stream_seconds"):
+        monkeypatch.setattr(probe_lanes, name, lambda stream, work: (work(), 0.25)[1])
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda subject: nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 * 64 * KIB, 1 << 40))
+    open_lane = probe_lanes.open_lane
+    monkeypatch.setattr(
+        probe_lanes, "open_lane", lambda kind, **options: opened.append(kind) or open_lane(kind, **options)
+    )
+
+    class Load:
+        def beside(self, timed, guess):
+            guesses.append(guess)
+            return timed() + 1.0
+
+    lanes = probe_lanes.Lanes(torch.device("cpu"))
+    lanes.compile(20.0)
+    assert sorted(opened) == sorted(probe_lanes.LANES[name][0] for name, _ in probe_lanes.pairs())
+    lanes.measure("exact", "bfloat16", (8 * KIB, 64 * KIB, 1 << 20), Load, 0.1)
+    idle, busy = (lanes.curves[f"exact|bfloat16|{load}"] for load in ("idle", "busy"))
+    for curve, seconds in (
+        (idle.encode, 0.25),
+        (idle.decode, 0.25),
+        (busy.encode, 1.25),
+        (busy.decode, 1.25),
+    ):
+        assert curve.sizes == (8 * KIB, 64 * KIB) and curve.seconds == pytest.approx((seconds,) * 2)
+    assert set(guesses) == {0.25}
+
+
+def test_compilers_that_hang_or_fail_hold_nothing_up(monkeypatch):
+    released = Event()
+
+    def compile_lane(self, name, dtype):
+        assert released.wait(60)
+
+    monkeypatch.setattr(probe_lanes.Lanes, "_compile", compile_lane)
+    lanes = probe_lanes.Lanes(torch.device("cpu"))
+    begin = time.perf_counter()
+    lanes.compile(0.1)
+    assert time.perf_counter() - begin < 30
+    threads = [thread for thread in threading.enumerate() if thread.name.endswith("(compile_lane)")]
+    assert len(threads) == len(probe_lanes.pairs()) and all(thread.daemon for thread in threads)
+    released.set()
+    for thread in threads:
+        thread.join()
 
 
 def test_times_beside_products_are_of_all_turns(monkeypatch):
