@@ -12,7 +12,10 @@ Where to begin reading:
   `explain` tells.
 - A lane for one tensor: `choice` over `prediction`, `planner` and `decision`, from `machine` (measured by
   `probe*`) and `samples`; `tensor_auto` is the lane that learns.
-- `chain` over `stages` and `streams`; `dual_wire`; `recompute` for keys and values; `checkpoint`; `wrap`.
+- `chain` over `stages` and `streams` (`trace` shows it); `dual_wire`; `recompute` for keys and values, with
+  `rates`; `checkpoint`; `wrap`.
+- Below them: `pool` and `space` lend memory, `blockfile` is a file of it; `sampling` and `spread` take times,
+  `throttle` makes wires slow, `linear` solves small programmes.
 
 Words of offload:
 
@@ -25,7 +28,11 @@ Words of offload:
 - A *trip* is one training step, forward and backward, a *mark* a moment of it (a tensor saved or used, a
   block entered or left) and a *gap* the time before a mark. A *lesson* is the profile of a step that trips
   have shown, an *entry* one of its tensors; a *script* is a lesson with its plan.
-- A *choice* of a plan: "keep" a tensor, keep its code "here", or send it "away".
+- A *choice* of a plan: "keep" a tensor, keep its code "here", send it "away", or "derive" it by its *recipe*.
+- What autograd keeps instead of a ticket: `Kept`, a tensor that was left alone; `Tracked`, either with its
+  number in a trip. `Held` is a tensor that a plan keeps.
+
+Chains and dual wires have tickets, parcels and blocks of their own, which nothing of offload uses.
 
 "Note: [Name]" in a docstring heads an explanation that other files refer to by that name.
 """

@@ -137,13 +137,13 @@ def choose(
         task, wires, machine, load, max_rel_error, together, residuals or Residuals(), probes
     )
     candidates = {RAW: prediction.candidate(RAW, inf)}
-    chains = (
+    chains_known = (
         together == 1
         or DISKS.intersection(label for label, _ in wires)
         or machine.wires.keys() >= {*CHAIN_TIMES}
     )
     for lane in LANES[1:]:
-        if not chains:
+        if not chains_known:
             candidates[lane] = Candidate(lane, inf, why=NO_CHAINS)
         elif exact and lane not in EXACT:
             candidates[lane] = Candidate(lane, inf, why="not exact: give max_rel_error")
@@ -218,8 +218,9 @@ def named_wire(wire: Wire, machine: Machine) -> tuple[str, Curve]:
     return _label(wire), Curve.line(0.0, float(wire))
 
 
-def missing_wire(wires: Sequence[Wire], machine: Machine | None) -> str:
-    """The first wire that a profile may have but that of `machine` lacks; "" if there is none.
+def all_raw(wires: Sequence[Wire], machine: Machine | None) -> str:
+    """Why every tensor goes raw over these: nothing is known of the machine, or of a wire that profiles may
+    have; "" where that is not so.
 
     Raises LaneError for a name that no profile has.
     """
@@ -228,7 +229,9 @@ def missing_wire(wires: Sequence[Wire], machine: Machine | None) -> str:
     for name in names:
         if name not in WIRES:
             raise LaneError(f"unknown wire {name!r}: profiles have {', '.join(WIRES)}; or give a rate")
-    return names[0] if names else ""
+    if machine is None:
+        return NO_PROFILE
+    return f"the profile has no wire '{names[0]}': see sidelane profile" if names else ""
 
 
 def listed(wire: Wire | Sequence[Wire]) -> tuple[Wire, ...]:

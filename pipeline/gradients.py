@@ -42,6 +42,7 @@ class GradientComparison:
         whole: over all parameters together.
         parameters: by name, the least cosine first.
         bitwise: all gradients are equal in every bit.
+        encoded: tensors that the lane stored in the step.
         repeatable: so they are in two steps without a lane. Where they are not, the program itself is a part
             of the differences: kernels that add in any order, or random numbers from elsewhere than torch.
     """
@@ -52,6 +53,7 @@ class GradientComparison:
     parameters: dict[str, Difference]
     bitwise: bool
     repeatable: bool
+    encoded: int
 
     def __str__(self) -> str:
         lines = [f"loss {self.loss:.6g} without, {self.lane_loss:.6g} with the lane"]
@@ -64,6 +66,8 @@ class GradientComparison:
             worst = list(self.parameters.items())[:SHOWN]
             width = max((len(name) for name, _ in worst), default=0)
             lines += [f"  {name:{width}}  {each.cosine:9.6f}  {each.rel_error:.2g}" for name, each in worst]
+        if not self.encoded:
+            lines.append("nothing was encoded: tensors are below min_bytes=, or stay where they are")
         if not self.repeatable:
             lines.append("two steps without a lane differ as well: not all of this is the lane's")
         return "\n".join(lines)
@@ -85,8 +89,8 @@ def compare_gradients(
         warm_up: runs under the context before the one that counts. Default: none, and one with lane "auto",
             which learns in it; in the next twelve that tries plans.
 
-    Raises LaneError for arguments of another kind, a loss that is no scalar with a gradient, and where
-    another context is active already.
+    Raises LaneError for arguments of another kind, a loss that is no scalar with a gradient for the module,
+    and where another context is active already.
     """
     if not callable(loss):
         raise LaneError(f"loss is a {type(loss).__name__}: pass the function that returns it")
@@ -95,17 +99,23 @@ def compare_gradients(
     if not isinstance(context, offload):
         raise LaneError(f"context is a {type(context).__name__}: pass a sidelane.offload")
     if offload.current() is not None or any(offload_of(each) is not None for each in module.modules()):
-        raise LaneError("an offload is active already, or wrapped around the module: compare without it")
+        raise LaneError(
+            "an offload is active already, or wrapped around the module (`del module.forward` unwraps it): "
+            "compare without it"
+        )
     if warm_up is None:
         warm_up = 1 if context.automatic else 0
     if type(warm_up) is not int or warm_up < 0:
         raise LaneError(f"warm_up={warm_up!r} is not a whole number from 0 up")
     alone, expected = _run(loss, module, nullcontext())
+    if not expected:
+        raise LaneError("no parameter of the module gets a gradient: pass the loss of this module")
     _, again = _run(loss, module, nullcontext())
     repeatable = _equal(expected, again)
     del again
     for _ in range(warm_up):
         _run(loss, module, context)
+    before = context.report().total.count
     value, found = _run(loss, module, context)
     names = [name for name, _ in module.named_parameters() if name in expected or name in found]
     pairs = {name: _sums(expected.get(name), found.get(name)) for name in names}
@@ -119,6 +129,7 @@ def compare_gradients(
         parameters={name: each[name] for name in order},
         bitwise=_equal(expected, found),
         repeatable=repeatable,
+        encoded=context.report().total.count - before,
     )
 
 

@@ -194,12 +194,12 @@ class Machine:
                 data = file.read(MAX_FILE + 1)
         except OSError as error:
             raise ProfileError(
-                f"{path}: the profile cannot be read ({error.strerror}): run sidelane profile"
+                f"{path}: the profile cannot be read ({error.strerror}): {_again(path)}"
             ) from error
         try:
             machine = _parse(data)
         except (ProfileError, ValueError, RecursionError) as error:
-            raise ProfileError(f"{path} is no profile ({error}): run sidelane profile") from error
+            raise ProfileError(f"{path} is no profile ({error}): {_again(path)}") from error
         if not foreign:
             _check_present(path, machine)
         return machine
@@ -270,16 +270,21 @@ def _triton() -> str:
     return str(triton.__version__)
 
 
+def _again(path: Path) -> str:
+    """What makes the file new."""
+    return "run sidelane profile" if path == cache_path() else "run sidelane profile --out FILE --force"
+
+
 def _check_present(path: Path, machine: Machine) -> None:
     """Raises ProfileError unless the tables are of this machine as it is today."""
     for name, value in current_key().items():
         found = machine.key.get(name, "none")
         if found != value:
             whose = "of another machine" if name in MACHINE_KEYS else "stale"
-            raise ProfileError(f"{path} is {whose} ({name} {found}, here {value}): run sidelane profile")
+            raise ProfileError(f"{path} is {whose} ({name} {found}, here {value}): {_again(path)}")
     days = (time.time() - machine.created) / 86400
     if not -1 <= days <= MAX_AGE:
-        raise ProfileError(f"{path} is stale ({days:.0f} days old): run sidelane profile")
+        raise ProfileError(f"{path} is stale ({days:.0f} days old): {_again(path)}")
 
 
 def _plain(machine: Machine) -> dict[str, Any]:

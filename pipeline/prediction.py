@@ -151,7 +151,8 @@ class Prediction:
         table = _table(lane, self.task.dtype)
         if table is None or not self.task.nbytes:
             return f"stores {short(self.task.dtype) if self.task.nbytes else 'empty tensors'} raw"
-        return self.machine.left_out.get(f"{lane} {table}", "not in the profile")
+        reason = self.machine.left_out.get(f"{lane} {table}")
+        return f"when profiled: {reason}" if reason else "not in the profile"
 
     def _sample(self, lane: str) -> Sample | None:
         if self.task.tensor is None:
@@ -161,7 +162,9 @@ class Prediction:
     def _phases(self, lane: str, share: float, sample: Sample) -> list[list[Stage]]:
         """Stages on the way over each wire, kernels at both ends; without wires where `share` is 0.
 
-        Under a bound a lossy packet is decoded and measured before it leaves.
+        Under a bound a lossy packet is decoded and measured before it leaves. Beside products (Note: [Busy]
+        in `probe_lanes`) a kernel of one tensor waits for half of one in the mean, whatever tables have of
+        calls that came late; several tensors share a wait. A table at one byte is the time to start a kernel.
         """
         n = self.task.nbytes
         wires = [(label, self._learned(label, curve, n * share)) for label, curve in self.wires]
@@ -246,4 +249,5 @@ def short(dtype: torch.dtype) -> str:
 
 
 def _stage(name: str, seconds: float) -> Stage:
+    """One that takes so long for the tensor that is priced."""
     return Stage(name, lambda nbytes: seconds)

@@ -136,6 +136,7 @@ def _steps(
             Step("lanes in turns", 0.5, lanes.in_turns, again=True),
             Step("lanes beside products", 1.3, partial(lanes.in_turns_beside, load), again=True),
         ]
+        # Turns come three times, as the host may be slow for seconds; the last ones where time is left.
         yield Step("chain", 2.0, lambda limit: tables.wires.update(probe_chain.chains(device, limit)))
         yield from turns
         yield from turns

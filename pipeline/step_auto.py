@@ -60,7 +60,8 @@ MAX_STEPS = 16  # that are remembered
 
 class Tracked:
     """What autograd keeps in place of a tensor, which one of which trip it is, and how it was made if that
-    has still to be tried."""
+    has still to be tried. Number -1: no entry of the trip, which is on another device or has left its script.
+    """
 
     __slots__ = ("inner", "number", "recipe", "trip")
 

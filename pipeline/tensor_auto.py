@@ -17,15 +17,14 @@ from sidelane.codec.lane import Lane
 from sidelane.codec.packet import Packet
 from sidelane.errors import LaneError
 from sidelane.pipeline.choice import (
-    NO_PROFILE,
     Decision,
     Wire,
+    all_raw,
     check_load,
     check_together,
     choose,
     given_or_present,
     listed,
-    missing_wire,
     named_wire,
     raw_decision,
     seconds_of,
@@ -84,9 +83,8 @@ class AutoLane:
         check_together(together)
         self._machine = given_or_present(machine)
         self._wires = listed(wire)
-        self._reason = NO_PROFILE
-        if (lacks := missing_wire(self._wires, self._machine)) and self._machine is not None:
-            self._reason = f"the profile has no wire '{lacks}': see sidelane profile"
+        self._reason = all_raw(self._wires, self._machine)
+        if self._reason:
             self._machine = None
         self._curves: dict[str, Curve] = {}
         if self._machine is not None:

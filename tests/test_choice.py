@@ -275,7 +275,7 @@ def test_lanes_that_were_not_measured() -> None:
     machine = replace(made(), left_out={"video bfloat16": "no NVENC"})
     del machine.lanes["exact|bfloat16|idle"]
     decision = choose(described(), 1 * GB, machine, exact=False)
-    assert decision.candidates["video"].why == "no NVENC"
+    assert decision.candidates["video"].why == "when profiled: no NVENC"
     assert decision.candidates["exact"].why == "not in the profile"
 
 
@@ -902,6 +902,32 @@ def test_plan_refuses_tensors_that_torch_does_not_have(
     assert cli.run(["plan", "--profile", str(profile), str(strange)]) == 2
     error = capsys.readouterr().err
     assert "a cannot be read" in error and error.count("\n") == 1
+
+
+def test_the_command_says_why_everything_goes_raw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.randn(64, 64)}, tmp_path / "in")
+    machine = made()
+    del machine.wires["d2h"]
+    for found, says in ((None, "no profile of this machine"), (machine, "the profile has no wire 'd2h'")):
+        monkeypatch.setattr(Machine, "cached", lambda found=found: found)
+        choice.present.cache_clear()
+        arguments = ["compress", str(tmp_path / "in"), str(tmp_path / "out"), "--force", "--lane", "auto"]
+        assert cli.run([*arguments, "--wire", "d2h"]) == 0
+        assert says in capsys.readouterr().err
+        assert cli.run([*arguments, "--wire", "1"]) == 0
+        assert (found is None) == ("goes raw" in capsys.readouterr().err)
+
+
+def test_plan_shows_names_in_letters_alone(profile: Path, tmp_path: Path, capsys) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a\x1b[31m\n": torch.randn(64, 64)}, tmp_path / "in")
+    assert cli.run(["plan", "--profile", str(profile), str(tmp_path / "in")]) == 0
+    assert "'a\\x1b[31m\\n': " in capsys.readouterr().out
 
 
 def test_plan_without_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,7 +152,7 @@ def test_command_is_installed() -> None:
         timeout=60,
     )
     assert result.returncode == 2
-    assert result.stderr == "sidelane: nowhere: No such file or directory\n"
+    assert result.stderr == "sidelane: nowhere: No such file or directory: check the path\n"
 
 
 @pytest.mark.parametrize(
@@ -402,3 +402,40 @@ def test_the_lane_for_a_wire(
     restored = tmp_path / "restored.safetensors"
     assert cli.run(["decompress", str(target), str(restored)]) == 0
     assert restored.read_bytes() == weights.read_bytes()
+
+
+def test_an_interrupted_process_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that measure may be in C++ still; what was printed is not lost."""
+    ends: list[object] = []
+    monkeypatch.setattr(cli, "run", lambda arguments: 130)
+    monkeypatch.setattr(sys.stdout, "flush", lambda: ends.append("flushed"), raising=False)
+
+    def leave(status: int) -> None:
+        ends.append(status)
+        raise SystemExit
+
+    monkeypatch.setattr(cli.os, "_exit", leave)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert ends == ["flushed", 130]
+
+
+def test_a_full_standard_output_has_a_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "app", full)
+    assert cli.run(["doctor"]) == 2
+    assert capsys.readouterr().err == "sidelane: standard output: No space left on device\n"
+
+
+def test_a_cut_archive_is_named_with_what_to_do(
+    weights: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    out = tmp_path / "out"
+    assert cli.run(["compress", str(weights), str(out)]) == 0
+    out.write_bytes(out.read_bytes()[:-100])
+    line = fails("decompress", out, tmp_path / "back")
+    assert f"{out}: tensor '" in line and "damaged or cut, copy it again" in line

@@ -39,7 +39,18 @@ def test_an_exact_lane_changes_no_bit():
     assert found.whole.cosine == pytest.approx(1.0, abs=1e-12) and found.whole.rel_error == 0
     assert len(found.parameters) == len(list(model.parameters()))
     assert "equal bit for bit" in str(found) and "differ" not in str(found)
+    assert found.encoded > 10 and "nothing" not in str(found)
     assert context.report().total.count > 10 and settled(context)
+
+
+def test_what_was_not_encoded_is_not_taken_for_exact():
+    model, tokens = build()
+    context = sidelane.offload("packed", bits=2, min_bytes=1 << 30)
+    for _ in range(2):
+        found = sidelane.compare_gradients(lambda: loss_of(model, tokens), model, context)
+        assert found.bitwise and found.encoded == 0 and "nothing was encoded" in str(found)
+    with pytest.raises(LaneError, match="no parameter of the module gets a gradient"):
+        sidelane.compare_gradients(lambda: loss_of(model, tokens), nn.Linear(2, 2), context)
 
 
 def test_lossy_lanes_are_told_apart_by_their_bits():

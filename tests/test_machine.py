@@ -184,7 +184,9 @@ POINTS = [
 def test_a_document_that_is_no_profile(tables, tmp_path, entry):
     path = tmp_path / "tables.json"
     changed(tables, path, **dict([entry]))
-    with pytest.raises(ProfileError, match=r"^[^\n]+ is no profile \([^\n]+\): run sidelane profile$"):
+    with pytest.raises(
+        ProfileError, match=r"^[^\n]+ is no profile \([^\n]+\): run sidelane profile --out FILE --force$"
+    ):
         Machine.load(path, foreign=True)
 
 
@@ -251,7 +253,9 @@ def test_the_profile_of_another_machine(tables, tmp_path, name):
 def test_a_profile_of_other_versions_is_stale(tables, tmp_path, name):
     path = tmp_path / "tables.json"
     replace(tables, key={k: v for k, v in tables.key.items() if k != name} | {name: "0"}).save(path)
-    with pytest.raises(ProfileError, match=f"is stale .{name} 0, here .*: run sidelane profile$"):
+    with pytest.raises(
+        ProfileError, match=f"is stale .{name} 0, here .*: run sidelane profile --out FILE --force$"
+    ):
         Machine.load(path)
 
 
@@ -259,7 +263,9 @@ def test_a_profile_of_other_versions_is_stale(tables, tmp_path, name):
 def test_an_old_profile_is_stale(tables, tmp_path, days):
     path = tmp_path / "tables.json"
     replace(tables, created=time.time() - days * 86400).save(path)
-    with pytest.raises(ProfileError, match=f"is stale .{days} days old.: run sidelane profile$"):
+    with pytest.raises(
+        ProfileError, match=f"is stale .{days} days old.: run sidelane profile --out FILE --force$"
+    ):
         Machine.load(path)
     assert Machine.load(path, foreign=True).gemm == tables.gemm
 
@@ -707,11 +713,28 @@ def test_the_command_writes_a_file_and_does_not_replace_one(tables, measured, tm
     assert Machine.load(path) == tables
 
 
-def test_the_command_keeps_what_it_measured_when_out_cannot_be_written(tables, measured, tmp_path, capsys):
-    (tmp_path / "tables.json").mkdir()
-    assert cli.run(["profile", "--out", str(tmp_path / "tables.json"), "--force"]) == 2
+def test_the_command_keeps_what_it_measured_when_out_cannot_be_written(
+    tables, measured, tmp_path, capsys, monkeypatch
+):
+    folder, measure = tmp_path / "gone", profile._measure
+    folder.mkdir()
+
+    def replaced(spill_dir):
+        folder.rmdir()
+        folder.touch()
+        return measure(spill_dir)
+
+    monkeypatch.setattr(profile, "_measure", replaced)
+    assert cli.run(["profile", "--out", str(folder / "tables.json"), "--force"]) == 2
     assert re.fullmatch(r"sidelane: [^\n]+ cannot be written: [^\n]+\n", capsys.readouterr().err)
     assert Machine.cached() == tables
+
+
+def test_the_command_measures_nothing_for_a_folder(measured, tmp_path, capsys):
+    assert cli.run(["profile", "--out", str(tmp_path), "--force"]) == 2
+    assert (
+        capsys.readouterr().err == f"sidelane: {tmp_path} is a folder: name a file in it\n" and not measured
+    )
 
 
 def test_the_command_keeps_what_it_measured_when_nobody_reads(tables, measured, tmp_path, monkeypatch):
@@ -752,7 +775,8 @@ def test_the_command_measures_again_what_is_damaged(tables, measured, cache, cap
     cache.mkdir(parents=True)
     cache_path().write_text("{")
     assert cli.run(["profile"]) == 0
-    assert "measuring again" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "measuring again" in said and "run sidelane profile" not in said
     assert Machine.cached() == tables
 
 

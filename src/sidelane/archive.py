@@ -123,7 +123,7 @@ def compress_file(
         out.write(header)
         summary, done = Summary(tensors=len(entries), bytes_in=size), 0
         for entry in entries:
-            with _naming(entry):
+            with _naming(source, entry):
                 tensor = _read_tensor(file, entry)
                 packet = compress(tensor, lane=opened, max_rel_error=max_rel_error)
                 error = _relative_error(tensor, packet)
@@ -159,7 +159,7 @@ def decompress_file(
         out.write(header)
         summary, done = Summary(tensors=len(entries), bytes_in=size), 0
         for entry in entries:
-            with _naming(entry):
+            with _naming(source, entry):
                 packet = _read_packet(file, size)
                 if (packet.dtype, packet.shape, packet.raw_nbytes) != (
                     entry.dtype,
@@ -264,12 +264,13 @@ def _relative_error(tensor: Tensor, packet: Packet) -> float:
 
 
 @contextmanager
-def _naming(entry: Entry) -> Iterator[None]:
-    """Says in every error which tensor it is about."""
+def _naming(source: Path, entry: Entry) -> Iterator[None]:
+    """Says in every error which tensor of which file it is about."""
     try:
         yield
     except SidelaneError as error:
-        raise ArchiveError(f"tensor '{entry.name}': {error}") from error
+        advice = ": the file is damaged or cut, copy it again" if isinstance(error, PacketError) else ""
+        raise ArchiveError(f"{source}: tensor '{entry.name}': {error}{advice}") from error
 
 
 @contextmanager

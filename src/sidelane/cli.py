@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # Its own base class is the usage error of whichever click this typer is built on.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     help="Move tensors over narrow wires by making them smaller on the way.",
     add_completion=False,
@@ -36,7 +39,14 @@ Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists."
 
 def main() -> None:
     """Entry point of the `sidelane` command."""
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    if status == INTERRUPTED:
+        # A thread that measures may be in C++, and a process that exits by itself then aborts.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def run(arguments: list[str]) -> int:
@@ -48,11 +58,13 @@ def run(arguments: list[str]) -> int:
     except SidelaneError as error:
         message = str(error)
     except OSError as error:
-        message = f"{error.filename2 or error.filename}: {error.strerror}"
+        message = f"{error.filename2 or error.filename or 'standard output'}: {error.strerror}"
+        if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+            message += ": check the path"
     except MemoryError:
         message = "not enough memory"
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     print("sidelane:", " ".join(message.split()), file=sys.stderr)
     return 2
 
@@ -171,7 +183,7 @@ def compress(
 ) -> None:
     """Compress a safetensors file tensor by tensor."""
     from sidelane.archive import compress_file
-    from sidelane.pipeline.choice import NO_PROFILE, present
+    from sidelane.pipeline.choice import all_raw, listed, present
     from sidelane.plan import parse_wire
 
     if (lane == "auto") != (wire is not None):
@@ -185,8 +197,8 @@ def compress(
         "qp": qp,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    if lane == "auto" and present() is None:
-        print(f"{NO_PROFILE}; until then everything goes raw", file=sys.stderr)
+    if lane == "auto" and (reason := all_raw(listed(options["wire"]), present())):
+        print(f"{reason}; until then everything goes raw", file=sys.stderr)
     with _progress("compress") as progress:
         summary = compress_file(source, target, force=force, progress=progress, **options)
     _print_summary(summary, summary.bytes_in / summary.bytes_out)

@@ -56,7 +56,7 @@ def plans(
         what = _described(tensor, nbytes, machine)
         for route in routes:
             decision = choose(what, route, machine, load, max_rel_error, together=together, name=name)
-            yield f"{name}: {decision.explain()}"
+            yield f"{name if name.isprintable() else ascii(name)}: {decision.explain()}"
         if max_rel_error is not None and not isinstance(what[2], Tensor):
             yield NOT_CHECKED
 

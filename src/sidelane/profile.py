@@ -27,6 +27,8 @@ def run_profile(out: Path | None, spill_dir: Path | None, force: bool) -> None:
     nothing can be measured, and when `out` or the cache folder cannot be written: after all else is done with
     `out`, before it without. Files are written before anything is printed, since who reads may be gone.
     """
+    if out is not None and out.is_dir():
+        raise ProfileError(f"{out} is a folder: name a file in it")
     if out is not None and out.exists() and not force:
         raise ProfileError(f"{out} exists: --force replaces it")
     if out is not None and not out.parent.is_dir():
@@ -110,7 +112,7 @@ def _cached(spill_dir: Path | None) -> tuple[Machine | None, str]:
     try:
         machine = Machine.cached()
     except ProfileError as error:
-        return None, f"measuring again: {error}\n"
+        return None, f"measuring again: {str(error).removesuffix(': run sidelane profile')}\n"
     if machine is None:
         return None, ""
     if spill_dir is not None and machine.key.get(DISK_FOLDER) != str(spill_dir.resolve()):
