@@ -223,7 +223,7 @@ class Event:
             cuda().call("cuEventCreate", ctypes.byref(self.handle), flag)
             try:
                 cuda().call("cuEventRecord", self.handle, current_stream(index))
-            except DriverError:
+            except BaseException:
                 cuda().call("cuEventDestroy_v2", self.handle)
                 raise
 

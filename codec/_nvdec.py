@@ -249,10 +249,12 @@ class HardwareDecoder:
         freeing(self.index, self._destroy_all)
 
     def _destroy_all(self) -> None:
-        self.destroy()
-        if self._stream is not None:
-            stream, self._stream, self._calls = self._stream, None, None
-            stream.close()
+        try:
+            self.destroy()
+        finally:
+            if self._stream is not None:
+                stream, self._stream, self._calls = self._stream, None, None
+                stream.close()
 
 
 def freeing(index: int, work: Callable[[], None]) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sidelane.codec import _driver
+from sidelane.codec._closing import Closing
 from sidelane.codec._nvdec import CodedFormat, HardwareDecoder
 from sidelane.codec._nvdec_stream import StreamDecode, frame_starts
 from sidelane.codec.probe import decoder_caps
@@ -45,7 +46,7 @@ class _Job(NamedTuple):
     layout: SurfaceLayout
 
 
-class NvDecoder:
+class NvDecoder(Closing):
     """One hardware decoder for streams of any format; made anew when chroma format or bit depth change.
 
     Safe to call from several threads, which then take turns; `NvDecoderPool` runs decoders side by side. Use
@@ -111,12 +112,6 @@ class NvDecoder:
         with self._lock:
             self._finalizer()
 
-    def __enter__(self) -> NvDecoder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 _idle: list[NvDecoder] = []  # least recently used first
 _idle_lock = threading.Lock()
@@ -172,7 +167,7 @@ def release_idle_decoders() -> None:
         decoder.close()
 
 
-class NvDecoderPool:
+class NvDecoderPool(Closing):
     """Decodes many streams at once, one decoder and one thread per engine.
 
     A stream that fails raises where its result is asked for and harms no other; a decoder whose driver call
@@ -235,12 +230,6 @@ class NvDecoderPool:
         self._threads.shutdown(cancel_futures=True)
         while self._decoders:
             self._decoders.pop().close()
-
-    def __enter__(self) -> NvDecoderPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _job(self, stream: bytes | Tensor, layout: SurfaceLayout) -> _Job:
         """A stream and a new surface for it, made on the current stream."""

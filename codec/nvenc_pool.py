@@ -175,8 +175,13 @@ class EncoderPool(Closing):
         error of a surface is raised at its place.
         """
         running: deque[Future[EncodedSurface]] = deque()
+        wrong: LaneError | None = None
         for source in sources:
-            check_source(source, self.layout)
+            try:
+                check_source(source, self.layout)
+            except LaneError as error:
+                wrong = error
+                break
             surface = self.acquire()
             surface.tensor.copy_(source)
             running.append(self.submit(surface))
@@ -184,6 +189,8 @@ class EncoderPool(Closing):
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
+        if wrong is not None:
+            raise wrong
 
     def close(self) -> None:
         """Deliver what was submitted, then free the sessions and the ring. Further calls do nothing.

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sidelane.codec import _driver
+from sidelane.codec._closing import Closing
 from sidelane.codec._nvdec import CodedFormat, Geometry, HardwareDecoder
 from sidelane.codec._nvdec_parser import Parsing
 from sidelane.errors import LaneError, LaneUnavailable, VideoError
@@ -81,7 +82,7 @@ def open_video(path: str | os.PathLike[str], *, device: torch.device | str = "cu
         raise
 
 
-class VideoFile:
+class VideoFile(Closing):
     """Iterates once over the frames of a file, in display order; made by `open_video`.
 
     A frame is ready for work of the stream that is current when it is asked for. Asking blocks the host, with
@@ -117,12 +118,6 @@ class VideoFile:
         """Free the decoder and close the file; frames stay valid. Further calls do nothing."""
         with self._lock:
             self._finalizer()
-
-    def __enter__(self) -> VideoFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _FileDecode(Parsing):

@@ -121,7 +121,7 @@ def pack_bits_into(codes: Tensor, widths: list[int], packed: Tensor) -> None:
     with torch.cuda.device_of(codes):  # type: ignore[no-untyped-call]
         _pack_bits_kernel[grid](
             codes,
-            _first_planes(tuple(widths), codes.device),
+            _first_planes(widths, codes.device),
             packed,
             tokens,
             channels,
@@ -157,7 +157,7 @@ def unpack_bits_into(packed: Tensor, widths: list[int], codes: Tensor) -> None:
     grid, blocks = _tiles(tokens, channels)
     with torch.cuda.device_of(codes):  # type: ignore[no-untyped-call]
         _unpack_bits_kernel[grid](
-            packed, _first_planes(tuple(widths), codes.device), codes, tokens, channels, **blocks
+            packed, _first_planes(widths, codes.device), codes, tokens, channels, **blocks
         )
 
 
@@ -169,9 +169,16 @@ def _tiles(tokens: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]
     return grid, {"BLOCK_BYTES": block_bytes, "BLOCK_K": block_k}
 
 
-@lru_cache(maxsize=64)
-def _first_planes(widths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Planes before each channel and their total, int64 [K + 1]."""
+def _first_planes(widths: list[int], device: torch.device) -> Tensor:
+    """Planes before each channel and their total, int64 [K + 1], for work on the current stream."""
+    table = _planes(tuple(widths), device)
+    if table.is_cuda:
+        table.record_stream(torch.cuda.current_stream(device))  # of one that is forgotten meanwhile
+    return table
+
+
+@lru_cache(maxsize=1024)
+def _planes(widths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor((0, *widths), dtype=torch.int64, device="cpu").cumsum(0).to(device)
 
 

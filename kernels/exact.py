@@ -380,7 +380,8 @@ class LateCodes:
 
 
 def exact_encode_late(x: Tensor, notice: Tensor) -> LateCodes | None:
-    """As `exact_encode`, without the wait. None where the tensor is not one for the kernels.
+    """As `exact_encode`, without the wait. None where the tensor is not one for the kernels, or may become
+    smaller only if the encoder waits.
 
     `x` may be changed or freed in stream order at once. `notice`: int32 [2] that the device can write and the
     host can read, such as pinned memory. What does not become smaller is given back as its bytes, also where
@@ -390,6 +391,8 @@ def exact_encode_late(x: Tensor, notice: Tensor) -> LateCodes | None:
         return None
     f, numel = EXACT_FIELDS[x.dtype], x.numel()
     sizes = _sizes(x.dtype, numel, 0, 0)
+    if sum(sizes) >= x.nbytes:  # unless planes of few float32 turn out to be zero
+        return None
     front = torch.empty(span(sizes), dtype=torch.uint8, device=x.device)
     rest = cdiv(max(x.nbytes - front.numel(), 0), 16) * 16
     back = torch.empty(rest, dtype=torch.uint8, device=x.device)
@@ -408,7 +411,10 @@ def _may_shrink(x: Tensor) -> bool:
         raise LaneError(f"{x.dtype} has no exact code: use bfloat16, float16 or float32")
     numel = x.numel()
     if x.ndim != 1 or not x.is_contiguous() or numel == 0:
-        raise LaneError(f"shape {tuple(x.shape)}: flatten to one dimension of at least one element")
+        raise LaneError(
+            f"shape {tuple(x.shape)}, strides {x.stride()}: flatten at least one element, as by "
+            "x.contiguous().view(-1)"
+        )
     return numel <= MOST and sum(_sizes(x.dtype, numel, 2**f.droppable - 1, 0)) < x.nbytes
 
 

@@ -371,7 +371,10 @@ def group_quantize_pack(
         raise LaneError(f"groups of {x.dtype} are not supported: convert to bfloat16, float16 or float32")
     numel = x.numel()
     if x.ndim != 1 or not x.is_contiguous() or numel == 0:
-        raise LaneError(f"shape {tuple(x.shape)}: flatten to one dimension of at least one element")
+        raise LaneError(
+            f"shape {tuple(x.shape)}, strides {x.stride()}: flatten at least one element, as by "
+            "x.contiguous().view(-1)"
+        )
     if bits not in GROUP_BITS or group not in GROUP_SIZES:
         raise LaneError(
             f"no {bits}-bit groups of {group}: use bits of {GROUP_BITS} and groups of {GROUP_SIZES}"

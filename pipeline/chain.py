@@ -213,8 +213,9 @@ class Chain:
         try:
             tensor, ready = self._wait(future.result)
         except BaseException as error:
-            if error in self._errors:
-                self._errors.remove(error)
+            with self._lock:
+                if error in self._errors:
+                    self._errors.remove(error)
             raise
         finally:
             del future  # it holds the error, whose frames hold this one
@@ -253,9 +254,10 @@ class Chain:
         for device in set(self._stores):
             self._wait(self._stages.stream("store", device).record_event().synchronize)
         self._stages.sweep()
-        if self._errors:
-            error = self._errors.popleft()
+        with self._lock:
+            error = self._errors[0] if self._errors else None
             self._errors.clear()
+        if error is not None:
             raise error
 
     def close(self) -> None:
@@ -312,11 +314,14 @@ class Chain:
         stored: Future[Stored],
     ) -> None:
         """What the sender's thread does for one tensor, which was at `version` when it was sent."""
-        tensor = source.peek()
-        device, nbytes = tensor.device, distinct_bytes(tensor)
-        stages = self._stages
-        stages.next()
-        stream = stages.stream("encode", device)
+        tensor, stages = source.peek(), self._stages
+        try:
+            device, nbytes = tensor.device, distinct_bytes(tensor)
+            stages.next()
+            stream = stages.stream("encode", device)
+        except BaseException as error:
+            read.set_exception(error)
+            raise
         with ExitStack() as slots, undisturbed(device):
             slots.callback(source.give)
             try:
@@ -404,9 +409,9 @@ class Chain:
         except BaseException as error:
             del arguments
             clear_frames(error.__traceback__)
-            if error not in self._errors:
-                self._errors.append(error)
-                with self._lock:
+            with self._lock:
+                if error not in self._errors:
+                    self._errors.append(error)
                     self._failed += work != self._load
             if outcome is not None and not outcome.done():
                 outcome.set_exception(error)  # last: who waits for it looks into the books

@@ -53,7 +53,8 @@ def compress(
     check_plain(tensor)
     with undisturbed(tensor.device):
         # "auto" keeps its bound itself, and learns from packets that broke it.
-        if max_rel_error is None or getattr(lane, "max_rel_error", None) == max_rel_error:
+        keeps = getattr(lane, "keeps_bound", False) and getattr(lane, "max_rel_error", None) == max_rel_error
+        if max_rel_error is None or keeps:
             return lane.encode(tensor)
         return _encode_within(tensor, lane, max_rel_error)
 

@@ -132,8 +132,8 @@ class PackedLane:
             raise LaneError(f"basis is a {type(self.basis).__name__}: pass a Basis")
         if self.basis is None and self.width is not None:
             raise LaneError(f"width={self.width!r} needs a basis; for groups use bits")
-        if self.width is not None and self.width not in range(1, MAX_CODE_BITS + 1):
-            raise LaneError(f"width={self.width!r} is outside 1..{MAX_CODE_BITS}")
+        if self.width is not None and (type(self.width) is not int or not 1 <= self.width <= MAX_CODE_BITS):
+            raise LaneError(f"width={self.width!r} is no integer of 1..{MAX_CODE_BITS}")
 
     def encode(self, tensor: Tensor) -> Packet:
         tensor = plain(tensor)

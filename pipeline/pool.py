@@ -194,10 +194,11 @@ class Pool(Generic[R]):
     def _grow(self, size: int) -> bool:
         """Open a region that holds `size` bytes, or none."""
         step = min(self._step, max(self._first, self.reserved))
-        for wanted in (max(size, step), size):
+        for wanted in (max(size, step), size, 0):
             nbytes = min(rounded(wanted), self._room())
-            if nbytes < size:
-                self._drop_regions(wait=False)
+            if nbytes < size:  # in the end because the machine has refused
+                if not self._drop_regions(wait=False) and not wanted:
+                    return False
                 nbytes = min(size, self._room())
             if nbytes >= size and (region := self._open_region(nbytes)) is not None:
                 self._regions.append(region)

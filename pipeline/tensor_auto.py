@@ -68,6 +68,7 @@ class AutoLane:
     """
 
     name = "auto"
+    keeps_bound = True  # `encode` measures what it returns
 
     def __init__(
         self,

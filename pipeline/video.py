@@ -122,11 +122,11 @@ class VideoLane:
             raise LaneError(f"format={self.format!r} is not one of {', '.join(FORMATS)}")
         if self.mapping not in MAPPINGS:
             raise LaneError(f"mapping={self.mapping!r} is not one of {', '.join(MAPPINGS)}")
-        if self.qp is not None and self.qp not in range(MAX_QP + 1):
+        if self.qp is not None and (type(self.qp) is not int or not 0 <= self.qp <= MAX_QP):
             raise LaneError(f"qp={self.qp!r} is neither None (lossless) nor an integer 0..{MAX_QP}")
         if self.qp is not None and FORMATS[self.format].split:
             raise LaneError(f"format '{self.format}' splits codes over planes: it needs qp=None (lossless)")
-        if self.max_side not in range(MIN_SIDE, MAX_SIDE + 1):
+        if type(self.max_side) is not int or not MIN_SIDE <= self.max_side <= MAX_SIDE:
             raise LaneError(f"max_side={self.max_side!r} is outside {MIN_SIDE}..{MAX_SIDE}")
         hevc_support()
 
@@ -397,7 +397,10 @@ def _packet_layout(packet: Packet, tokens: int, channels: int) -> SurfaceLayout:
     width, height, frames, max_side = packet.numbers(4)
     if not MIN_SIDE <= max_side <= MAX_SIDE:
         raise PacketError("params", f"max_side {max_side} is outside {MIN_SIDE}..{MAX_SIDE}")
-    layout = plan_surface(fmt, packet.mapping, tokens, channels, max_side=max_side)
+    try:
+        layout = plan_surface(fmt, packet.mapping, tokens, channels, max_side=max_side)
+    except ValueError as error:
+        raise PacketError("shape", f"no frames hold it: {error}") from error
     plan = (layout.width, layout.height, layout.frames)
     if (width, height, frames) != plan:
         found = f"{frames} frames of {width}x{height}"

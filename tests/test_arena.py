@@ -549,3 +549,31 @@ def test_blocks_of_different_owners_stay_apart():
     assert space.take(11) is None
     found = space.take(6)
     assert (found.start, found.nbytes) == (0, 6)
+
+
+def test_free_regions_go_when_the_machine_refuses_more():
+    """No limit of the pool says so: the machine has 1 GiB, of which three free regions hold 768 MiB."""
+    open_bytes = 0
+
+    class Region:
+        def __init__(self, start, nbytes):
+            self.start, self.nbytes = start, nbytes
+
+        def close(self):
+            nonlocal open_bytes
+            open_bytes -= self.nbytes
+
+    def open_region(nbytes):
+        nonlocal open_bytes
+        if open_bytes + nbytes > 1024 * MIB:
+            return None
+        open_bytes += nbytes
+        return Region(len(opened) << 40, opened.append(nbytes) or nbytes)
+
+    opened = []
+    pool = pool_module.Pool(open_region, lambda: None, None, 256 * MIB)
+    pieces = [pool.take(256 * MIB) for _ in range(3)]
+    assert all(piece is not None for piece in pieces)
+    assert pool.take(900 * MIB) is None
+    del pieces
+    assert pool.take(900 * MIB) is not None and open_bytes == pool.reserved <= 1024 * MIB

@@ -660,3 +660,22 @@ def test_bad_arguments_are_refused():
 
 def test_the_face_shows_it():
     assert sidelane.Chain is Chain
+
+
+def test_an_error_before_a_tensor_is_read_ends_the_wait_for_it(monkeypatch):
+    from sidelane.pipeline.stages import Stages
+
+    stream = Stages.stream
+
+    def fail(self, stage, device):
+        if stage == "encode":
+            raise RuntimeError("no stream can be made")
+        return stream(self, stage, device)
+
+    monkeypatch.setattr(Stages, "stream", fail)
+    chain = Chain("raw")
+    ticket = chain.send(torch.ones(4))
+    for wait in (ticket.join, lambda: chain.receive(ticket)):
+        with pytest.raises(RuntimeError, match="no stream can be made"):
+            wait()
+    chain.close()

@@ -330,3 +330,21 @@ def test_packets_of_a_gpu(cuda, dtype, basis):
 def test_exact_packets_are_the_same_on_a_gpu(cuda):
     x = torch.randn(5000).bfloat16()
     assert compress(x.to(cuda)).to_bytes() == ExactLane().encode(x).to_bytes()
+
+
+def test_a_lane_with_a_bound_of_its_own_is_measured_all_the_same():
+    class Mine:
+        name, exact, max_rel_error = "packed", False, 0.01
+
+        def encode(self, tensor):
+            return sidelane.PackedLane(bits=2).encode(tensor)
+
+        def decode(self, packet):
+            return sidelane.PackedLane(bits=2).decode(packet)
+
+        def finer(self):
+            return sidelane.PackedLane(bits=8)
+
+    x = torch.randn(10_000)
+    packet = sidelane.compress(x, Mine(), max_rel_error=0.01)
+    assert packet.bits == 8 and packet.rel_error <= 0.01

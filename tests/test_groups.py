@@ -352,7 +352,7 @@ def test_noise_statistics(seed: int) -> None:
     ("x", "bits", "group", "says"),
     [
         (torch.zeros(4, dtype=torch.float64), 4, 32, "convert to bfloat16"),
-        (torch.zeros(0), 4, 32, "at least one element"),
+        (torch.zeros(0), 4, 32, "flatten at least one element"),
         (torch.zeros(2, 2), 4, 32, "flatten"),
         (torch.zeros(8)[::2], 4, 32, "flatten"),
         (torch.zeros(4), 3, 32, "3-bit"),

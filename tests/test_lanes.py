@@ -340,7 +340,8 @@ def test_open_lane():
         ("packed", {"seed": "x"}, "seed='x' is neither None nor an integer"),
         ("packed", {"width": 4}, "width=4 needs a basis; for groups use bits"),
         ("packed", {"basis": 4}, "basis is a int: pass a Basis"),
-        ("packed", {"basis": hadamard_basis(), "width": 13}, "width=13 is outside 1..12"),
+        ("packed", {"basis": hadamard_basis(), "width": 13}, "width=13 is no integer of 1..12"),
+        ("packed", {"basis": hadamard_basis(), "width": 4.0}, "width=4.0 is no integer of 1..12"),
     ],
 )
 def test_open_lane_refuses(name, options, text):

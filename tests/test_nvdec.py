@@ -17,8 +17,9 @@ import torch
 from fake_nvdec import FakeDriver, installed
 from sidelane.codec import _nvdec, nvdec
 from sidelane.codec._nvdec import PIPELINE_DEPTH
-from sidelane.codec.nvdec import NvDecoder, decode_nvdec, release_idle_decoders
+from sidelane.codec.nvdec import NvDecoder, NvDecoderPool, decode_nvdec, release_idle_decoders
 from sidelane.codec.probe import probe_nvdec
+from sidelane.codec.video_file import VideoFile
 from sidelane.errors import DriverError, LaneError, LaneUnavailable, PacketError
 from sidelane.layout import FORMATS, NV12, P010, YUV444, SurfaceFormat
 from toy_hevc import frames_of, layout_of, samples, toy_stream
@@ -371,3 +372,37 @@ def test_the_c_loop_of_the_benchmark_compiles(tmp_path: Path) -> None:
     options = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
     subprocess.run(["cc", *options, "-o", library, source], check=True)
     assert ctypes.CDLL(str(library)).nvdec_loop
+
+
+def test_an_error_of_a_block_is_not_hidden_by_that_of_close(monkeypatch):
+    def close(self):
+        raise DriverError("cuStreamSynchronize", 719, "LAUNCH_FAILED")
+
+    for owner in (NvDecoder, NvDecoderPool, VideoFile):
+        monkeypatch.setattr(owner, "close", close)
+        with pytest.raises(PacketError, match="damaged"), object.__new__(owner):
+            raise PacketError("bitstream", "damaged")
+        with pytest.raises(DriverError), object.__new__(owner):
+            pass
+
+
+def test_a_stream_is_closed_where_its_decoder_cannot_be_destroyed(monkeypatch):
+    closed = []
+
+    class Stream:
+        def synchronize(self):
+            raise DriverError("cuStreamSynchronize", 999, "UNKNOWN")
+
+        def close(self):
+            closed.append(self)
+
+    class Driver:
+        def call(self, *arguments):
+            pass
+
+    hardware = _nvdec.HardwareDecoder(0)
+    hardware._stream, hardware._decoder = Stream(), ctypes.c_void_p(5)
+    monkeypatch.setattr(_nvdec, "cuvid", Driver)
+    with pytest.raises(DriverError):
+        hardware._destroy_all()
+    assert len(closed) == 1

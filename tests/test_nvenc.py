@@ -468,3 +468,13 @@ def test_a_closed_pool(driver: EmulatedDriver) -> None:
         pool.acquire()
     with pytest.raises(LaneError, match="sessions must be at least 1"):
         EncoderPool(SMALL, device="cuda:0", sessions=0)
+
+
+def test_what_was_encoded_before_a_wrong_surface_is_delivered(driver: EmulatedDriver) -> None:
+    with EncoderPool(SMALL, device="cuda:0", surfaces=4) as pool:
+        driver.set(slow_us=50_000)
+        sources = [random_surface(SMALL, i) for i in range(2)] + [torch.zeros(3, dtype=torch.uint8)]
+        results = pool.encode(sources)
+        assert [len(next(results).stream()) > 0 for _ in range(2)] == [True, True]
+        with pytest.raises(LaneError):
+            next(results)

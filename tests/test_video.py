@@ -533,3 +533,30 @@ def test_operands_go_with_their_basis() -> None:
     del basis
     gc.collect()
     assert gone() is None and len(video._QUANTIZERS) == before - 1
+
+
+@pytest.mark.parametrize("surface, bits", [("nv12", 8), ("nv12_split12", 12)])
+@pytest.mark.parametrize("numel", [2**60, 2**61])
+def test_shapes_that_no_frames_hold_are_refused(surface: str, bits: int, numel: int) -> None:
+    sections = {name: torch.zeros(4, dtype=torch.uint8) for name in ("bitstream", "scale", "bias")}
+    sections |= {name: torch.zeros(0, dtype=torch.uint8) for name in ("rows", "escapes")}
+    packet = Packet(
+        "video",
+        torch.float16,
+        (numel,),
+        (1,),
+        sections={name: sections[name] for name in ("bitstream", "rows", "escapes", "scale", "bias")},
+        params=(144, 144, 1, 144),
+        bits=bits,
+        surface=surface,
+        mapping="channel_rows",
+        rel_error=float("nan"),
+    )
+    with pytest.raises(PacketError):
+        decode_packet(Packet.from_bytes(packet.to_bytes()))
+
+
+@pytest.mark.parametrize("options", [{"max_side": 2048.0}, {"qp": True}, {"qp": 20.0}], ids=str)
+def test_numbers_of_another_kind_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(LaneError, match=next(iter(options))):
+        open_lane("video-cpu", **options)
