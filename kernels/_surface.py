@@ -1,4 +1,4 @@
-"""Device code shared by the surface kernels: tiles, positions in a surface, access to samples.
+"""Device code shared by the surface kernels: positions in a surface, access to samples.
 
 A *line* is a token for token_rows and a channel for the other mappings; *along* counts within it. Plain codes
 [T, K] are token_rows of width K.

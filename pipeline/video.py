@@ -1,4 +1,4 @@
-"""The video lane on the CPU: quantized rows as the samples of an HEVC stream."""
+"""The video lanes, in software and on NVENC: quantized rows as the samples of an HEVC stream."""
 
 from __future__ import annotations
 
