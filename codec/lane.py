@@ -10,8 +10,8 @@ from sidelane.codec.packet import Packet
 
 
 class Lane(Protocol):
-    """Encodes a tensor into a packet and back, on the device of its input. What one call gives does not depend
-    on others, but for lane "auto", which learns which lane to take.
+    """Encodes a tensor into a packet and back, on the device of its input. Calls do not depend on each other,
+    but for those of lane "auto", which learns which lane to take.
 
     `encode` takes any strided tensor and never modifies it. `decode` raises PacketError for a packet that
     another lane wrote or whose parts do not fit each other. `finer` is the lane to try when the error is too
