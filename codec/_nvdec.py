@@ -12,7 +12,7 @@ from typing import Any
 
 from sidelane.codec import _driver
 from sidelane.codec._driver import Stream, cuda, cuvid
-from sidelane.codec.probe import decoder_caps
+from sidelane.codec.probe import chroma_number, codec_number, decoder_caps
 from sidelane.errors import DriverError, LaneUnavailable
 from sidelane.layout import SurfaceFormat
 
@@ -265,14 +265,6 @@ def freeing(index: int, work: Callable[[], None]) -> None:
     except DriverError as error:
         if error.status != _driver.CUDA_DEINITIALIZED:
             raise
-
-
-def codec_number(codec: str) -> int:
-    return cuvid().abi.number(f"cudaVideoCodec_{codec.upper()}")
-
-
-def chroma_number(chroma: str) -> int:
-    return cuvid().abi.number(f"cudaVideoChromaFormat_{chroma.replace(':', '')}")
 
 
 def _set_geometry(info: Any, geometry: Geometry) -> None:

@@ -17,9 +17,9 @@ from sidelane.codec._nvdec import (
     CodedFormat,
     Geometry,
     HardwareDecoder,
-    codec_number,
     freeing,
 )
+from sidelane.codec.probe import codec_number
 
 
 class Parsing:

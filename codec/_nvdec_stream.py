@@ -12,9 +12,10 @@ import ctypes
 from typing import Any, NamedTuple
 
 from sidelane.codec._driver import cuvid
-from sidelane.codec._nvdec import CodedFormat, Geometry, HardwareDecoder, chroma_number
+from sidelane.codec._nvdec import CodedFormat, Geometry, HardwareDecoder
 from sidelane.codec._nvdec_parser import Parsing
 from sidelane.codec.hevc_syntax import END_OF_BITSTREAM, MAX_CODING_BLOCK
+from sidelane.codec.probe import chroma_number
 from sidelane.errors import PacketError
 from sidelane.layout import SurfaceLayout
 

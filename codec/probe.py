@@ -19,15 +19,8 @@ from sidelane.codec._driver import (
 from sidelane.codec._limits import FrameLimits
 from sidelane.errors import DriverError, LaneUnavailable
 
-_CODECS = {
-    "hevc": "cudaVideoCodec_HEVC",
-    "h264": "cudaVideoCodec_H264",
-    "vp9": "cudaVideoCodec_VP9",
-    "av1": "cudaVideoCodec_AV1",
-}
-_CHROMA = {"4:2:0": "cudaVideoChromaFormat_420", "4:4:4": "cudaVideoChromaFormat_444"}
 _PROBED = (
-    *(("hevc", chroma, bits) for chroma in _CHROMA for bits in (8, 10, 12)),
+    *(("hevc", chroma, bits) for chroma in ("4:2:0", "4:4:4") for bits in (8, 10, 12)),
     ("h264", "4:2:0", 8),
     ("vp9", "4:2:0", 8),
     ("vp9", "4:2:0", 10),
@@ -72,8 +65,8 @@ def decoder_caps(device: torch.device | str, codec: str, chroma: str, bits: int)
     """Ask the driver about one kind of stream. Raises LaneUnavailable without its library, DriverError."""
     abi = cuvid().abi
     query = abi.struct("CUVIDDECODECAPS")(
-        eCodecType=abi.number(_CODECS[codec]),
-        eChromaFormat=abi.number(_CHROMA[chroma]),
+        eCodecType=codec_number(codec),
+        eChromaFormat=chroma_number(chroma),
         nBitDepthMinus8=bits - 8,
     )
     with bound(device_index(device)):
@@ -146,3 +139,11 @@ def _attempt(version: str, context: int) -> SessionAttempt:
     except LaneUnavailable as error:
         return SessionAttempt(version, -1, str(error))
     return SessionAttempt(version, 0, "a session opens")
+
+
+def codec_number(codec: str) -> int:
+    return cuvid().abi.number(f"cudaVideoCodec_{codec.upper()}")
+
+
+def chroma_number(chroma: str) -> int:
+    return cuvid().abi.number(f"cudaVideoChromaFormat_{chroma.replace(':', '')}")
