@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from math import inf
 from operator import attrgetter
 from pathlib import Path
+from statistics import quantiles
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -29,6 +30,7 @@ DISTURBED = 1.15  # times the least that `loop_us` took: others are on the CPU
 TRIES = 20  # of work that is to run undisturbed
 STAY = 0.25  # seconds on the same CPUs at least: to look for others takes some milliseconds each
 LOOKS = 10
+RUNS = 25  # of which the median counts
 
 
 def environment() -> dict[str, str]:
@@ -78,6 +80,29 @@ def loop_us(rounds: int = LOOP) -> float:
 
 def timing_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def microseconds(run: Callable[[], Any]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile of RUNS replays of `run` as a CUDA graph."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    events = [timing_event() for _ in range(RUNS + 1)]
+    for _ in range(3):
+        graph.replay()
+    for event in events:
+        event.record()
+        graph.replay()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) * 1e3 for a, b in zip(events, events[1:], strict=False)]
+    q1, median, q3 = quantiles(times, n=4)
+    return q1, median, q3
 
 
 @contextmanager

@@ -25,10 +25,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from common import RESULTS, figure
+from common import RESULTS, figure, microseconds
 from kernels_exact import measure_exact_code, save_activations
 from kernels_rows import DEPTHS, GATED, PROGRAMS, TOKENS, Rows, require, same_bits
-from kernels_surface import microseconds
 from torch import Tensor
 
 from sidelane.kernels.exact import exact_decode, exact_encode

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import microseconds
 from kernels_rows import DEPTHS, GATED, PROGRAMS, TOKENS, Rows, require, same_bits
-from kernels_surface import microseconds
 from nvcomp_ans import ans_calls
 from torch import Tensor
 

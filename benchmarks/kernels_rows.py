@@ -8,8 +8,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import append_rows, environment, timing_event
-from kernels_surface import microseconds
+from common import append_rows, environment, microseconds, timing_event
 from torch import Tensor
 
 TOKENS, DEPTHS = 16384, (2048, 5632)

@@ -21,11 +21,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import torch
-from common import RESULTS, append_rows, environment, figure, timing_event
+from common import RESULTS, append_rows, environment, figure, microseconds
 from torch import Tensor
 
 from sidelane.kernels.reference import project_quantize_ref, unpack_surface_ref
@@ -47,7 +46,6 @@ from sidelane.layout import (
     plan_surface,
 )
 
-RUNS = 25  # of which the median counts
 GATED = 512  # tokens whose results are checked
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -229,29 +227,6 @@ def read_codes(surface: Tensor, layout: SurfaceLayout) -> Tensor:
     if layout.mapping == TOKEN_ROWS:
         return used.view(layout.tokens, layout.channels)
     return used.view(layout.channels, layout.tokens).t()
-
-
-def microseconds(run: Callable[[], Any]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile of RUNS replays of `run` as a CUDA graph."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    events = [timing_event() for _ in range(RUNS + 1)]
-    for _ in range(3):
-        graph.replay()
-    for event in events:
-        event.record()
-        graph.replay()
-    torch.cuda.synchronize()
-    times = [a.elapsed_time(b) * 1e3 for a, b in zip(events, events[1:], strict=False)]
-    q1, median, q3 = quantiles(times, n=4)
-    return q1, median, q3
 
 
 @dataclass(frozen=True)

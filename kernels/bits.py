@@ -170,7 +170,7 @@ def _tiles(tokens: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]
 
 
 def _first_planes(widths: list[int], device: torch.device) -> Tensor:
-    """Planes before each channel and their total, int64 [K + 1], for work on the current stream."""
+    """`_planes` for work on the current stream."""
     table = _planes(tuple(widths), device)
     if table.is_cuda:
         table.record_stream(torch.cuda.current_stream(device))  # of one that is forgotten meanwhile
@@ -179,6 +179,7 @@ def _first_planes(widths: list[int], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _planes(widths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Planes before each channel and their total, int64 [K + 1]."""
     return torch.tensor((0, *widths), dtype=torch.int64, device="cpu").cumsum(0).to(device)
 
 

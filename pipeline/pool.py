@@ -194,17 +194,23 @@ class Pool(Generic[R]):
     def _grow(self, size: int) -> bool:
         """Open a region that holds `size` bytes, or none."""
         step = min(self._step, max(self._first, self.reserved))
-        for wanted in (max(size, step), size, 0):
+        for wanted in (max(size, step), size):
             nbytes = min(rounded(wanted), self._room())
-            if nbytes < size:  # in the end because the machine has refused
-                if not self._drop_regions(wait=False) and not wanted:
-                    return False
+            if nbytes < size:
+                self._drop_regions(wait=False)
                 nbytes = min(size, self._room())
-            if nbytes >= size and (region := self._open_region(nbytes)) is not None:
-                self._regions.append(region)
-                self._space.give(Block(region, region.start, nbytes))
+            if self._add(nbytes, size):
                 return True
-        return False
+        # The machine has refused; what is free is its memory too.
+        return self._drop_regions(wait=False) > 0 and self._add(min(size, self._room()), size)
+
+    def _add(self, nbytes: int, least: int) -> bool:
+        """Open a region of so many bytes, unless they are too few."""
+        if nbytes < least or (region := self._open_region(nbytes)) is None:
+            return False
+        self._regions.append(region)
+        self._space.give(Block(region, region.start, nbytes))
+        return True
 
     def _room(self) -> int:
         if self.limit is None:

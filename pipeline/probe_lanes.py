@@ -14,8 +14,8 @@ scatter by a quarter.
 Note: [Turns]
 What starting kernels costs the host changes by a factor of up to two within seconds, with the CPU that a
 thread runs on. A choice between lanes needs times of the same moments, so after each had its own, all of
-them are timed in turns, several times; the least median of each counts. Calls in a row
-start kernels some 7 % faster than in use, hence the pauses (`seconds_in_use`).
+them are timed in turns, several times; the least median of each counts. Calls in a row start kernels some 7 %
+faster than in use, hence the pauses (`seconds_in_use`).
 """
 
 from __future__ import annotations
