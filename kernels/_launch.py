@@ -181,5 +181,10 @@ def programs(tiles: int, most: int | None) -> int:
     return tiles if most is None else min(tiles, most)
 
 
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sidelane.kernels._launch import multiprocessors
 from sidelane.kernels._surface import Geometry
 
 # How a kernel reads a matrix: through pointers, or through a tensor descriptor of it or of its transpose.
@@ -128,13 +128,8 @@ def access(m: Tensor, height: int, width: int) -> tuple[Tensor | TensorDescripto
 
 def programs(tiles: int, per_sm: int, sms: int | None, device: torch.device) -> int:
     """Programs that share `tiles`."""
-    available = _multiprocessors(device)
+    available = multiprocessors(device)
     return min(tiles, per_sm * min(sms or available, available))
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def pass_blocks(lines: int, length: int, flags: dict[str, Any]) -> tuple[int, int]:

@@ -36,6 +36,8 @@ from sidelane.kernels.reference import (
 SURVEY_TILE = 4096  # elements per step of a surveying program
 SURVEY_PROGRAMS = 2048  # at most
 ENCODE_REGISTERS = 96  # of a thread
+ENCODE_PROGRAMS = 16384  # at most
+LIST_BLOCKS = 4  # at a time in a program that lists escapes
 LIST_PROGRAMS = 8192  # at most
 FINISH_TILE = 2048  # elements per step of a finishing program
 FINISH_PROGRAMS = 1024  # at most
@@ -159,9 +161,9 @@ def _exact_encode_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["room"])  # type: ignore[untyped-decorator]
 def _exact_list_kernel(  # type: ignore[no-untyped-def]
     word_ptr, info_ptr, base_ptr, marks_ptr, ends_ptr, escapes_ptr, numel, room,
-    MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, PLANES: tl.constexpr,
+    MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """The list of escapes as far as there is room, and their number: info[0]. Blocks with escapes one by one.
+    """The list of escapes as far as there is room, and their number: info[0]. TOGETHER blocks at a time.
 
     Bit 8 q + i of mark r of a block is for element 256 q + 8 r + i. `escapes` is where they begin when all
     planes are stored; each plane that is not gives room.
@@ -176,45 +178,42 @@ def _exact_list_kernel(  # type: ignore[no-untyped-def]
             if (used >> plane) & 1 == 0:
                 escapes_ptr -= tl.cast(blocks, tl.int64) * (BLOCK // 2)
                 room += blocks * (BLOCK // 2)
-    run = tl.arange(0, 32)
-    for number in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        block = tl.cast(number, tl.int64)
-        end = tl.load(ends_ptr + block)
-        start = tl.load(ends_ptr + block - 1, mask=block > 0, other=0)
-        if block == blocks - 1:
-            tl.store(info_ptr, end)
-        if end > start:
-            base = tl.load(base_ptr + block).to(tl.int32)
-            marks = tl.load(marks_ptr + block * 32 + run).to(tl.uint32, bitcast=True)
-            both = tl.zeros_like(marks)
-            ones = _ones(marks)
-            rank = start + tl.cumsum(ones, axis=0) - ones
-            start += tl.sum(ones, axis=0)
-            most = tl.max(ones, axis=0)
-            while most > 0:
-                lowest, place = _lowest(marks, run)
-                word = tl.load(word_ptr + block * BLOCK + place, mask=lowest > 0, other=0).to(tl.int32)
-                exponent = (word >> MANTISSA) & SPECIAL
-                far = _is_far(exponent, base)
-                what = tl.where(far, 32 + (exponent & 15), base - ZERO - exponent)
-                mask = (lowest > 0) & (rank < room)
-                tl.store(escapes_ptr + rank, (place | what << 10).to(tl.int16), mask=mask)
-                both |= tl.where(far, lowest, 0)
-                rank += 1
-                marks ^= lowest
-                most -= 1
-            ones = _ones(both)
-            rank = start + tl.cumsum(ones, axis=0) - ones
-            most = tl.max(ones, axis=0)
-            while most > 0:
-                lowest, place = _lowest(both, run)
-                word = tl.load(word_ptr + block * BLOCK + place, mask=lowest > 0, other=0).to(tl.int32)
-                what = 48 + (((word >> MANTISSA) & SPECIAL) >> 4)
-                mask = (lowest > 0) & (rank < room)
-                tl.store(escapes_ptr + rank, (place | what << 10).to(tl.int16), mask=mask)
-                rank += 1
-                both ^= lowest
-                most -= 1
+    run = tl.arange(0, 32)[None, :]
+    for step in range(tl.program_id(0), (blocks - 1) // TOGETHER + 1, tl.num_programs(0)):
+        block = step * TOGETHER + tl.arange(0, TOGETHER)[:, None]
+        end = tl.load(ends_ptr + block, mask=block < blocks, other=0)
+        start = tl.load(ends_ptr + block - 1, mask=(block > 0) & (block < blocks), other=0)
+        tl.store(info_ptr + 0 * block, end, mask=block == blocks - 1)
+        if _most(end - start) > 0:
+            listed = end > start
+            base = tl.load(base_ptr + block, mask=listed, other=0).to(tl.int32)
+            marks = tl.load(marks_ptr + block * 32 + run, mask=listed, other=0).to(tl.uint32, bitcast=True)
+            for half in tl.static_range(2):
+                both = tl.zeros_like(marks)
+                ones = _ones(marks)
+                at = start + tl.cumsum(ones, axis=1) - ones
+                start += tl.sum(ones, axis=1)[:, None]
+                most = _most(ones)
+                while most > 0:
+                    lowest, place = _lowest(marks, run)
+                    word = tl.load(word_ptr + block * BLOCK + place, mask=lowest > 0, other=0).to(tl.int32)
+                    exponent = (word >> MANTISSA) & SPECIAL
+                    what = 48 + (exponent >> 4)
+                    if half == 0:
+                        far = _is_far(exponent, base)
+                        what = tl.where(far, 32 + (exponent & 15), base - ZERO - exponent)
+                        both |= tl.where(far, lowest, 0)
+                    mask = (lowest > 0) & (at < room)
+                    tl.store(escapes_ptr + at, (place | what << 10).to(tl.int16), mask=mask)
+                    at += 1
+                    marks ^= lowest
+                    most -= 1
+                marks = both
+
+
+@triton.jit
+def _most(x):  # type: ignore[no-untyped-def]
+    return tl.max(tl.max(x, axis=1), axis=0)
 
 
 @triton.jit
@@ -465,7 +464,7 @@ def _encode(
         launch(_exact_survey_kernel, count, (word, info.zero_()), (numel,), constants)
     launch(
         _exact_encode_kernel,
-        programs(blocks, max_programs),
+        programs(min(blocks, ENCODE_PROGRAMS), max_programs),
         (word, info, base, codes, counts, marks, kept, odd),
         (numel,),
         (f.mantissa, f.exponent, f.planes, f.odd_bits),
@@ -491,10 +490,10 @@ def _list_escapes(
     f, (base, _, ends, _, _, escapes) = EXACT_FIELDS[x.dtype], parts
     launch(
         _exact_list_kernel,
-        programs(min(base.numel(), LIST_PROGRAMS), max_programs),
+        programs(min(cdiv(base.numel(), LIST_BLOCKS), LIST_PROGRAMS), max_programs),
         (x.view(f.word), info, base, marks, ends, escapes),
         (x.numel(), room),
-        (f.mantissa, f.exponent, planes),
+        (f.mantissa, f.exponent, planes, LIST_BLOCKS),
         num_warps=1,
     )
 

@@ -20,6 +20,7 @@ from sidelane.kernels._launch import (
     current_device,
     cut,
     launch,
+    multiprocessors,
     programs,
     span,
     starts,
@@ -52,6 +53,7 @@ PACK_REGISTERS = {2: 96, 4: 72, 8: 72}  # of a thread that rounds stochastically
 NEAREST_REGISTERS = 80
 TILES = {False: 2, True: 4}  # that a program packs where there are many, by whether it rounds stochastically
 MANY = 4096  # programs that are enough
+RESIDENT = 4 * (16384 // (32 * PACK_REGISTERS[2]))  # programs of 2 bits that a multiprocessor holds at once
 UNPACK_TILE, UNPACK_WARPS = 2048, 2  # elements per program, a power of two
 WIDE = tl.constexpr(reference.WIDE)
 WIDE_NONFINITE = tl.constexpr(reference.WIDE_NONFINITE)
@@ -457,6 +459,8 @@ def _launch_pack(
 ) -> Callable[..., object] | None:
     """`offset`: not used where `symmetric`. Returns what `launch` does."""
     in_pairs = x.data_ptr() % 4 == 0
+    if bits == 2 and seed is not None and max_programs is None:  # what sets up a program weighs most here
+        max_programs = RESIDENT * multiprocessors(x.device)
     (numel, number, *constants), count = _arguments(
         x.numel(), x.dtype, in_pairs, bits, group, symmetric, seed, max_programs
     )
