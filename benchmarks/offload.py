@@ -5,8 +5,8 @@
 Every setting runs in a fresh process; all import first, then one after another has the GPU. A row is written
 only after its gate: the gradients of one step under deterministic algorithms equal those without offload,
 taken in the same process, bit for bit (lossy lanes: their cosine is in the row). A setting has two CPUs, and
-of up to twice as many steps those count in which others disturbed these least (`measure.quiet_timings`). The
-weights are random, so that the rows say nothing about compression ratios of trained models.
+of up to `measure.MOST` times as many steps those count in which others disturbed these least. The weights are
+random, so that the rows say nothing about compression ratios of trained models.
 """
 
 from __future__ import annotations

@@ -119,6 +119,7 @@ def test_disturbed_steps_are_left_out(
 ) -> None:
     """`loops`: what they take, m for a move before them. The time of a step is its number."""
     measure, coming, count = script("measure"), loops.split(), iter(range(1, 100))
+    monkeypatch.setattr(measure, "MOST", 2)
     steps: list[int] = []
     monkeypatch.setattr(measure, "loop_us", lambda: float(coming.pop(0)))
     monkeypatch.setattr(measure, "_now", lambda: len(steps))
