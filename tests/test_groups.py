@@ -470,6 +470,29 @@ def test_programs_that_share_tiles(
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize(("bits", "seed", "programs"), [(2, 1, 20 * 2), (2, None, 50), (4, 1, 50)])
+def test_programs_of_two_bits_with_noise_are_as_many_as_run_at_once(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, bits: int, seed: int | None, programs: int
+) -> None:
+    """50 tiles on two multiprocessors, of 65,536 registers each."""
+    counts: list[int] = []
+
+    def counted(kernel: object, count: int, *rest: object, **options: object) -> object:
+        counts.append(count)
+        return launch(kernel, count, *rest, **options)
+
+    launch = groups.launch
+    monkeypatch.setattr(groups, "launch", counted)
+    monkeypatch.setattr(groups, "multiprocessors", lambda _device: 2)
+    groups.group_packer.cache_clear()
+    x = torch.randn(50 * 1024).to(torch.bfloat16)
+    codes = group_quantize_pack(x.to(device), bits, 64, seed=seed)
+    groups.group_packer.cache_clear()
+    assert counts == [programs]
+    assert_same_codes(codes, group_quantize_pack_ref(x, bits, 64, seed=seed))
+
+
+@pytest.mark.kernel
 def test_kernel_rounds_values_beside_every_tie_as_the_reference(device: torch.device) -> None:
     """Multiples of 1/64 in groups whose scale is near 1: a fused multiply-add would move some codes."""
     x = torch.arange(0, 4096).float().view(-1, 64) / 64
