@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="write activations to this .npz and stop")
     parser.add_argument("--each", type=int, default=1 << 19, help="elements of each kind to save")
     parser.add_argument("--activations", type=Path, help="read them from this .npz")
-    parser.add_argument("--only", choices=("products", "exact", "groups"), help="measure nothing else")
+    parser.add_argument("--only", choices=("products", "exact", "groups"), help="these alone, no figure")
     parser.add_argument("--compiled", choices=("none", "few"), default="few")
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels_codes.csv")
     options = parser.parse_args()

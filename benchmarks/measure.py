@@ -198,7 +198,7 @@ class Timings:
 
 
 def quiet_timings(step: Step, count: int, move_to_quiet_cpus: Callable[[], None]) -> Timings:
-    """`count` steps in which the host was not disturbed, or the least disturbed of MOST times as many.
+    """`count` undisturbed steps, or the least disturbed ones of at most MOST times as many.
 
     A loop of Python runs before and after every step, while the device is still busy with it; how much longer
     it takes than the least between two steps tells how disturbed these are. After a disturbed step other CPUs

@@ -183,6 +183,7 @@ def programs(tiles: int, most: int | None) -> int:
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; two of a CPU, so that tests have programs that share work."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

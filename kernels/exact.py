@@ -163,7 +163,8 @@ def _exact_list_kernel(  # type: ignore[no-untyped-def]
     word_ptr, info_ptr, base_ptr, marks_ptr, ends_ptr, escapes_ptr, numel, room,
     MANTISSA: tl.constexpr, EXPONENT: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """The list of escapes as far as there is room, and their number: info[0]. TOGETHER blocks at a time.
+    """The list of escapes as far as there is room, and their number: info[0]. TOGETHER blocks at a time, if
+    one of them has escapes; in each block the second ones of elements that have two come last.
 
     Bit 8 q + i of mark r of a block is for element 256 q + 8 r + i. `escapes` is where they begin when all
     planes are stored; each plane that is not gives room.
@@ -183,8 +184,8 @@ def _exact_list_kernel(  # type: ignore[no-untyped-def]
         block = step * TOGETHER + tl.arange(0, TOGETHER)[:, None]
         end = tl.load(ends_ptr + block, mask=block < blocks, other=0)
         start = tl.load(ends_ptr + block - 1, mask=(block > 0) & (block < blocks), other=0)
-        tl.store(info_ptr + 0 * block, end, mask=block == blocks - 1)
-        if _most(end - start) > 0:
+        tl.store(info_ptr + tl.zeros_like(block), end, mask=block == blocks - 1)
+        if _largest(end - start) > 0:
             listed = end > start
             base = tl.load(base_ptr + block, mask=listed, other=0).to(tl.int32)
             marks = tl.load(marks_ptr + block * 32 + run, mask=listed, other=0).to(tl.uint32, bitcast=True)
@@ -193,7 +194,7 @@ def _exact_list_kernel(  # type: ignore[no-untyped-def]
                 ones = _ones(marks)
                 at = start + tl.cumsum(ones, axis=1) - ones
                 start += tl.sum(ones, axis=1)[:, None]
-                most = _most(ones)
+                most = _largest(ones)
                 while most > 0:
                     lowest, place = _lowest(marks, run)
                     word = tl.load(word_ptr + block * BLOCK + place, mask=lowest > 0, other=0).to(tl.int32)
@@ -212,7 +213,8 @@ def _exact_list_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _most(x):  # type: ignore[no-untyped-def]
+def _largest(x):  # type: ignore[no-untyped-def]
+    """Of a matrix."""
     return tl.max(tl.max(x, axis=1), axis=0)
 
 
@@ -311,7 +313,7 @@ def exact_encode(x: Tensor, *, max_programs: int | None = None) -> ExactCodes | 
     The parts are made by `carve`. On a GPU the host waits once, at the end, for the number of escapes; where
     they are more than n / ROOM their section is written again behind a copy of the others. One pass over bf16
     and fp16, two over fp32. The result does not depend on the order of execution. `max_programs` is the most
-    programs to launch at once, a warp each (the survey of fp32 has four); None for as many as there is work.
+    programs to launch at once, a warp each (the survey of fp32 has four); None for what is fastest by itself.
 
     Raises LaneError for any other input.
     """

@@ -51,9 +51,9 @@ _LIMITS = {  # largest number, words of Inf and NaN
 }
 PACK_REGISTERS = {2: 96, 4: 72, 8: 72}  # of a thread that rounds stochastically, by bits
 NEAREST_REGISTERS = 80
-TILES = {False: 2, True: 4}  # that a program packs where there are many, by whether it rounds stochastically
+TILES = {False: 2, True: 4}  # that a program packs where they are many, by whether it rounds stochastically
 MANY = 4096  # programs that are enough
-RESIDENT = 4 * (16384 // (32 * PACK_REGISTERS[2]))  # programs of 2 bits that a multiprocessor holds at once
+RESIDENT = 4 * (16384 // (32 * PACK_REGISTERS[2]))  # of 2 bits a multiprocessor with 4 x 16384 registers
 UNPACK_TILE, UNPACK_WARPS = 2048, 2  # elements per program, a power of two
 WIDE = tl.constexpr(reference.WIDE)
 WIDE_NONFINITE = tl.constexpr(reference.WIDE_NONFINITE)
@@ -365,7 +365,7 @@ def group_quantize_pack(
         bits, group: one of GROUP_BITS and GROUP_SIZES.
         symmetric: no offsets; codes are centred on zero.
         seed: None rounds to nearest; a number rounds stochastically, the same way for the same seed.
-        max_programs: the most programs to launch, a warp each; None for as many as there is work.
+        max_programs: the most programs to launch, a warp each; None for what is fastest by itself.
 
     The codes are not differentiable. Raises LaneError for any other input.
     """
@@ -459,7 +459,7 @@ def _launch_pack(
 ) -> Callable[..., object] | None:
     """`offset`: not used where `symmetric`. Returns what `launch` does."""
     in_pairs = x.data_ptr() % 4 == 0
-    if bits == 2 and seed is not None and max_programs is None:  # what sets up a program weighs most here
+    if bits == 2 and seed is not None and max_programs is None:  # starting a program weighs most here
         max_programs = RESIDENT * multiprocessors(x.device)
     (numel, number, *constants), count = _arguments(
         x.numel(), x.dtype, in_pairs, bits, group, symmetric, seed, max_programs
