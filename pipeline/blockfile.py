@@ -44,7 +44,8 @@ class BlockFile:
         try:
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         except (OSError, ValueError) as error:
-            raise LaneError(f"folder={folder!r} takes no file: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise LaneError(f"folder={folder!r} takes no file: {reason}") from error
         self._end = 0
         self.direct = self._set_direct(True)
 

@@ -201,6 +201,8 @@ def _dual_lane() -> type[Lane]:
     return DualLane
 
 
+OWNERS = dict.fromkeys(inspect.signature(PackedLane).parameters, "packed")  # of options, by name
+OWNERS |= {"format": "video-cpu", "qp": "video-cpu", "wire": "auto"}
 LANE_CLASSES: dict[str, Callable[[], type[Lane]]] = {
     "raw": lambda: RawLane,
     "exact": lambda: ExactLane,
@@ -222,7 +224,7 @@ def open_lane(name: str, **options: Any) -> Lane:
     known = list(inspect.signature(factory).parameters)
     for option in options:
         if option not in known:
-            other = "; lane 'packed' has it" if option in inspect.signature(PackedLane).parameters else ""
+            other = f"; lane '{OWNERS[option]}' has it" if option in OWNERS else ""
             has = ", ".join(known) or "no options"
             raise LaneError(f"lane '{name}' has no option '{option}': it has {has}{other}")
     return factory(**options)

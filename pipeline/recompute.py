@@ -434,7 +434,7 @@ def _check_types(x: Any, kv: Any, keys: Any, values: Any, rotate: Any, positions
 
 def _check_shapes(x: Tensor, kv: Tensor, keys: Linear, values: Linear) -> None:
     if kv.ndim < 4 or kv.shape[0] != 2 or not kv.numel():
-        raise LaneError(f"kv {tuple(kv.shape)} is not [2, tokens, ..., heads, dim]")
+        raise LaneError(f"kv {tuple(kv.shape)} is not [2, tokens, ..., heads, dim] with at least one of each")
     if x.ndim < 2 or x.shape[:-1] != kv.shape[1:-2]:
         raise LaneError(
             f"x {tuple(x.shape)} and kv {tuple(kv.shape)} differ in tokens or batch: "

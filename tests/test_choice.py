@@ -901,7 +901,21 @@ def test_plan_refuses_tensors_that_torch_does_not_have(
     strange.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
     assert cli.run(["plan", "--profile", str(profile), str(strange)]) == 2
     error = capsys.readouterr().err
-    assert "a cannot be read" in error and error.count("\n") == 1
+    assert f"{strange}: tensor 'a' has the dtype F6_E2M3: convert it to one of F64, " in error
+    assert error.count("\n") == 1
+
+
+def test_plan_of_a_file(profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"full": torch.randn(64, 64), "empty": torch.empty(0, 3)}, tmp_path / "in")
+    arguments = ["plan", "--profile", str(profile), "--wire", "1", str(tmp_path / "in")]
+    assert cli.run(arguments) == 0
+    out = capsys.readouterr().out
+    assert "empty: no elements, nothing to send\n" in out and "full: float32, 0.0164 MB over 1 GB/s" in out
+    for more in (["--mib", "3"], ["--dtype", "float32"]):
+        assert cli.run([*arguments, *more]) == 2
+        assert "are of random numbers: leave them out beside a file" in capsys.readouterr().err
 
 
 def test_the_command_says_why_everything_goes_raw(

@@ -10,7 +10,7 @@ import resource
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,18 @@ from safetensors.torch import load_file, save_file
 import sidelane
 from sidelane import archive, cli
 from sidelane.codec.packet import Packet
+from sidelane.pipeline import choice
 
 METADATA = {"format": "pt", "note": "räksmörgås"}
+
+
+@pytest.fixture(autouse=True)
+def no_profile(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever this machine has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    choice.present.cache_clear()
+    yield
+    choice.present.cache_clear()
 
 
 @pytest.fixture
@@ -168,8 +178,10 @@ def test_command_is_installed() -> None:
         (["compress", "IN", "OUT", "--max-rel-error", "-1"], "max_rel_error"),
         (["compress", "IN", "OUT", "--max-rel-error", "nan"], "max_rel_error"),
         (["compress", "nowhere", "OUT"], "nowhere: No such file"),
-        (["compress", "IN", "nowhere/OUT"], "nowhere/OUT: No such file"),
+        (["compress", "IN", "nowhere/OUT"], "nowhere/OUT: nowhere is no folder: make it first"),
         (["compress", ".", "OUT"], "directory"),
+        (["compress", "IN", "OUT", "--qp", "20"], "lane 'video-cpu' has it"),
+        (["demo", "--out", "IN"], "is a file: name a folder"),
         (["compress", "IN", "IN"], "is the input"),
         (["compress", "IN", "."], "is not a file"),
         (["demo", "--seed", "99999999999999999999999"], "--seed"),

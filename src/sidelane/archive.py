@@ -44,6 +44,8 @@ MAGIC = b"\x89SLARC\r\n"
 VERSION = 1
 MAX_HEADER = 100_000_000  # bytes, the limit of safetensors
 
+DAMAGED = "the file is damaged or cut, copy it again"
+
 _PREFIX = struct.Struct("<8sHHIQ")
 _LENGTH = struct.Struct("<Q")
 
@@ -113,12 +115,8 @@ def compress_file(
     """
     opened = choose_lane(lane, max_rel_error, None, options)
     with open(source, "rb") as file, _whole(target, force, source) as out:
-        size = os.fstat(file.fileno()).st_size
-        header = _read_safetensors_header(file, size)
-        entries = _parse_header(header)
-        total = sum(e.nbytes for e in entries)
-        if _LENGTH.size + len(header) + total != size:
-            raise ArchiveError(f"{source}: not a safetensors file, its data has not the size its header says")
+        header, entries = _read_safetensors_header(file)
+        size, total = os.fstat(file.fileno()).st_size, sum(e.nbytes for e in entries)
         out.write(_PREFIX.pack(MAGIC, VERSION, 0, crc32c(header), len(header)))
         out.write(header)
         summary, done = Summary(tensors=len(entries), bytes_in=size), 0
@@ -153,7 +151,7 @@ def decompress_file(
     with open(source, "rb") as file, _whole(target, force, source) as out:
         size = os.fstat(file.fileno()).st_size
         header = _read_archive_header(file, size)
-        entries = _parse_header(header)
+        entries = _parse_header(header, source)
         total = sum(e.nbytes for e in entries)
         out.write(_LENGTH.pack(len(header)))
         out.write(header)
@@ -174,17 +172,37 @@ def decompress_file(
             done += entry.nbytes
             progress(done, total)
         if file.tell() != size:
-            raise ArchiveError(f"{source}: {size - file.tell()} bytes follow the last tensor")
+            raise ArchiveError(f"{source}: {size - file.tell()} bytes follow the last tensor: copy it again")
         summary.bytes_out = out.tell()
     return summary
 
 
-def _read_safetensors_header(file: BinaryIO, size: int) -> bytes:
+def entries_of(source: Path) -> list[Entry]:
+    """The tensors of the safetensors file `source`. Raises ArchiveError and OSError for what is none."""
+    with open(source, "rb") as file:
+        return _read_safetensors_header(file)[1]
+
+
+def read_tensors(source: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the safetensors file `source`, one at a time. Raises as `entries_of`."""
+    with open(source, "rb") as file:
+        for entry in _read_safetensors_header(file)[1]:
+            with _naming(source, entry):
+                tensor = _read_tensor(file, entry)
+            yield entry.name, tensor
+
+
+def _read_safetensors_header(file: BinaryIO) -> tuple[bytes, list[Entry]]:
+    size = os.fstat(file.fileno()).st_size
     prefix = file.read(_LENGTH.size)
     length = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else size
     if not 2 <= length <= min(size - _LENGTH.size, MAX_HEADER):
         raise ArchiveError(f"{file.name}: not a safetensors file, its header length is out of range")
-    return file.read(length)
+    header = file.read(length)
+    entries = _parse_header(header, file.name)
+    if _LENGTH.size + length + sum(e.nbytes for e in entries) != size:
+        raise ArchiveError(f"{file.name}: not a safetensors file, its data has not the size its header says")
+    return header, entries
 
 
 def _read_archive_header(file: BinaryIO, size: int) -> bytes:
@@ -193,17 +211,18 @@ def _read_archive_header(file: BinaryIO, size: int) -> bytes:
         raise ArchiveError(f"{file.name}: not written by `sidelane compress`")
     _, version, reserved, crc, length = _PREFIX.unpack(prefix)
     if version != VERSION or reserved:
-        raise ArchiveError(f"{file.name}: version {version}.{reserved}; this library reads version {VERSION}")
+        raise ArchiveError(f"{file.name}: version {version}.{reserved}; this library reads {VERSION}.0")
     if not 2 <= length <= min(size - _PREFIX.size, MAX_HEADER):
-        raise ArchiveError(f"{file.name}: corrupted, its header length is out of range")
+        raise ArchiveError(f"{file.name}: its header length is out of range: {DAMAGED}")
     header = file.read(length)
     if crc32c(header) != crc:
-        raise ArchiveError(f"{file.name}: corrupted, the checksum of its header does not match")
+        raise ArchiveError(f"{file.name}: the checksum of its header does not match: {DAMAGED}")
     return header
 
 
-def _parse_header(header: bytes) -> list[Entry]:
-    """The tensors in the order of their data. Raises ArchiveError if a field is wrong or data has gaps."""
+def _parse_header(header: bytes, source: Path | str) -> list[Entry]:
+    """The tensors of `source` in the order of their data. Raises ArchiveError if a field is wrong or data has
+    gaps."""
     try:
         table = json.loads(header)
         if not isinstance(table, dict):
@@ -216,7 +235,9 @@ def _parse_header(header: bytes) -> list[Entry]:
         at, entries = 0, []
         for start, end, name, dtype, shape in rows:
             if dtype not in DTYPES:
-                raise ArchiveError(f"tensor '{name}' has the dtype {dtype}, which sidelane does not know")
+                known = ", ".join(DTYPES)
+                what = f"tensor '{name}' has the dtype {str(dtype)[:20]}"
+                raise ArchiveError(f"{source}: {what}: convert it to one of {known}")
             if len(shape) > MAX_NDIM or prod(max(n, 1) for n in shape) >= 2**62:
                 raise ValueError(f"the shape of '{name}' is too large")
             entries.append(Entry(name, DTYPES[dtype], shape))
@@ -226,7 +247,8 @@ def _parse_header(header: bytes) -> list[Entry]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ArchiveError):
             raise
-        raise ArchiveError(f"the header of the safetensors file is damaged: {error!r}"[:200]) from None
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ArchiveError(f"{source}: not a safetensors file, its header is damaged: {what:.100}") from None
     return entries
 
 
@@ -269,7 +291,7 @@ def _naming(source: Path, entry: Entry) -> Iterator[None]:
     try:
         yield
     except SidelaneError as error:
-        advice = ": the file is damaged or cut, copy it again" if isinstance(error, PacketError) else ""
+        advice = f": {DAMAGED}" if isinstance(error, PacketError) else ""
         raise ArchiveError(f"{source}: tensor '{entry.name}': {error}{advice}") from error
 
 
@@ -283,6 +305,8 @@ def _whole(target: Path, force: bool, source: Path) -> Iterator[BinaryIO]:
             raise FileExistsError(EEXIST, "exists and is not a file", str(target))
         if not force:
             raise FileExistsError(EEXIST, "exists; --force replaces it", str(target))
+    if not target.parent.is_dir():
+        raise ArchiveError(f"{target}: {target.parent} is no folder: make it first")
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:

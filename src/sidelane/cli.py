@@ -121,7 +121,7 @@ def plan(
         list[float] | None,
         typer.Option(min=0.01, help="MiB of random numbers, without a file. Repeat for more."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the random numbers.")] = "bfloat16",
+    dtype: Annotated[str | None, typer.Option(help="Of the random numbers; bfloat16 without.")] = None,
     load: Annotated[str, typer.Option(help="idle, or busy beside matrix products.")] = "idle",
     max_rel_error: Annotated[
         float | None, typer.Option(help="Largest relative Frobenius error; only exact lanes without.")
@@ -136,8 +136,7 @@ def plan(
     """Show which lane is predicted to be fastest over which wire, and why the others are not."""
     from sidelane.plan import plans
 
-    sizes = mib or [1.0, 64.0]
-    for table in plans(source, wire or [], sizes, dtype, load, max_rel_error, together, profile):
+    for table in plans(source, wire or [], mib, dtype, load, max_rel_error, together, profile):
         print(table, end="\n\n")
 
 

@@ -41,6 +41,8 @@ def run_demo(out: Path, *, steps: int, device: str, seed: int, quick: bool) -> b
     except ImportError as error:
         raise SidelaneError(f"{error}: pip install 'sidelane[demo]'") from None
     place = _device(device)
+    if out.exists() and not out.is_dir():
+        raise SidelaneError(f"{out} is a file: name a folder")
     out.mkdir(parents=True, exist_ok=True)
     shape, steps = (QUICK, min(steps, QUICK_STEPS)) if quick else (FULL, steps)
     trainer = Trainer(shape, Corpus(), place, seed)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sidelane.archive import entries_of, read_tensors
 from sidelane.errors import LaneError, ProfileError
 from sidelane.pipeline.choice import MAX_RATE, MIN_RATE, NO_PROFILE, Wire, check_load, choose, present
 from sidelane.pipeline.compress import check_bound
@@ -26,8 +25,8 @@ NOT_CHECKED = "Without a GPU here the time that keeping the bound takes is left 
 def plans(
     source: Path | None,
     wires: Sequence[str],
-    sizes: Sequence[float],
-    dtype: str,
+    sizes: Sequence[float] | None,
+    dtype: str | None,
     load: str,
     max_rel_error: float | None,
     together: int,
@@ -36,7 +35,8 @@ def plans(
     """One table for each tensor and wire.
 
     Args:
-        source: safetensors file; without, tensors of `sizes` MiB of `dtype` that are normal random numbers.
+        source: safetensors file; without, tensors of `sizes` MiB (1 and 64) of `dtype` (bfloat16) that are
+            normal random numbers.
         wires: see `parse_wire`; without any, those of the profile in one direction at a time.
         profile: of this or another machine; default: the one in the cache.
 
@@ -45,7 +45,12 @@ def plans(
     check_bound(max_rel_error)
     check_load(load)
     routes = [parse_wire(wire) for wire in wires]
-    tensors = _random(dtype, sizes) if source is None else _read(source)
+    if source is None:
+        tensors = _random(dtype or "bfloat16", sizes or (1.0, 64.0))
+    elif sizes or dtype is not None:
+        raise LaneError("--mib and --dtype are of random numbers: leave them out beside a file")
+    else:
+        tensors = _read(source)
     machine = present() if profile is None else Machine.load(profile, foreign=True)
     if machine is None:
         raise ProfileError(NO_PROFILE)
@@ -53,10 +58,14 @@ def plans(
     if not routes:
         raise LaneError("the profile has no wires: give --wire with a rate in GB/s")
     for name, nbytes, tensor in tensors:
+        name = name if name.isprintable() else ascii(name)
+        if not nbytes:
+            yield f"{name}: no elements, nothing to send"
+            continue
         what = _described(tensor, nbytes, machine)
         for route in routes:
             decision = choose(what, route, machine, load, max_rel_error, together=together, name=name)
-            yield f"{name if name.isprintable() else ascii(name)}: {decision.explain()}"
+            yield f"{name}: {decision.explain()}"
         if max_rel_error is not None and not isinstance(what[2], Tensor):
             yield NOT_CHECKED
 
@@ -76,7 +85,7 @@ def _wire(part: str) -> Wire:
     return rate
 
 
-def _random(dtype: str, sizes: Sequence[float]) -> list[tuple[str, int, Tensor]]:
+def _random(dtype: str, sizes: Sequence[float]) -> Iterator[tuple[str, int, Tensor]]:
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise LaneError(f"dtype '{dtype}' is no floating dtype of torch: use bfloat16, float16 or float32")
@@ -90,29 +99,16 @@ def _random(dtype: str, sizes: Sequence[float]) -> list[tuple[str, int, Tensor]]
     for size in sizes:
         if size * MIB > MAX_SIZE:
             raise LaneError(f"{size:g} MiB are more than the {MAX_SIZE // MIB} MiB that can be planned for")
-    return [("normal random numbers", int(size * MIB), tensor) for size in sizes]
+    return iter([("normal random numbers", int(size * MIB), tensor) for size in sizes])
 
 
 def _read(source: Path) -> Iterator[tuple[str, int, Tensor]]:
-    """The tensors of a file, one after the other; what is wrong with the file is said at once."""
+    """The tensors of a file, one after the other; what is wrong with its header is said at once."""
     if not source.is_file():
         raise LaneError(f"{source} is no file: name a safetensors file, or none for random numbers")
-    try:
-        file: Any = safe_open(source, framework="pt")
-        names = [name for name in file.keys() if 0 not in file.get_slice(name).get_shape()]  # noqa: SIM118
-    except SafetensorError as error:
-        raise LaneError(f"{source} is no safetensors file: {error}") from error
-    if not names:
+    if not any(entry.nbytes for entry in entries_of(source)):
         raise LaneError(f"{source} has no tensor with elements: there is nothing to plan for")
-    return (_of(source, file, name) for name in names)
-
-
-def _of(source: Path, file: Any, name: str) -> tuple[str, int, Tensor]:
-    try:
-        tensor = file.get_tensor(name)
-    except SafetensorError as error:
-        raise LaneError(f"{source}: {name} cannot be read: {error}") from error
-    return name, tensor.nbytes, tensor
+    return ((name, tensor.nbytes, tensor) for name, tensor in read_tensors(source))
 
 
 def _described(tensor: Tensor, nbytes: int, machine: Machine) -> Described:

@@ -42,7 +42,7 @@ def run_profile(out: Path | None, spill_dir: Path | None, force: bool) -> None:
             _check_folder(cache_path().parent)
         begin = perf_counter()
         machine = _measure(spill_dir)
-        said += f"measured in {perf_counter() - begin:.1f} s"
+        said += f"measured in {perf_counter() - begin:.1f} s, kept in {cache_path()}"
     errors = []
     for path in (out, cache_path() if fresh else None):
         if path is None:
