@@ -178,6 +178,7 @@ class offload(HookContext):
             device_bytes=store.device_budget.held,
             device_peak=store.device_budget.peak,
             tickets=store.tickets.held,
+            checked=tally.count("checked").count,
             plan=self._told(),
         )
 

@@ -78,6 +78,7 @@ class Report:
         seconds_waited: time that compute streams stood still for those copies (CUDA).
         host_bytes, host_peak, device_bytes, device_peak: held now and at most, as the budgets count them.
         tickets: saved tensors that somebody can still ask for.
+        checked: tensors given back that `checker` verified.
         plan: of lane "auto", as `Plan.explain` tells it.
     """
 
@@ -96,6 +97,7 @@ class Report:
     device_bytes: int
     device_peak: int
     tickets: int
+    checked: int = 0
     plan: str = ""
 
     @property
@@ -117,11 +119,12 @@ class Report:
         kept = ", ".join(
             f"{name} {c.count} ({c.nbytes / MIB:.1f} MiB)" for name, c in sorted(self.kept.items())
         )
+        checked = f" ({self.checked} checked)" if self.checked else ""
         lines += [
             f"kept: {kept or 'none'}",
             f"deduplicated: {self.deduplicated.count} ({self.deduplicated.nbytes / MIB:.1f} MiB); "
             f"over budget: {self.over_budget.count}; spilled: {self.spilled.count}",
-            f"unpacked {self.unpacks}, decoded {self.decodes}, fetched {self.fetched} on demand and "
+            f"unpacked {self.unpacks}{checked}, decoded {self.decodes}, fetched {self.fetched} on demand and "
             f"{self.prefetched} ahead, waited {self.seconds_waited * 1e3:.1f} ms",
             f"held: host {self.host_bytes / MIB:.1f} MiB (peak {self.host_peak / MIB:.1f}), device "
             f"{self.device_bytes / MIB:.1f} MiB (peak {self.device_peak / MIB:.1f}), {self.tickets} tickets",
@@ -156,7 +159,7 @@ class Tally:
             self._kept[reason].add(nbytes)
 
     def add(self, name: str, nbytes: int = 0) -> None:
-        """Count one of "deduplicated", "over_budget", "spilled", "unpacks" or "decodes"."""
+        """Count one of "deduplicated", "over_budget", "spilled", "unpacks", "checked" or "decodes"."""
         with self._lock:
             self._counts[name].add(nbytes)
 

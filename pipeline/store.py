@@ -205,6 +205,7 @@ class Store:
                 self._share(stash, flat)
             if stash.truth is not None:
                 stash.truth.verify(flat, view)
+                self.tally.add("checked")
             return view.over(flat) if stash.whole else view.over_elements(flat)
 
     def _name(self, lane: Lane) -> str:

@@ -87,6 +87,9 @@ def test_views_of_one_storage_share_one_packet():
     for view, back in zip(views, got, strict=True):
         assert_identical(back, view)
         assert back.storage_offset() == view.storage_offset()
+    report = context.report()
+    assert report.checked == report.unpacks == len(views)
+    assert f"unpacked {len(views)} ({len(views)} checked), " in str(report)
 
 
 def test_slices_of_a_fused_projection_share_one_packet():
