@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sidelane.codec.hevc import MAX_QP
+from sidelane.codec.hevc import check_qp
 from sidelane.codec.qp_map import map_shape
 from sidelane.errors import LaneError
 from sidelane.layout import SurfaceLayout
@@ -18,12 +18,7 @@ PRESETS = range(1, 8)
 
 
 def check_options(layout: SurfaceLayout, qp: int | None, preset: int, qp_map: bool) -> None:
-    if qp is not None and not (isinstance(qp, int) and 0 <= qp <= MAX_QP):
-        raise LaneError(f"qp={qp!r} is neither None (lossless) nor an integer 0..{MAX_QP}")
-    if qp is not None and layout.format.split:
-        raise LaneError(
-            f"surface format '{layout.format.name}' splits codes over planes: use qp=None (lossless)"
-        )
+    check_qp(qp, layout.format)
     if qp is None and qp_map:
         raise LaneError("lossless coding has no QP to map: pass qp=")
     if preset not in PRESETS:

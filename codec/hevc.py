@@ -78,10 +78,7 @@ def encode_hevc(surface: Tensor, layout: SurfaceLayout, *, qp: int | None = None
     """
     fmt = layout.format
     _check_surface(surface, layout)
-    if qp is not None and not (isinstance(qp, int) and 0 <= qp <= MAX_QP):
-        raise LaneError(f"qp={qp!r} is neither None (lossless) nor an integer 0..{MAX_QP}")
-    if qp is not None and fmt.split:
-        raise LaneError(f"surface format '{fmt.name}' splits codes over planes: use qp=None (lossless)")
+    check_qp(qp, fmt)
     if (reason := hevc_support()[fmt.name]) is not None:
         raise LaneUnavailable(reason)
     av = _import_av()
@@ -111,6 +108,14 @@ def encode_hevc(surface: Tensor, layout: SurfaceLayout, *, qp: int | None = None
         picture = f"{layout.width}x{layout.height} {encoder.pix_fmt}"
         raise LaneError(f"libx265 refuses {picture} ({error}): change the frame size") from error
     return bytes(stream + END_OF_BITSTREAM)
+
+
+def check_qp(qp: int | None, fmt: SurfaceFormat) -> None:
+    """Raise LaneError unless surfaces of `fmt` can be coded with `qp`, None for without loss."""
+    if qp is not None and not (type(qp) is int and 0 <= qp <= MAX_QP):
+        raise LaneError(f"qp={qp!r} is neither None (lossless) nor an integer 0..{MAX_QP}")
+    if qp is not None and fmt.split:
+        raise LaneError(f"surface format '{fmt.name}' splits codes over planes: use qp=None (lossless)")
 
 
 def decode_hevc(stream: bytes | bytearray | memoryview, layout: SurfaceLayout) -> Tensor:

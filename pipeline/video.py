@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sidelane.codec.engines import EncodingSlot, decode_surface, encoding_slot
-from sidelane.codec.hevc import MAX_QP, decode_hevc, hevc_support
+from sidelane.codec.hevc import check_qp, decode_hevc, hevc_support
 from sidelane.codec.lane import Lane
 from sidelane.codec.packet import NO_DIGEST, Packet, flatten
 from sidelane.errors import LaneError, PacketError
@@ -122,10 +122,7 @@ class VideoLane:
             raise LaneError(f"format={self.format!r} is not one of {', '.join(FORMATS)}")
         if self.mapping not in MAPPINGS:
             raise LaneError(f"mapping={self.mapping!r} is not one of {', '.join(MAPPINGS)}")
-        if self.qp is not None and (type(self.qp) is not int or not 0 <= self.qp <= MAX_QP):
-            raise LaneError(f"qp={self.qp!r} is neither None (lossless) nor an integer 0..{MAX_QP}")
-        if self.qp is not None and FORMATS[self.format].split:
-            raise LaneError(f"format '{self.format}' splits codes over planes: it needs qp=None (lossless)")
+        check_qp(self.qp, FORMATS[self.format])
         if type(self.max_side) is not int or not MIN_SIDE <= self.max_side <= MAX_SIDE:
             raise LaneError(f"max_side={self.max_side!r} is outside {MIN_SIDE}..{MAX_SIDE}")
         hevc_support()
