@@ -14,8 +14,8 @@ Where to begin reading:
   `probe*`) and `samples`; `tensor_auto` is the lane that learns.
 - `chain` over `stages` and `streams` (`trace` shows it); `dual_wire`; `recompute` for keys and values, with
   `rates`; `checkpoint`; `wrap`.
-- Below them: `pool` and `space` lend memory, `blockfile` is a file of it; `sampling` and `spread` take times,
-  `throttle` makes wires slow, `linear` solves small programmes.
+- Below them: `octets` are the bytes of a tensor; `pool` and `space` lend memory, `blockfile` is a file of it;
+  `sampling` and `spread` take times, `throttle` makes wires slow, `linear` solves small programmes.
 
 Words of offload:
 

@@ -17,7 +17,7 @@ from sidelane.codec.packet import LANES, Packet, flatten
 from sidelane.errors import LaneError, PacketError
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.lanes import ExactLane, RawLane, decode_packet, plain
-from sidelane.pipeline.packed import as_bytes, copied
+from sidelane.pipeline.octets import as_bytes, copied
 from sidelane.pipeline.planner import LaneLoad, split_lanes
 
 CODED = {LANES[name]: name for name in ("exact", "packed", "video")}

@@ -34,7 +34,7 @@ from sidelane.pipeline.arena import Slot, shared
 from sidelane.pipeline.compress import compress, present_device
 from sidelane.pipeline.dual import DualLane, parts_of, row_length, split_rows
 from sidelane.pipeline.lanes import decode_packet, plain, undisturbed
-from sidelane.pipeline.packed import as_bytes
+from sidelane.pipeline.octets import as_bytes
 from sidelane.pipeline.streams import current_stream, on, side_stream
 from sidelane.pipeline.throttle import TokenBucket
 

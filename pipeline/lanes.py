@@ -28,11 +28,10 @@ from sidelane.kernels.reference import (
     exact_sizes,
 )
 from sidelane.pipeline.basis import Basis
+from sidelane.pipeline.octets import as_bytes, copied
 from sidelane.pipeline.packed import (
     LOSSY_DTYPES,
     GroupPlan,
-    as_bytes,
-    copied,
     decode_basis,
     decode_groups,
     encode_basis,

@@ -18,30 +18,10 @@ from sidelane.kernels.groups import group_packer, group_sizes, group_unpack_dequ
 from sidelane.kernels.reference import GROUP_BITS, GROUP_SIZES, MAX_CODE_BITS, GroupCodes, packed_bits_size
 from sidelane.kernels.surface import MAX_SIZE, dequantize_project, project_quantize
 from sidelane.pipeline.basis import Basis
+from sidelane.pipeline.octets import as_bytes
 
 LOSSY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PAGE = 4096  # bytes
 _GROUP_SECTIONS = ("codes", "scale", "offset")
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """The memory of a contiguous tensor as a uint8 vector."""
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def copied(data: Tensor) -> Tensor:
-    """A copy of a uint8 vector, by one kernel on a GPU.
-
-    `clone` is two, one after the other, where the size is no multiple of 4 KiB, each of which waits for its
-    turn beside other work (DESIGN.md, "What measurements decided").
-    """
-    return data.clone() if not data.is_cuda or data.numel() % PAGE == 0 else copied_by_kernel(data)
-
-
-def copied_by_kernel(data: Tensor) -> Tensor:
-    """A copy of a uint8 vector, words of 8 bytes at a time where it has no others."""
-    words = (data.numel() | int(data.storage_offset()) | data.data_ptr()) % 8 == 0
-    return torch.bitwise_or(data.view(torch.int64) if words else data, 0).view(torch.uint8)
 
 
 class GroupPlan(NamedTuple):

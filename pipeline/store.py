@@ -25,7 +25,8 @@ from sidelane.pipeline.lanes import ExactLane, PackedLane, decode_packet, open_l
 from sidelane.pipeline.late import LatePacket, encode_late
 from sidelane.pipeline.lesson import BOUNDED
 from sidelane.pipeline.moves import Moves, Parcel
-from sidelane.pipeline.packed import GroupPlan, as_bytes, encode_groups
+from sidelane.pipeline.octets import as_bytes
+from sidelane.pipeline.packed import GroupPlan, encode_groups
 from sidelane.pipeline.policy import Kind, for_heads, is_capturing, may_lose_bits, plain_kind
 from sidelane.pipeline.report import Tally
 from sidelane.pipeline.stash import Home, Index, Kept, Key, Resident, Stash, Ticket, data_key

@@ -36,7 +36,8 @@ from sidelane.layout import (
 )
 from sidelane.pipeline.basis import Basis
 from sidelane.pipeline.lanes import ExactLane, RawLane, decode_packet, packet_basis, plain
-from sidelane.pipeline.packed import LOSSY_DTYPES, as_bytes, check_lossy_dtype, escaped_rows, fits
+from sidelane.pipeline.octets import as_bytes
+from sidelane.pipeline.packed import LOSSY_DTYPES, check_lossy_dtype, escaped_rows, fits
 from sidelane.pipeline.streams import settle
 
 QP_STEP = 6  # halves the quantizer step of HEVC

@@ -14,7 +14,7 @@ from sidelane.codec.packet import DTYPES, Packet, compact_strides
 from sidelane.errors import BasisError, LaneError, PacketError
 from sidelane.kernels.reference import dequantize_project_ref, project_quantize_ref
 from sidelane.pipeline.lanes import ExactLane, PackedLane, RawLane, decode_packet, open_lane
-from sidelane.pipeline.packed import copied, copied_by_kernel
+from sidelane.pipeline.octets import copied, copied_by_kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
