@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ def plans(
     check_bound(max_rel_error)
     check_load(load)
     routes = [parse_wire(wire) for wire in wires]
+    tensors: Iterable[tuple[str, int, Tensor]]
     if source is None:
         tensors = _random(dtype or "bfloat16", sizes or (1.0, 64.0))
     elif sizes or dtype is not None:
@@ -85,7 +86,7 @@ def _wire(part: str) -> Wire:
     return rate
 
 
-def _random(dtype: str, sizes: Sequence[float]) -> Iterator[tuple[str, int, Tensor]]:
+def _random(dtype: str, sizes: Sequence[float]) -> list[tuple[str, int, Tensor]]:
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise LaneError(f"dtype '{dtype}' is no floating dtype of torch: use bfloat16, float16 or float32")
@@ -99,7 +100,7 @@ def _random(dtype: str, sizes: Sequence[float]) -> Iterator[tuple[str, int, Tens
     for size in sizes:
         if size * MIB > MAX_SIZE:
             raise LaneError(f"{size:g} MiB are more than the {MAX_SIZE // MIB} MiB that can be planned for")
-    return iter([("normal random numbers", int(size * MIB), tensor) for size in sizes])
+    return [("normal random numbers", int(size * MIB), tensor) for size in sizes]
 
 
 def _read(source: Path) -> Iterator[tuple[str, int, Tensor]]:
